@@ -1,0 +1,8455 @@
+#!/usr/bin/env python3
+"""roexec: a task runner and cron replacement in one file that needs nothing but Python.
+
+The file is read from top to bottom; a section uses only sections above it.
+
+     1  basics     errors, durations, sizes, instants, time zones, lazily compiled patterns
+     2  yaml       text to values, with line, column and source text: load_yaml, YamlError
+     3  cron       schedules as sets of instants: Cron, CronError
+     4  jobs       Job and Config: validated, immutable, from text and back
+     5  policy     what is due, what to do about it, retry or give up, states of a run
+     6  render     payloads, tables and plain text, the same for the CLI and the API
+     7  store      Store: files and locks, the only SQL, the history
+     8  logs       one run's log: write, read, follow
+     9  runner     the supervisor: journal, process tree, signals, attempts, hooks
+    10  scheduler  the loop of the server, claims, recovery, the launcher
+    11  api        routes, the one gate, streaming
+    12  cli        one function per command; main(argv) -> exit status
+
+Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
+store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
+main.
+"""
+import os
+import sys
+import time
+
+if sys.version_info < (3, 9):
+    sys.exit("roexec needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
+
+__version__ = "0.1.0"
+
+
+class _Module:
+    """A module of the standard library that is imported at its first use.
+
+    Most commands need few of them, and each costs milliseconds at every start.
+    """
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        module = globals()[self._name] = __import__(self._name)
+        return getattr(module, attribute)
+
+
+(array, bisect, calendar, collections, contextlib, datetime, errno, fcntl, hashlib, heapq,
+ itertools, json, math, pwd, re, select, shlex, signal, socket, stat, struct, threading, types,
+ zoneinfo) = map(_Module, (
+    "array bisect calendar collections contextlib datetime errno fcntl hashlib heapq "
+    "itertools json math pwd re select shlex signal socket stat struct threading types "
+    "zoneinfo").split())
+
+
+# ==== 1 basics (pure) =============================================================================
+# What every section needs: errors, durations, sizes, instants, zones. Instants are seconds since
+# 1970-01-01T00:00:00Z (int for slots, float elsewhere), durations are seconds. Errors about a value
+# are ValueErrors whose text begins with the value as it was written.
+
+class RoexecError(Exception):
+    """Something that a user can cause, and mend; its text is for that person."""
+
+
+class Pattern:
+    """A regular expression that is compiled at its first use: `re` costs more than many commands.
+
+    `flags` are letters of the inline syntax, such as "x" for a verbose pattern.
+    """
+
+    def __init__(self, text, flags=""):
+        self.text = f"(?{flags}){text}" if flags else text
+
+    def __getattr__(self, name):        # at the first use of a method; then it is found at once
+        compiled = re.compile(self.text)
+        for method in ("match", "fullmatch", "search", "finditer", "findall", "sub", "split"):
+            setattr(self, method, getattr(compiled, method))
+        return getattr(compiled, name)
+
+
+class Value:
+    """An immutable value with the attributes that its class lists in __slots__."""
+    __slots__ = ()
+
+    def __init__(self, **values):
+        for name in self.__slots__:
+            object.__setattr__(self, name, values.pop(name, None))
+        if values:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(values)}")
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"a {type(self).__name__} cannot be changed")
+
+    __delattr__ = None
+
+    def __eq__(self, other):
+        return type(self) is type(other) and all(
+            getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    def __hash__(self):
+        return hash(repr(self))
+
+    def __repr__(self):
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"{type(self).__name__}({values})"
+
+
+def nearest(word, choices):
+    """`; did you mean "backup"?` for the choice that is most like the word, else an empty text."""
+    import difflib
+    found = difflib.get_close_matches(word, list(choices), 1, 0.6)
+    return f'; did you mean "{found[0]}"?' if found else ""
+
+
+def printable(text):
+    """The text on one line, without characters that would steer a terminal or deceive a reader."""
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char):
+    return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(
+        char, f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}")
+
+
+# Durations and sizes.
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = Pattern(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
+_NUMBER = Pattern(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)|inf|nan")
+_LOOSE = Pattern(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hr|hour|d|day|w|week|second|minute)s?\b[\s,]*",
+                 "i")
+_CLOCK = Pattern(r"(\d{1,3}):(\d\d)(?::(\d\d))?")
+LONGEST = 100 * 366 * 86400             # seconds; no duration is longer
+
+
+def parse_duration(written):
+    """Seconds (int where whole, else float) of `90`, `90s`, `1h30m`, `2d`, or of a number.
+
+    Raises ValueError that says what to write instead.
+    """
+    text = written if isinstance(written, str) else _shown(written)
+    if not isinstance(written, bool) and _NUMBER.fullmatch(text):
+        seconds = float(text)
+    else:
+        found = _DURATION.fullmatch(text)
+        if not found:
+            shown = text if isinstance(written, bool) else f'"{text}"'
+            raise ValueError(f"{shown} is not a duration; write {_instead(text)}")
+        seconds = sum(float(number or 0) * factor
+                      for number, factor in zip(found.groups(), (86400, 3600, 60, 1)))
+    if not 0 <= seconds <= LONGEST:
+        raise ValueError(f'"{text}" is not a duration between 0 and 100 years')
+    return int(seconds) if seconds == int(seconds) else seconds
+
+
+def _shown(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _instead(text):
+    """What to write for a text that looks like a duration."""
+    clock = _CLOCK.fullmatch(text)
+    if clock and clock[3] is None:
+        hours = format_duration(int(clock[1]) * 3600 + int(clock[2]) * 60)
+        minutes = format_duration(int(clock[1]) * 60 + int(clock[2]))
+        return f"{hours} for hours and minutes, {minutes} for minutes and seconds"
+    if clock:
+        return _exactly(int(clock[1]) * 3600 + int(clock[2]) * 60 + int(clock[3]))
+    parts = _LOOSE.findall(text.strip())
+    if parts and not _LOOSE.sub("", text.strip()):
+        factors = {**_UNITS, "w": 7 * 86400}
+        return _exactly(int(sum(float(number) * factors[unit[0].lower()]
+                                for number, unit in parts)))
+    return "for example 90s, 5m, 1h30m or 2d"
+
+
+def _exactly(seconds):
+    """A duration in all its units: 12h30m5s."""
+    text = ""
+    for unit in "dhms":
+        number, seconds = divmod(seconds, _UNITS[unit])
+        text += f"{number}{unit}" if number else ""
+    return text or "0s"
+
+
+def format_duration(seconds):
+    """A duration for people, in its two largest units: 4ms, 0.5s, 42s, 1m5s, 1h30m, 2d3h."""
+    if 0 < seconds < 0.0995:
+        return f"{math.ceil(seconds * 1000)}ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f}".removesuffix(".0") + "s"
+    seconds = round(seconds)
+    for large, small in (("d", "h"), ("h", "m"), ("m", "s")):
+        if seconds >= _UNITS[large]:
+            seconds = round(seconds / _UNITS[small]) * _UNITS[small]
+            number, rest = divmod(seconds, _UNITS[large])
+            rest //= _UNITS[small]
+            return f"{number}{large}" + (f"{rest}{small}" if rest else "")
+    return f"{seconds}s"
+
+
+def format_size(number):
+    """Bytes for people, in powers of 1000: 12 B, 2.0 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.95:
+            return f"{number:.1f} {unit}" if unit != "B" else f"{number} B"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+# Instants and zones.
+
+_INSTANT = Pattern(r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(\.\d{1,9})?)?"
+                   r"([Zz]|[-+]\d\d:?\d\d)?")
+_OFFSET = Pattern(r"(?:UTC|GMT)?([-+])(\d\d?):?(\d\d)?")
+
+
+def format_instant(seconds):
+    """`2025-08-01T02:00:00Z` (RFC 3339), with a fraction where there is one."""
+    whole, fraction = divmod(round(seconds, 6), 1)
+    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+    return text + (f"{fraction:.6f}"[1:].rstrip("0") if fraction else "") + "Z"
+
+
+def parse_instant(text, zone):
+    """Seconds of an RFC 3339 instant; one without an offset is in `zone` (a tzinfo).
+
+    A bare date is its first second, `T` may be a blank, seconds may be missing. Raises ValueError.
+    """
+    found = _INSTANT.fullmatch(text)
+    try:
+        if not found or (found[4] and not found[2]):
+            raise ValueError
+        read = datetime.datetime.fromisoformat(f"{found[1]}T{found[2] or '00:00'}")
+        zone = fixed_zone(found[4].upper()) if found[4] else zone
+        return read.replace(tzinfo=zone).timestamp() + float(found[3] or 0)
+    except (ValueError, OverflowError):
+        raise ValueError(f'"{text}" is no instant; write for example 2025-08-01T02:00:00Z, '
+                         "2025-08-01 02:00 or 2025-08-01") from None
+
+
+def fixed_zone(name):
+    """The tzinfo of `UTC`, `Z`, `+02:00`, `UTC-5`; None for any other name."""
+    if name.upper() in ("UTC", "Z", "GMT", "ETC/UTC"):
+        return datetime.timezone.utc
+    found = _OFFSET.fullmatch(name)
+    if not found or int(found[2]) > 23 or int(found[3] or 0) > 59:
+        return None
+    offset = datetime.timedelta(hours=int(found[2]), minutes=int(found[3] or 0))
+    return datetime.timezone(-offset if found[1] == "-" else offset)
+
+
+def get_zone(name):
+    """The tzinfo of an offset or of a name in the host's zone data; raises ValueError in words."""
+    zone = fixed_zone(name)
+    if zone is not None:
+        return zone
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        known = zoneinfo.available_timezones()
+    if not known:
+        raise ValueError(f'"{name}" cannot be looked up, this host has no time zone data; '
+                         "install the package tzdata, or write an offset such as +02:00")
+    raise ValueError(f'"{name}" is no time zone'
+                     + (nearest(name, known) or "; write for example Europe/Berlin, UTC or +02:00"))
+
+
+# ==== 2 yaml (pure) ===============================================================================
+# YAML 1.2.2 as configuration uses it: one document, no tags, the core schema. The right value, or
+# an error that says where and why. One recursive descent over the text: a method begins at self.at,
+# reads one thing there and leaves self.at behind it; those of block styles leave it at the next line
+# that has something on it, whose indentation is then self.indent (-1 at the end). Numbers in round
+# brackets are chapters of the specification. `n` is the column of the block collection around, -1
+# without one: what belongs to it is indented by more. Inside quotes and brackets `columns` is the
+# least indentation of further lines.
+
+_DEEPEST = 100                          # collections inside one another
+_MOST_COPIES = 100_000                  # values that aliases may add to a document
+_LONGEST_KEY = 1024                     # characters of an implicit key (7.4.2)
+_LONGEST_NUMBER = 1000                  # characters
+
+_ONLY_IN_QUOTES = Pattern("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")                     # (5.1)
+_NOT_PRINTABLE = Pattern("[\0-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
+_BLANKS = Pattern(r"[ \t]*")
+_BLANK_LINES = Pattern(r"[ \n]*")
+_LINE_END = Pattern(r"[ \t]*(?:(?<=[ \t\n])#[^\n]*)?\n(?:[ \t\n]*\n)?( *)(?:\t[ \t]*)?")
+_MARKER = Pattern(r"(?:---|\.\.\.)(?=[ \t\n])|\0")                                      # (9.1)
+_DIRECTIVE = Pattern(r"%(?:YAML[ \t]+1\.([0-9]+)|(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*)")  # (6.8)
+_COLON = Pattern(r"[ \t]*:(?=[ \t\n])")
+_NAME = Pattern(r"[&*]([^ \t\n,\[\]{}]+)(?![\[{])[ \t]*")                               # (6.9.2)
+_FOLD = Pattern(r"\n((?:[ \t\n]*\n)?)( *)[ \t]*")                                       # (6.5)
+_SINGLE = Pattern(r"([^'\n]*)(''|['\n])")                                               # (7.3.2)
+_DOUBLE = Pattern(r'([^"\\\n]*)(["\n]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|'
+                  r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\[\s\S])")   # (7.3.1)
+_ESCAPES = {"''": "'", **{"\\" + char: meant for char, meant in zip(                    # (5.7)
+    '0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029')}}
+_HEADER = Pattern(r"[|>](?:([-+]?)([1-9]?)|([1-9])([-+]))(?:[ \t]+#[^\n]*|[ \t]*)\n")   # (8.1.1)
+_FOLDED_LINE = Pattern(r"^([^ \t\n][^\n]*)\n(\n*)(?=[^ \t\n])", "m")                    # (8.1.3)
+
+
+def _plain_patterns(stop):
+    """Patterns of the first line of a plain scalar, behind blanks, and of each further one (7.3.3).
+
+    `stop` are the characters besides a line end that end one. Behind its first character neither
+    can fail, so nothing is read twice.
+    """
+    rest = (rf"[^\n:#{stop}]*(?:(?::(?![ \t\n{stop}])|(?<![ \t])#)[^\n{stop}]*?)?"
+            rf"(?=[ \t]#|:[ \t\n{stop}]|[\n{stop}])")
+    first = rf"(?:[^ \t\n\-?:,\[\]{{}}#&*!|>'\"%@`]|[-?:](?![ \t\n{stop}]))"
+    return Pattern(rf"[ \t]*({first}{rest})"), Pattern(rf"(?!#|:[ \t\n{stop}])[^ \t\n{stop}]{rest}")
+
+
+_PLAIN, _PLAIN_LINE = _plain_patterns("")
+_FLOW_PLAIN, _FLOW_LINE = _plain_patterns(r",\[\]{}")
+
+# The core schema (10.3.2), and the plain scalars that YAML 1.1 reads, or may read, otherwise.
+_MERGE_KEY = "".join("<<")              # this very object is a plain <<, not one in quotes
+_WORDS = {word: value for words, value in (
+    ("null Null NULL ~", None), ("true True TRUE", True), ("false False FALSE", False),
+    (".inf .Inf .INF +.inf +.Inf +.INF", float("inf")), ("-.inf -.Inf -.INF", float("-inf")),
+    (".nan .NaN .NAN", float("nan")), ("<<", _MERGE_KEY)) for word in words.split()}
+_NUMBER = Pattern(r"([-+]?[0-9]+)|(0o[0-7]+|0x[0-9a-fA-F]+)|"
+                  r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_OTHER_IN_1_1 = Pattern(
+    r"(?!(?:[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*(?:[eE][-+][0-9]+)?)?|[-+]?\.[0-9]+|0x[0-9a-fA-F]+)\Z)"
+    r"(?:[yYnN]|[yY]es|YES|[nN]o|NO|[oO]n|ON|[oO]ff|OFF|=|[-+]?\.?[0-9][-+0-9a-fA-FxXo_:.]*|"
+    r"[0-9]{4}-[0-9][0-9]?-[0-9][0-9]?[Tt \t].*|[^\x85\u2028\u2029]*[\x85\u2028\u2029].*)")
+
+_MERGE = object()                       # stands for the key << until its mapping is complete
+_IS_KEY = object()                      # what was read is the first key of a mapping
+
+
+class YamlError(RoexecError, ValueError):
+    """A text that is not read as YAML: `problem` at `line` and `column`, which count from 1."""
+
+    def __init__(self, line, column, problem):
+        super().__init__(f"{line}:{column}: {problem}")
+        self.line, self.column, self.problem = line, column, problem
+
+
+class Note(Value):
+    """Where a value stands and how it is written; Notes are a tree parallel to the values.
+
+    `line` and `column` count from 1. `text` is a plain scalar as written, or the value of one in
+    another style; `plain` says which. `keys` has the Notes of a mapping's keys by key, `items`
+    those of its values by key, or of a list's in order; each is None where it has no meaning.
+    """
+    __slots__ = ("line", "column", "text", "plain", "keys", "items")
+
+
+def load_yaml(text):
+    """The value of a YAML document (str, or UTF-8 bytes); raises YamlError."""
+    return read_yaml(text)
+
+
+def read_yaml(text, notes=None):
+    """As load_yaml; where `notes` is a list, the Note of the whole value is appended to it."""
+    if not isinstance(text, str):
+        if text.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+            raise YamlError(1, 1, "this is UTF-16 or UTF-32; save it as UTF-8")
+        text = text.decode("utf-8", "surrogateescape")
+    reader = _Document(text, notes is not None)
+    value = reader.document()
+    if notes is not None:
+        notes.append(reader.note)
+    return value
+
+
+class _Scalars:
+    """The text and the place in it; scalars of all five styles."""
+
+    def __init__(self, text, noting):
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        # Each line has an end before it and one of its own, and no index is ever too large.
+        self.text = "\n" + text + "\n\0"[text[-1:] in ("", "\n"):]
+        self.at = self.indent = self.depth = self.values = self.copies = 0
+        self.tabbed = False             # whether there are tabs between the indentation and self.at
+        self.json_like = False          # whether the node read last is in quotes or brackets
+        self.old = False                # whether the document says %YAML 1.1
+        self.noting, self.note = noting, None       # the Note is that of the value read last
+        self.lines = [match.start() for match in re.finditer("\n", self.text)] if noting else ()
+        self.anchors = {}               # name -> (value, Note, number of values); None before its end
+        self.brackets = []              # where those stand that are open
+        self.suspects = {match.start() + 1 for match in _NOT_PRINTABLE.finditer(text)}
+
+    def error(self, at, problem):
+        return YamlError(self.line(at), at - self.text.rfind("\n", 0, at), problem)
+
+    def line(self, at):
+        return self.text.count("\n", 0, at)
+
+    def shown(self, at):
+        """The rest of a line, for an error."""
+        rest = self.text[at:self.text.find("\n", at)]
+        return printable(rest if len(rest) <= 40 else rest[:37] + "...")
+
+    def noted(self, at, text=None, plain=False, keys=None, items=None):
+        """Note a value that begins at `at`; None."""
+        if self.noting:
+            line = bisect.bisect_left(self.lines, at)
+            self.note = Note(line=line, column=at - self.lines[line - 1], text=text, plain=plain,
+                             keys=keys, items=items)
+
+    def is_indicator(self, kinds):
+        return self.text[self.at] in kinds and self.text[self.at + 1] in " \t\n"
+
+    def next_line(self):
+        """Go on to the next line that has something, over blanks and comments (6.6)."""
+        text, at = self.text, self.at
+        while True:
+            match = _LINE_END.match(text, at)
+            if not match:
+                at = _BLANKS.match(text, at).end()
+                raise self.error(at, 'a "#" needs a blank before it' if text[at] == "#" else
+                                 f'"{self.shown(at)}" is left over; put the whole value in quotes')
+            at = match.end()
+            if text[at] != "#":
+                break
+            at = text.index("\n", at)
+        self.at = at
+        start, end = match.span(1)
+        self.indent, self.tabbed = end - start, end != at
+        if start == at and text[at] in "-.\0" and _MARKER.match(text, at):
+            self.indent = -1
+
+    def resolve(self, written, at):
+        """The value of a plain scalar."""
+        if self.old and _OTHER_IN_1_1.fullmatch(written):
+            raise self.error(at, f'"{self.shown(at)}" differs between YAML 1.1 and 1.2; quote a text')
+        number = _NUMBER.fullmatch(written) if written[0] in "0123456789+-." else None
+        if not number:
+            return _WORDS.get(written, written)
+        if len(written) <= _LONGEST_NUMBER:
+            value = int(written) if number[1] else int(written, 0) if number[2] else float(written)
+            if value not in (math.inf, -math.inf):
+                return value
+        raise self.error(at, "a number this large is not read; put a text in quotes")
+
+    def plain(self, match, n):
+        """The plain scalar outside of brackets whose first line is matched."""
+        start, written = match.start(1), match[1].rstrip(" \t")
+        self.at = match.end()
+        self.next_line()
+        if self.indent > n:
+            self.at = match.end()
+            written = self.further_lines(start, n, _PLAIN_LINE)
+        if self.noting:
+            self.noted(start, written, True)
+        return self.resolve(written, start)
+
+    def further_lines(self, start, n, pattern):
+        """A plain scalar with its first line, which ends here, and those that follow (6.5)."""
+        text, pieces = self.text, [self.text[start:self.at].rstrip(" \t")]
+        while text[self.at] in " \t\n":
+            end = self.at
+            self.next_line()
+            line = pattern.match(text, self.at) if self.indent > n else None
+            if not line:
+                return "".join(pieces)
+            if text.find("#", end, self.at) >= 0:
+                raise self.error(self.at, "a comment has ended the value above; put it in quotes")
+            self.refuse_tabs(end, self.at, n + 1)
+            pieces += "\n" * (text.count("\n", end, self.at) - 1) or " ", line[0].rstrip(" \t")
+            self.at = line.end()
+        if pattern is _PLAIN_LINE:
+            raise self.colon_inside()
+        return "".join(pieces)
+
+    def refuse_tabs(self, start, end, columns):
+        """Blank lines inside a scalar are indented as it is, or have nothing but blanks (6.4)."""
+        if columns and self.text.find("\t", start, end) >= 0:
+            tab = re.compile(rf"\n {{0,{columns - 1}}}\t").search(self.text, start, end)
+            if tab:
+                raise self.error(tab.end() - 1, "a tab cannot indent; write blanks")
+
+    def colon_inside(self):
+        return self.error(self.at, '": " inside a plain value; put the whole value in quotes, or '
+                                   "below |")
+
+    def quoted(self, columns):
+        """A scalar in quotes (7.3.1, 7.3.2)."""
+        text, start, quote, pieces = self.text, self.at, self.text[self.at], []
+        chunk, at = (_DOUBLE if quote == '"' else _SINGLE).match, start + 1
+        while True:
+            match = chunk(text, at)
+            if not match:
+                raise self.error(start, "the quote is not closed")
+            piece, stop = match.groups()
+            at = match.end()
+            if stop == quote:
+                break
+            if stop[-1] != "\n":
+                pieces += piece, self.escaped(stop, at)
+            else:
+                at, empty = self.fold(start, at - 1, columns)
+                pieces += (piece.rstrip(" \t"), empty or " ") if stop == "\n" else (piece, empty)
+        self.at, value = at, "".join(pieces) + piece
+        if self.suspects:
+            self.suspects.difference_update(
+                match.start() for match in _ONLY_IN_QUOTES.finditer(text, start, at))
+        self.noted(start, value)
+        return value
+
+    def fold(self, start, at, columns):
+        """Where quoted text goes on behind a line end, and the line ends that count (6.5)."""
+        match = _FOLD.match(self.text, at)
+        if not match[2] and _MARKER.match(self.text, match.end(2)):
+            raise self.error(start, "the quote is not closed")
+        if len(match[2]) < columns:
+            raise self.error(match.end(2), "a line inside quotes is indented too little")
+        self.refuse_tabs(at, match.end(), columns)
+        return match.end(), "\n" * match[1].count("\n")
+
+    def escaped(self, written, end):
+        try:                            # two halves of a surrogate pair are one character, as in JSON
+            return _ESCAPES.get(written) or written.encode().decode("unicode_escape" * (
+                len(written) > 2)).encode("utf-16", "surrogatepass").decode("utf-16")
+        except (UnicodeError, LookupError):
+            raise self.error(end - len(written), f"{printable(written)} is no escape; write \\\\ for "
+                                                 "a backslash, or use single quotes") from None
+
+    def block_scalar(self, n):
+        """A literal or folded scalar (8.1)."""
+        text, start, header = self.text, self.at, _HEADER.match(self.text, self.at)
+        if not header:
+            raise self.error(start, f"{text[start]} begins a text below it; put this in quotes")
+        chomp, digit, first = header[1] or header[4], header[2] or header[3], header.end()
+        columns = max(n, 0) + int(digit) if digit else self.detected(first, n)
+        outside = rf"\n(?! {{{columns}}}| *\n)" if columns else r"\n(?=(?:---|\.\.\.)[ \t\n]|\0)"
+        end = re.compile(outside).search(text, first - 1).end()
+        value = "\n".join([line[columns:] for line in text[first:end].split("\n")])
+        if text[start] == ">":
+            value = _FOLDED_LINE.sub(lambda line: line[1] + (line[2] or " "), value)
+        if chomp != "+":
+            kept = value.rstrip("\n")
+            value = kept + "\n" if kept and not chomp else kept
+        self.at = end - 1
+        self.next_line()
+        self.refuse_misplaced_text(start, end, n)
+        self.noted(start, value)
+        return value
+
+    def detected(self, first, n):
+        """The indentation of a block scalar: that of its first line that is not blank."""
+        end = _BLANK_LINES.match(self.text, first).end()
+        start = self.text.rfind("\n", 0, end) + 1
+        widest = max(map(len, self.text[first:start].split("\n")))
+        if end - start <= n or end == start and _MARKER.match(self.text, end):
+            return max(n + 1, widest)
+        if widest > end - start:
+            raise self.error(end, "this line is indented less than the blank lines above it")
+        return end - start
+
+    def refuse_misplaced_text(self, start, end, n):
+        """What cannot come after a block scalar, and so was most likely meant to be in it."""
+        text, here = self.text, _BLANKS.match(self.text, end).end()
+        below = f"the text below {text[start]}"
+        if text.find("\t", end, here) >= 0:
+            raise self.error(text.index("\t", end), f"a tab cannot indent {below}; write blanks")
+        if self.indent > n and text[here] == "#":
+            raise self.error(here, f"this comment ends {below}; indent it as the text is")
+        if self.indent > n:
+            raise self.error(self.at, f"this is indented less than the first line of {below}")
+
+
+class _Nodes(_Scalars):
+    """Anchors, aliases and merges, and what stands in brackets (7.4)."""
+
+    def nothing(self):
+        """The value where there is none."""
+        self.noted(self.at, "", True)
+
+    def anchor(self):
+        """What `define` needs of the anchor here; goes to what follows it on the line."""
+        match = _NAME.match(self.text, self.at)
+        if not match or self.text[match.end()] in "&*":
+            raise self.error(self.at, "a value has one anchor, an alias none; quote a text with &")
+        self.at, self.anchors[match[1]] = match.end(), None
+        return match[1], self.values
+
+    def define(self, anchor, value):
+        self.anchors[anchor[0]] = value, self.note, 1 + self.values - anchor[1]
+
+    def alias(self):
+        """The value of an alias: the same object (7.1)."""
+        start, match = self.at, _NAME.match(self.text, self.at)
+        if not match or match[1] not in self.anchors:
+            raise self.star(start)
+        if self.anchors[match[1]] is None:
+            raise self.error(start, f"*{match[1]} stands inside the value that it names")
+        value, note, count = self.anchors[match[1]]
+        self.at, self.values, self.copies = match.end(1), self.values + count, self.copies + count
+        if self.copies > _MOST_COPIES:
+            raise self.error(start, f"aliases add more than {_MOST_COPIES} values")
+        if note:
+            self.noted(start, note.text, note.plain, note.keys, note.items)
+        return value
+
+    def star(self, at):
+        value = self.shown(at).split(" #")[0].rstrip()
+        return self.error(at, 'a value that begins with "*" is an alias, and nothing has this name; '
+                              f'put the schedule in quotes: "{value}"')
+
+    def content(self, columns):
+        """A node in quotes or brackets, or an alias."""
+        kind = self.text[self.at]
+        if kind == "*":
+            return self.alias()
+        if kind not in "'\"[{":
+            problem = "tags are not read" if kind == "!" else (
+                f'"{printable(kind)}" cannot begin a value here')
+            raise self.error(self.at, problem + "; put a text that begins so in quotes")
+        value = self.quoted(columns) if kind in "'\"" else self.flow(columns)
+        self.json_like = True
+        return value
+
+    def atom(self, columns, pattern):
+        """A node as it stands in brackets, or as a key outside of them; it may be missing."""
+        anchor = self.anchor() if self.text[self.at] == "&" else None
+        if anchor and pattern is _FLOW_PLAIN:
+            self.gap(columns)
+        self.json_like, match = False, pattern.match(self.text, self.at)
+        if match:
+            start, self.at, written = self.at, match.end(), match[1].rstrip(" \t")
+            if pattern is _FLOW_PLAIN and self.text[self.at] in " \t\n":
+                written = self.further_lines(start, columns - 1, _FLOW_LINE)
+                self.refuse_outside(match.end(), columns)
+            if self.noting:
+                self.noted(start, written, True)
+            value = self.resolve(written, start)
+        elif self.text[self.at] in ",]}" or self.is_colon():
+            value = self.nothing()
+        else:
+            value = self.content(columns)
+        if anchor:
+            self.define(anchor, value)
+        return value
+
+    def flow(self, columns):
+        """A collection in brackets."""
+        text, start, notes = self.text, self.at, {}
+        value, closing = ([], "]") if text[start] == "[" else ({}, "}")
+        self.enter()
+        self.brackets.append(start)
+        self.gap(columns, 1)
+        while text[self.at] != closing:
+            if text[self.at] == ",":
+                raise self.error(self.at, "a value is missing before the comma")
+            if closing == "}":
+                self.pair(columns, value, notes)
+            else:
+                value.append(self.item(columns))
+                notes[len(value)] = self.note
+            if text[self.at] == ",":
+                self.gap(columns, 1)
+            elif text[self.at] != closing:
+                raise self.error(self.at, f'"," or "{closing}" is missing here, in the '
+                                          f'"{text[start]}" of line {self.line(start)}')
+        self.at += 1
+        self.brackets.pop()
+        return self.complete(start, value, notes)
+
+    def enter(self):
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise self.error(self.at, f"nested deeper than {_DEEPEST} levels")
+
+    def gap(self, columns, indicator=0):
+        """Go over an indicator, and over blanks, comments and line ends inside brackets."""
+        start = self.at + indicator
+        self.at = _BLANKS.match(self.text, start).end()
+        if self.text[self.at] in "\n#":
+            self.next_line()
+            self.refuse_outside(start, columns)
+
+    def refuse_outside(self, start, columns):
+        """Lines inside brackets are indented; a closing bracket may stand below its key."""
+        if self.indent < columns - (self.text[self.at] in "]}") and "\n" in self.text[start:self.at]:
+            opened = self.brackets[-1]
+            if self.indent < 0:
+                raise self.error(opened, f'this "{self.text[opened]}" is not closed')
+            raise self.error(self.at, "a line inside brackets is indented too little")
+
+    def is_colon(self):
+        """Whether the colon of a pair stands here; behind quotes and brackets it needs no blank."""
+        return self.text[self.at] == ":" and (
+            self.json_like or self.text[self.at + 1] in " \t\n,[]{}")
+
+    def item(self, columns):
+        """A value in a list; a single pair is a mapping without braces (7.4.1)."""
+        start, mapping, notes, explicit = self.at, {}, {}, self.is_indicator("?")
+        if not explicit:
+            key = self.atom(columns, _FLOW_PLAIN), self.note
+            self.gap(columns)
+            if not self.is_colon():
+                return key[0]
+            self.refuse_long_key(start)
+        self.pair(columns, mapping, notes, start, None if explicit else key)
+        self.depth += 1
+        return self.complete(start, mapping, notes)
+
+    def pair(self, columns, mapping, notes, start=None, key=None):
+        """A pair of a mapping in braces, or the rest of one whose key is read (7.4.2)."""
+        start = start or self.at
+        if not key:
+            if self.is_indicator("?"):
+                self.gap(columns, 1)
+            key = self.atom(columns, _FLOW_PLAIN), self.note
+            self.gap(columns)
+        if self.is_colon():
+            self.gap(columns, 1)
+            value = self.atom(columns, _FLOW_PLAIN)
+            self.gap(columns)
+        else:
+            value = self.nothing()
+        self.store(mapping, notes, start, key, value)
+
+    def refuse_long_key(self, start):
+        if self.at - start > _LONGEST_KEY or self.text.find("\n", start, self.at) >= 0:
+            raise self.error(start, "a key is on one line, with its colon, and at most "
+                                    f"{_LONGEST_KEY} characters long")
+
+    def store(self, mapping, notes, start, key_and_note, value):
+        """Put a pair into its mapping, if its key is a scalar and new there."""
+        key, key_note = key_and_note
+        if key is _MERGE_KEY:
+            key, value = _MERGE, (start, value)
+        if isinstance(key, (dict, list)):
+            raise self.error(start, "a list or mapping cannot be a key; put a text in quotes")
+        if key in mapping:
+            here, there = [printable(json.dumps("<<" if name is _MERGE else name, ensure_ascii=False))
+                           for name in (key, next(name for name in mapping if name in (key,)))]
+            also = "" if here == there else f", as {there}"
+            raise self.error(start, f"the key {here} is there already{also}")
+        mapping[key], notes[key] = value, (key_note, self.note)
+
+    def complete(self, start, value, notes):
+        """A collection at its end: merged, counted, noted."""
+        self.depth -= 1
+        if isinstance(value, list):
+            self.values += len(value)
+            self.noted(start, items=[*notes.values()])
+            return value
+        if _MERGE in value:
+            self.merge(value, notes, *value.pop(_MERGE))
+        self.values += 2 * len(value)
+        if self.noting:
+            self.noted(start, keys={key: notes[key][0] for key in value},
+                       items={key: notes[key][1] for key in value})
+        return value
+
+    def merge(self, mapping, notes, at, sources):
+        """Take over what << names: own keys win, then earlier sources."""
+        note = notes[_MERGE][1]
+        if not isinstance(sources, list):
+            sources, source_notes = [sources], [note]
+        else:
+            source_notes = note.items if note else [None] * len(sources)
+        for source, note in zip(sources, source_notes):
+            if not isinstance(source, dict):
+                raise self.error(at, "<< takes mappings; put it in quotes if it is a name")
+            for key in source:
+                if key not in mapping:
+                    mapping[key] = source[key]
+                    notes[key] = (note.keys[key], note.items[key]) if note else None
+
+
+class _Document(_Nodes):
+    """Block collections (8.2), and the document around all (9)."""
+
+    def document(self):
+        self.next_line()
+        self.suffixes()
+        self.directives()
+        if self.indent >= 0:
+            value = self.node(-1)
+        elif self.text[self.at] == "-":
+            self.at += 3
+            value = self.inline(-1)
+        else:
+            value = self.nothing()
+        self.suffixes()
+        if self.indent >= 0:
+            raise self.misplaced()
+        if self.text[self.at] == "-":
+            raise self.error(self.at, "a second document begins here; a file has one")
+        for at in sorted(self.suspects):
+            code = ord(self.text[at])
+            raise self.error(at, f"the byte 0x{code & 255:02x} is not UTF-8" if code >> 7 == 0x1B9
+                             else f"the character U+{code:04X} stands only in quotes, as an escape")
+        return value
+
+    def suffixes(self):
+        while self.indent < 0 and self.text[self.at] == ".":
+            self.at += 3
+            self.next_line()
+
+    def directives(self):
+        begin, version = self.at, None
+        while self.indent == 0 and not self.tabbed and self.text[self.at] == "%":
+            match = _DIRECTIVE.match(self.text, self.at)
+            if not match or match[1] and version:
+                raise self.error(self.at, f'"{self.shown(self.at)}" is not read; write %YAML 1.2')
+            self.at, version = match.end(), match[1] or version
+            self.next_line()
+        self.old = version in ("0", "1")
+        if self.at > begin and (self.indent >= 0 or self.text[self.at] != "-"):
+            raise self.error(self.at, "--- is missing behind the line that begins with %")
+
+    def misplaced(self):
+        """A line whose indentation is none of those that the lines above allow."""
+        if self.tabbed:
+            at = self.text.index("\t", self.text.rfind("\n", 0, self.at))
+            return self.error(at, "a tab cannot indent; write blanks")
+        return self.error(self.at, f'"{self.shown(self.at)}" belongs to nothing above; check its '
+                                   "indentation")
+
+    def below(self, n, out, anchored=False):
+        """What stands on the lines below: indented by more than n, or nothing.
+
+        Where it is `out`, the dashes of a list may be in column n.
+        """
+        at = self.at
+        self.next_line()
+        if self.indent > n:
+            return self.node(n, out, anchored)
+        if out and self.indent == n and self.is_indicator("-"):
+            return self.collection([])
+        return self.noted(at, "", True)
+
+    def entry(self, n, out=False):
+        """What stands behind a dash, or a ? and its colon: collections too (8.2.1)."""
+        start = self.at + 1
+        self.at = _BLANKS.match(self.text, start).end()
+        if self.text[self.at] in "\n#":
+            return self.below(n, out)
+        self.indent = n + 1 + self.at - start
+        self.tabbed = self.text.find("\t", start, self.at) >= 0
+        return self.node(n, out)
+
+    def node(self, n, out=False, anchored=False):
+        """A node where block collections may begin: in a line, or behind a dash."""
+        start, indent, tabbed = self.at, self.indent, self.tabbed
+        if self.is_indicator("-"):
+            return self.collection([])
+        value = _IS_KEY if self.is_indicator("?:") else self.inline(n, out, True, anchored)
+        if value is not _IS_KEY:
+            return value
+        self.at, self.indent, self.tabbed = start, indent, tabbed
+        return self.collection({})
+
+    def inline(self, n, out=False, may_be_key=False, anchored=False):
+        """Any other node; _IS_KEY where it may be the key of a mapping and is.
+
+        `anchored`: an anchor that stands above belongs to it.
+        """
+        text, match = self.text, _PLAIN.match(self.text, self.at)
+        if match and text[match.end()] != ":":
+            return self.plain(match, n)
+        start = self.at = match.start(1) if match else _BLANKS.match(text, self.at).end()
+        kind = text[start]
+        if match:
+            self.at = match.end()
+        elif kind in "\n#":
+            return self.below(n, out)
+        elif kind in "|>":
+            return self.block_scalar(n)
+        elif kind == "&":
+            return self.anchored(n, out, may_be_key, anchored)
+        else:
+            value = self.content(n + 1)
+        if match or _COLON.match(text, self.at):
+            if may_be_key:
+                return _IS_KEY
+            raise self.colon_inside()
+        if kind == "*" and (anchored or not _LINE_END.match(text, self.at)):
+            raise self.star(start)
+        self.next_line()
+        return value
+
+    def anchored(self, n, out, may_be_key, twice):
+        """A node with an anchor before it, or above it."""
+        start, anchor = self.at, self.anchor()
+        below = self.text[self.at] in "\n#"
+        if not below and may_be_key and self.is_indicator(":"):
+            return _IS_KEY
+        value = self.below(n, out, True) if below else self.inline(n, out, may_be_key)
+        if value is not _IS_KEY:
+            if twice:
+                raise self.error(start, "a value has one anchor; another stands above")
+            self.define(anchor, value)
+        return value
+
+    def collection(self, value):
+        """A list or mapping whose dashes or keys are in the column self.indent (8.2)."""
+        start, indent, is_list, notes = self.at, self.indent, isinstance(value, list), {}
+        self.enter()
+        while self.indent == indent and not self.tabbed:
+            if not is_list:
+                self.block_pair(indent, value, notes)
+            elif not self.is_indicator("-"):
+                break
+            else:
+                value.append(self.entry(indent))
+                notes[len(value)] = self.note
+        if self.indent > indent or self.tabbed and self.indent == indent:
+            raise self.misplaced()
+        return self.complete(start, value, notes)
+
+    def block_pair(self, indent, mapping, notes):
+        start, text = self.at, self.text
+        if text[start] != "?" or not self.is_indicator("?"):
+            key, colon = (self.atom(0, _PLAIN), self.note), _COLON.match(text, self.at)
+            if not colon:
+                raise self.error(start, f'"{self.shown(start)}" stands where "key: value" is needed')
+            self.at = colon.end() - 1
+            self.refuse_long_key(start)
+            self.at += 1
+            value = self.inline(indent, True)
+        else:
+            key, value = (self.entry(indent, True), self.note), None
+            if self.indent == indent and not self.tabbed and self.is_indicator(":"):
+                value = self.entry(indent, True)
+            else:
+                self.nothing()
+        self.store(mapping, notes, start, key, value)
+
+
+# ==== 3 cron (pure) ===============================================================================
+# What a schedule means. In a zone it is one set of instants, its slots, and every question about it
+# is answered from that set. Fields, days and changes of clocks are those of Debian's cron(8): a
+# fixed time in a gap comes right after it, one that comes twice counts once. An expression means
+# what it says here, or is refused in words; nothing is guessed. Inside, an instant is an integer of
+# UTC seconds; a nominal time is what a local clock should read, in seconds since 1970-01-01 00:00
+# on that clock; a set of small numbers is an integer with a bit for each.
+
+class CronError(RoexecError, ValueError):
+    """An expression, or an instant without a zone, that is refused: where, what, what to write."""
+
+
+# Sets of small numbers: the least of them from `low` on, or the greatest up to `high`; else -1.
+
+def _least(numbers, low):
+    rest = numbers >> low
+    return low + (rest & -rest).bit_length() - 1 if rest else -1
+
+
+def _greatest(numbers, high):
+    return (numbers & (1 << high + 1) - 1).bit_length() - 1
+
+
+def _span(low, high, step=1):
+    if step == 1:
+        return (2 << high) - (1 << low)
+    return sum(1 << number for number in range(low, high + 1, step))
+
+
+def _members(numbers):
+    return [number for number in range(numbers.bit_length()) if numbers >> number & 1]
+
+
+def _runs(numbers, show, to):
+    """The texts of a list of numbers in which consecutive ones are one text: 1-3, 5."""
+    groups = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[show(number) for _, number in group] for _, group in groups]
+    return [run[0] if len(run) == 1 else run[0] + to + run[-1] for run in runs]
+
+
+# Fields: each is (name, least, largest, largest of H, names). It stands for a set of numbers, a day
+# field also for rules: ("last", 3, 0) is 3 days before the last of the month, ("workday", 15, 0)
+# the one nearest to the 15th (0: the last), ("weekday", 1, 2) the second Monday (0: the last).
+
+_MONTHS = ("January February March April May June July August September October November "
+           "December").split()
+_WEEKDAYS = "Sunday Monday Tuesday Wednesday Thursday Friday Saturday".split()
+_FIELDS = (("second", 0, 59, 59, ()), ("minute", 0, 59, 59, ()), ("hour", 0, 23, 23, ()),
+           ("day of month", 1, 31, 28, ()),
+           ("month", 1, 12, 12, [name[:3].upper() for name in _MONTHS]),
+           ("day of week", 0, 7, 6, [name[:3].upper() for name in _WEEKDAYS]))
+_ITEM = Pattern(r"(?:\*|([a-z]{3}|[0-9]+)(?:-([a-z]{3}|[0-9]+))?)(?:/([0-9]+))?", "i")
+_HASH = Pattern(r"H(?:\(([0-9]+)-([0-9]+)\))?(?:/([0-9]+))?", "i")
+_RULES = {"day of month": Pattern(r"L(?:-([0-9]+))?|(L|[0-9]+)W", "i"),
+          "day of week": Pattern(r"([a-z]{3}|[0-9]+)(?:L|\#([0-9]+))", "i")}
+
+
+def _read_field(text, field, seed):
+    """The set of numbers and the list of rules of a field."""
+    if text == "*" or text == "?" and field[0].startswith("day"):
+        return _span(field[1], field[2]), []
+    numbers, rules = 0, []
+    for item in text.split(","):
+        found = _ITEM.fullmatch(item)
+        if found:
+            numbers |= _numbers(item, field, *found.groups())
+        elif item[:1].upper() == "H":
+            numbers |= _hashed(item, field, seed)
+        else:
+            rules.append(_rule(item, field))
+    return numbers, rules
+
+
+def _numbers(item, field, first, last, step):
+    """The numbers of `5`, `mon`, `1-5` or `*`, with or without a step."""
+    low = high = _number(first, field) if first else field[1]
+    if last:
+        high = 7 if low and last.upper() == "SUN" else _number(last, field)
+    elif step or not first:
+        high = field[2]
+    step = _within(step, 1, field[2], "the step ") if step else 1
+    if high < low:
+        restart = 1 if field[2] == 7 else field[1]          # after 7, which is Sunday
+        numbers = [*range(low, field[2] + 1), *range(restart, high + 1)][::step]
+        raise ValueError(f"{item} runs backwards; write {','.join(_runs(numbers, str, '-'))}")
+    return _span(low, high, step)
+
+
+def _number(token, field):
+    """The number of `5`, `mon` or `MAR`."""
+    if token.isdigit():
+        return _within(token, field[1], field[2])
+    if token.upper() not in field[4]:
+        raise _puzzled(token, field)
+    return field[1] + field[4].index(token.upper())
+
+
+def _within(digits, least, largest, what=""):
+    if len(digits) > 2 or not least <= int(digits) <= largest:
+        raise ValueError(f"{what}{digits} is outside {least}-{largest}")
+    return int(digits)
+
+
+def _hashed(item, field, seed):
+    """The numbers of `H`, `H/15` or `H(0-29)`, which the seed chooses."""
+    found = _HASH.fullmatch(item)
+    if not found:
+        raise _puzzled(item, field)
+    if not seed:
+        raise ValueError("H is chosen by the id of a job, and there is none")
+    name, low, largest, high, _ = field
+    if found[1]:
+        low = _within(found[1], low, high)
+        high = _within(found[2], low, high)
+    size = high - low + 1
+    step = _within(found[3], 1, largest, "the step ") if found[3] else size
+    digest = hashlib.blake2b((seed + name).encode(), digest_size=8).digest()
+    return _span(low + int.from_bytes(digest, "big") % size % step, high, step)
+
+
+def _rule(item, field):
+    """The rule of `L`, `L-3`, `LW`, `15W`, `5L` or `mon#2`."""
+    found = field[0] in _RULES and _RULES[field[0]].fullmatch(item)
+    if not found:
+        raise _puzzled(item, field)
+    first, second = found.groups()
+    if field[0] == "day of week":
+        week = _within(second, 1, 5, f"{first}#") if second else 0
+        return "weekday", _number(first, field) % 7, week
+    if second:
+        return "workday", 0 if second in "Ll" else _number(second, field), 0
+    return "last", _within(first, 1, 30, "L-") if first else 0, 0
+
+
+def _day_of(rule, length, first):
+    """The day, as a set, that a rule means in a month of that length whose 1st is a `first`."""
+    kind, number, week = rule
+    if kind == "last":
+        day = length - number
+    elif kind == "weekday":
+        day = 1 + (number - first) % 7
+        day += (week - 1 if week else (length - day) // 7) * 7
+    else:
+        day = number or length
+        if day <= length:
+            saturday, sunday = -1 if day > 1 else 2, 1 if day < length else -2
+            day += {6: saturday, 0: sunday}.get((first + day - 1) % 7, 0)
+    return 1 << day if 0 < day <= length else 0
+
+
+def _puzzled(item, field):
+    """The refusal of an item that means nothing in its field."""
+    _, least, largest, _, names = field
+    hint = f"{least}-{largest}" + (f" or {names[0]}-{names[-1]}".lower() if names else "")
+    hint = f"a number {hint}, a list 1,3, a range 1-5, or a step */2"
+    if item[:3].upper() in names:
+        hint = item[:3].lower()
+    return ValueError(f'"{item}" is not understood; write {hint}')
+
+
+# Nominal times.
+
+_LENGTHS = [(31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31) for leap in (0, 1)]
+_WEEKS = sum(1 << day for day in range(1, 366 + 7, 7))      # the first of each seven days of a year
+
+
+class _Times:
+    """The nominal times that six fields stand for, seconds first."""
+
+    def __init__(self, fields, seed):
+        sets = []
+        for text, field in zip(fields, _FIELDS):
+            try:
+                sets.append(_read_field(text, field, seed))
+            except ValueError as error:
+                raise ValueError(f"{field[0]}: {error}") from None
+        (self.seconds, _), (self.minutes, _), (self.hours, _) = sets[:3]
+        (self.dates, self.date_rules), (self.months, _), (weekdays, self.weekday_rules) = sets[3:]
+        self.weekdays = (weekdays | weekdays >> 7) & 127            # 7 is Sunday, as 0 is
+        self.fixed = fields[1][0] != "*" and fields[2][0] != "*"
+        # cron(8): both day fields must match if one of them begins with a star, else either may.
+        self.both = fields[3][0] in "*?" or fields[5][0] in "*?"
+        self.years = {}                 # the results of `days`
+        # A date up to the 28th meets every weekday sooner or later.
+        if not (self.dates & _span(1, 28) and (self.weekdays or not self.both)
+                or any(self.days(leap, first) for leap in (False, True) for first in range(7))):
+            raise ValueError("a day that never comes")
+
+    def nearest(self, local, step):
+        """The nearest of the times that is not before `local` (step 1), or not after it (-1)."""
+        seek, edge = (_least, 0) if step > 0 else (_greatest, 366)
+        year, _, _, hour, minute, second, _, day, _ = time.gmtime(local)
+        eve = local // 86400 - day              # the day before the year, counted from 1970
+        days = self.days(calendar.isleap(year), (eve + 5) % 7)      # 1970-01-01: Thursday, 4
+        today = days >> day & 1
+        if today and self.hours >> hour & 1:
+            if self.minutes >> minute & 1:
+                found = seek(self.seconds, second)
+                if found >= 0:
+                    return local - second + found
+            found = seek(self.minutes, minute + step)
+            if found >= 0:
+                return local - second + (found - minute) * 60 + seek(self.seconds, edge)
+        hour = seek(self.hours, hour + step) if today else -1
+        if hour < 0:
+            hour, day = seek(self.hours, edge), seek(days, day + step)
+        while day < 0:
+            eve += 365 + calendar.isleap(year) if step > 0 else -365 - calendar.isleap(year - 1)
+            year += step
+            day = seek(self.days(calendar.isleap(year), (eve + 5) % 7), edge)
+        return ((eve + day) * 1440 + hour * 60 + seek(self.minutes, edge)) * 60 + seek(
+            self.seconds, edge)
+
+    def days(self, leap, first):
+        """The days with times of a year whose 1 January, day 1, is the weekday `first`."""
+        if (leap, first) in self.years:
+            return self.years[leap, first]
+        months = dates = eve = 0
+        weekdays = (self.weekdays * 129 >> first & 127) * _WEEKS
+        for month, length in enumerate(_LENGTHS[leap], 1):
+            if self.months >> month & 1:
+                days = (2 << length) - 2
+                months |= days << eve
+                dates |= (self.dates & days) << eve
+                for rule in self.date_rules:
+                    dates |= _day_of(rule, length, (first + eve) % 7) << eve
+                for rule in self.weekday_rules:
+                    weekdays |= _day_of(rule, length, (first + eve) % 7) << eve
+            eve += length
+        days = months & (dates & weekdays if self.both else dates | weekdays)
+        return self.years.setdefault((leap, first), days)
+
+
+# Changes of clocks. They are looked for in chunks of 2**18 seconds, 3 days: no zone has ever
+# changed its clocks twice within that (Freetown 1939: 4 days), so a chunk has one change at most.
+
+_CHUNK = 18
+_LARGEST_SHIFT = 3 * 3600                       # a larger change is a correction: cron(8)
+
+
+def _change_near(chunk, zone):
+    """(instant, offset before, offset after) of a change in the chunk, or an instant before it."""
+    low = (chunk << _CHUNK) - _LARGEST_SHIFT - 1    # the end of an earlier fold may be in the chunk
+    high = (chunk + 1 << _CHUNK) - 1
+    before, after = _offset(low, zone), _offset(high, zone)
+    while before != after and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _offset(middle, zone) == before else (low, middle)
+    return low if before == after else high, before, after
+
+
+def _offset(second, zone):
+    """Seconds that local time is ahead of UTC."""
+    offset = datetime.datetime.fromtimestamp(second, zone).utcoffset()
+    return offset.days * 86400 + offset.seconds
+
+
+# Schedules.
+
+_MACROS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 * *",
+           "@weekly": "0 0 * * 0", "@daily": "0 0 * * *", "@midnight": "0 0 * * *",
+           "@hourly": "0 * * * *"}
+_HORIZON = 60 * 366 * 86400
+_FIRST, _LAST = -62135164800, 253401868800      # a few days within the years 1 and 9999 of datetime
+_SAMPLE = 1735689600                            # 2025: what fires at all, fires within 60 years
+_NEAR = 2 * 86400                               # two offsets differ by less
+
+
+class Cron:
+    """The slots of an expression: cron fields, a macro, `@every 90s` or `@reboot`.
+
+    `seed` (the id of the job) chooses the numbers of `H`. `zone` is the tzinfo of `CRON_TZ=`, else
+    None; it beats those passed in. `@reboot` has no slots, but `reboot`. Raises CronError.
+    """
+    __slots__ = ("expression", "zone", "reboot", "_period", "_times", "_known")
+
+    def __init__(self, expression, seed=""):
+        self.expression, self.zone, self._period, self._times = expression, None, None, None
+        self._known = None, None, 0, 0, 0       # chunk, zone, change: those last asked for
+        words = expression.split()
+        try:
+            if words and words[0].startswith("CRON_TZ="):
+                self.zone = get_zone(words.pop(0)[len("CRON_TZ="):])
+            self.reboot = words == ["@reboot"]
+            if words and words[0] == "@every":
+                self._period = _period(" ".join(words[1:]))
+            elif not self.reboot:
+                self._times = _Times(_six_fields(words), seed)
+        except ValueError as error:
+            problem, semicolon, hint = str(error).partition("; ")
+            raise CronError(printable(f'{problem} in "{expression}"{semicolon}{hint}')) from None
+
+    # Over aware datetimes; answers bear the tzinfo of the (first) argument.
+    def next(self, after):
+        """The first slot after an aware datetime; None if there is none within 60 years."""
+        return _local(self.next_slot(_seconds(after), after.tzinfo), after.tzinfo)
+
+    def previous(self, before):
+        """The last slot before an aware datetime; None if there is none within 60 years."""
+        return _local(self.previous_slot(_seconds(before, up=True), before.tzinfo), before.tzinfo)
+
+    def between(self, start, end):
+        """The slots from one aware datetime on and before another, one after the other."""
+        for slot in self.slots(_seconds(start, up=True), _seconds(end, up=True), start.tzinfo):
+            yield _local(slot, start.tzinfo)
+
+    def matches(self, instant):
+        """Whether an aware datetime is a slot."""
+        return _seconds(instant) == self.next_slot(_seconds(instant, up=True) - 1, instant.tzinfo)
+
+    def describe(self):
+        """What a person would say: `at 02:00 on weekdays`."""
+        words = self.expression.split()
+        text = "at boot" if self.reboot else f"every {words[-1]}"
+        if self._times:
+            text, days = _clock(self._times), _days(self._times)
+            text += f" {days}" if days else " every day" * text[3].isdigit()
+        return text + f" ({words[0][len('CRON_TZ='):]})" * bool(self.zone)
+
+    # Over UTC seconds, in a zone, which is a tzinfo.
+    def next_slot(self, after, zone):
+        """The first slot after `after`; None if there is none within 60 years."""
+        if self._times is None:
+            return self._period and (after // self._period + 1) * self._period
+        zone, second = self.zone or zone, max(after + 1, _FIRST)
+        limit = min(after + _HORIZON, _LAST)
+        while second <= limit:
+            begin, end, offset, floor = self._stretch(second, zone)
+            local = floor if second == begin else max(floor, second + offset)
+            slot = max(begin, self._times.nearest(local, 1) - offset)
+            if slot < end:
+                return slot if slot <= limit else None
+            second = end if end - second < _NEAR else max(end, slot - _NEAR)
+        return None
+
+    def previous_slot(self, before, zone):
+        """The last slot before `before`; None if there is none within 60 years."""
+        if self._times is None:
+            return self._period and (before - 1) // self._period * self._period
+        zone, second = self.zone or zone, min(before - 1, _LAST)
+        limit = max(before - _HORIZON, _FIRST)
+        while second >= limit:
+            begin, _, offset, floor = self._stretch(second, zone)
+            local = self._times.nearest(second + offset, -1)
+            slot = max(begin, local - offset)
+            if local >= floor:
+                return slot if slot >= limit else None
+            second = begin - 1 if second - begin < _NEAR else min(begin, local - offset + _NEAR) - 1
+        return None
+
+    def slots(self, start, end, zone):
+        """The slots with start <= slot < end, one after the other."""
+        slot = self.next_slot(start - 1, zone)
+        while slot is not None and slot < end:
+            yield slot
+            slot = self.next_slot(slot, zone)
+
+    def moved(self, slot, zone):
+        """The first local time, `02:30`, of those that a gap has moved to this slot; else None."""
+        if self._times is None:
+            return None
+        begin, _, offset, floor = self._stretch(slot, self.zone or zone)
+        local = self._times.nearest(floor, 1)
+        if slot != begin or local >= begin + offset:
+            return None
+        return time.strftime("%H:%M:%S", time.gmtime(local)).removesuffix(":00")
+
+    def fires_in(self, zone):
+        """Whether it ever fires in that zone: a gap can swallow each time of `*/5 2 * 3 sun#2`."""
+        return self.reboot or self.next_slot(_SAMPLE, zone) is not None
+
+    def _stretch(self, second, zone):
+        """(begin, end, offset, floor) of a time around `second` without a change of clocks.
+
+        Its slots are the nominal times from `floor` on and before end + offset, less the offset,
+        but not before `begin`, to which a gap moves its times.
+        """
+        chunk, known = second >> _CHUNK, self._known
+        if known[0] != chunk or known[1] is not zone:
+            known = self._known = (chunk, zone, *_change_near(chunk, zone))
+        _, _, change, before, after = known
+        begin = chunk << _CHUNK
+        if second < change:
+            return begin, change, before, begin + before
+        end = begin + (1 << _CHUNK)
+        begin = max(begin, change)
+        floor = begin + after
+        if self._times.fixed and abs(after - before) <= _LARGEST_SHIFT:
+            # After a gap its times are still to come; after a fold they have been.
+            floor = change + before if begin == change else max(floor, change + before)
+        return begin, end, after, floor
+
+
+def _period(written):
+    period = parse_duration(written)
+    if written[-1] not in "smhd" or isinstance(period, float) or not 1 <= period <= 366 * 86400:
+        raise ValueError(f"@every: {written} is not 1s to 366d in whole seconds and with a unit")
+    return period
+
+
+def _six_fields(words):
+    """The fields, seconds first, of the words of an expression or of a macro."""
+    if words[:1] and words[0].startswith("@"):
+        if words[0] not in _MACROS or words[1:]:
+            raise ValueError(f'"{" ".join(words)}" is no macro'
+                             + nearest(words[0], [*_MACROS, "@reboot", "@every"]))
+        words = _MACROS[words[0]].split()
+    if len(words) == 5:
+        return ["0", *words]
+    if len(words) != 6:
+        raise ValueError(f"{len(words)} field{'s' * (len(words) != 1)}; write five: minute, hour, "
+                         "day of month, month, day of week; or six, with seconds first")
+    if "?" in words[3:6:2] and re.search(r"(?<![#/0-9])[0-9]", words[5]):
+        raise ValueError(f"day of week: {words[5]} beside ? may count from 0 or from 1; write "
+                         "names, such as mon-fri")
+    return words
+
+
+def _seconds(instant, up=False):
+    """The whole UTC seconds of an aware datetime, the next ones if `up`."""
+    if instant.tzinfo is None:
+        raise CronError(f"{instant.isoformat()} has no time zone; pass an aware datetime")
+    fraction = instant.microsecond
+    return round(instant.timestamp() - fraction / 1e6) + (up and fraction > 0)
+
+
+def _local(slot, zone):
+    return None if slot is None else datetime.datetime.fromtimestamp(slot, zone)
+
+
+# Sentences.
+
+def _clock(times):
+    """`at 02:00 and 14:00`, `every 15 minutes from 09:00 to 17:45`, `at minute 5 of every hour`."""
+    seconds, minutes, hours = map(_members, (times.seconds, times.minutes, times.hours))
+    each_hour, scattered = len(minutes) * len(seconds), len(_runs(hours, str, "")) > 1
+    few = each_hour * len(hours) <= 4 or each_hour == 1 and scattered
+    if few and not (len(hours) > 2 and _step(hours, 24)):
+        return "at " + _listed([f"{hour:02}:{minute:02}" + f":{second:02}" * (seconds != [0])
+                                for hour in hours for minute in minutes for second in seconds])
+    parts = []
+    units = (seconds, 60, "second"), (minutes, 60, "minute"), (hours, 24, "hour")
+    for numbers, size, unit in units:
+        step, runs = _step(numbers, size), _runs(numbers, str, " to ")
+        if step == 1:
+            parts.append(f"every {unit}" if not parts else
+                         f"of every {unit}" * parts[-1].startswith("at"))
+        elif 1 < step < size:
+            parts.append(f"of every {_ordinal(step)} {unit}" if parts else f"every {step} {unit}s")
+        elif unit == "hour" and len(runs) == 1:
+            parts.append("every hour " * (not parts) + f"from {hours[0]:02}:{minutes[0]:02} "
+                         f"to {hours[-1]:02}:{minutes[-1]:02}")
+        elif parts or numbers != [0]:
+            parts.append(f"at {unit}{'s' * (len(numbers) > 1)} {_listed(runs)}")
+    return " ".join(filter(None, parts))
+
+
+def _step(numbers, size):
+    step = size // len(numbers)
+    return step if numbers == [*range(0, size, step)] else 0
+
+
+def _days(times):
+    """`on weekdays`, `on the 1st and 15th of January`; empty for every day."""
+    months = _listed(_runs(_members(times.months), lambda month: _MONTHS[month - 1], " to "))
+    of, within = f" of {months}", f" in {months}"
+    if times.months == _span(1, 12):
+        of, within = " of the month", ""
+    every_date, every_weekday = times.dates == _span(1, 31), times.weekdays == _span(0, 6)
+    if every_date and every_weekday or not times.both and (every_date or every_weekday):
+        return within and "every day" + within
+    dates = _runs(_members(times.dates), _ordinal, " to ") + [*map(_spoken, times.date_rules)]
+    dates = f"the {_listed(dates)}{of}"
+    weekdays = _runs(sorted((day - 1) % 7 for day in _members(times.weekdays)),
+                     lambda day: _WEEKDAYS[(day + 1) % 7] + "s", " to ")
+    weekdays = {"Mondays to Fridays": ["weekdays"], "Saturdays to Sundays": ["weekends"]}.get(
+        "".join(weekdays), weekdays) + [f"the {_spoken(rule)}" for rule in times.weekday_rules]
+    weekdays = _listed(weekdays) + (of if times.weekday_rules else within)
+    if every_date or every_weekday:
+        return f"on {weekdays if every_date else dates}"
+    return f"on {weekdays} that are {dates}" if times.both else f"on {dates} and on {weekdays}"
+
+
+def _spoken(rule):
+    kind, number, week = rule
+    if kind == "weekday":
+        return f"{_ordinal(week) if week else 'last'} {_WEEKDAYS[number]}"
+    if kind == "last":
+        return f"{_ordinal(number + 1)}-last day" if number else "last day"
+    return f"weekday nearest the {_ordinal(number)}" if number else "last weekday"
+
+
+def _listed(texts):
+    """`a, b, c and d`, shortened where they are many."""
+    texts = texts if len(texts) < 8 else [*texts[:2], "…", texts[-1]]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+
+
+def _ordinal(number):
+    return str(number) + {1: "st", 2: "nd", 3: "rd"}.get(number % 10 * (number // 10 != 1), "th")
+
+
+# ==== 4 jobs (pure) ===============================================================================
+# What jobs and configurations are: read from texts or mappings, checked, immutable from then on.
+# All that is accepted is honoured. What is not is a Problem that says where it stands, what is
+# wrong and what to write instead; all problems of a file are reported together.
+#
+# A table of KEYS describes each mapping. A key's reader makes the value of the spec (which is what
+# is stored and shown: as written, with the file's defaults folded in) or raises ValueError; its
+# maker turns the spec's value into the attribute. So a new key is one line.
+#
+# A text is read once for its values alone; a second time, with the position and the source text of
+# each, only if something was wrong, or a number stands where the text as written is wanted.
+
+HOOKS = ("pre_run", "on_retry", "on_success", "on_failure", "post_run", "on_missed")
+_HOOK_NAMES = (*HOOKS, "on_finish")                     # on_finish is another name of post_run
+_HOOK_KEYS = ("hooks", "notify", *_HOOK_NAMES)          # the keys of a job that are about hooks
+_MERGED = ("env", "params", "hooks", "limits", "log", "history")    # key by key, not as a whole
+_NO_DEFAULT = dict.fromkeys(("id", "name", "command", "pipeline", "schedule"),
+                            '"{}" is not possible in defaults; write it in each job')
+_OTHER_WORDS = {"cron": "schedule", "environment": "env", "cmd": "command", "script": "command",
+                "cwd": "directory", "workdir": "directory", "tz": "timezone"}
+_MEANT = {"true": "true", "yes": "true", "on": "true", "y": "true",
+          "false": "false", "no": "false", "off": "false", "n": "false"}
+_RESERVED_IDS = ("latest", "all", "export")             # words of the command line
+_MOST = 1_000_000
+
+_ID = Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NOT_IN_IDS = Pattern(r"[^A-Za-z0-9._-]+")
+_VARIABLE = Pattern(r"[^=\s\0\ud800-\udfff]+")
+_NO_TEXT = Pattern(r"[\0\ud800-\udfff]")
+_NO_LINE = Pattern(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")
+_EXPANSION = Pattern(r"(?<![\w$])\$[A-Za-z_]\w*|(?<!\$)\$\{[A-Za-z_]\w*\}", "a")
+_NUMERIC = Pattern(r"-?[0-9]+(?:\.[0-9]+)?")
+_TIME_OF_DAY = Pattern(r"\d{1,2}:\d\d(?::\d\d)?")
+_UMASK = Pattern(r"0?[0-7]{3}")
+_HOST_NAME = Pattern(r"\w(?:[\w.-]*[\w.])?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:.]+(?:%\w+)?", "a")
+
+
+def valid_id(text):
+    """Whether a text can be the id of a job."""
+    return _ID.fullmatch(text) is not None and text not in _RESERVED_IDS
+
+
+# Problems, and where they stand.
+
+class Problem(Value):
+    """One thing that is wrong: file, line and column (None if unknown), path of keys, message."""
+    __slots__ = ("file", "line", "column", "path", "message")
+
+    def __str__(self):
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return ": ".join(filter(None, (place, self.path, self.message)))
+
+
+class Invalid(RoexecError):
+    """Something with `problems`, which are all that it has; its text has one a line."""
+
+    def __init__(self, problems):
+        super().__init__("\n".join(printable(str(problem)) for problem in problems))
+        self.problems = problems
+
+
+class _Again(Exception):
+    """The pass without notes met something that needs them."""
+
+
+class _Reading:
+    """One pass. `notes`: True with notes, False where a pass with them can follow, else None."""
+    __slots__ = ("file", "folder", "notes", "problems", "warnings")
+
+    def __init__(self, file, folder, notes):
+        self.file, self.folder, self.notes = file, folder, notes
+        self.problems, self.warnings = [], []
+
+
+class _Place:
+    """Where a value stands: the path of keys to it, and its note where there is one."""
+    __slots__ = ("reading", "path", "note")
+
+    def __init__(self, reading, path, note):
+        self.reading, self.path, self.note = reading, path, note
+
+    def item(self, key, name=None):
+        """The place of an item of the list or mapping here; items of lists have the list's path."""
+        note, path = self.note, self.path
+        if note is not None:
+            note = note.items[key] if type(note.items) is list else note.items.get(key)
+        if name is not None:
+            path = f"{path}.{name}" if path else name
+        return _Place(self.reading, path, note)
+
+    def key(self, key, path=""):
+        """The place of a key itself, whose problems name it and so need no path."""
+        return _Place(self.reading, path, self.note and self.note.keys.get(key))
+
+    def read(self, reader, value):
+        """What a reader makes of the value here; None if it raises ValueError, which is noted."""
+        try:
+            return reader(value, self)
+        except ValueError as error:
+            self.problem(str(error))
+            return None
+
+    def problem(self, message):
+        self.reading.problems.append(self._problem(self.path, message))
+
+    def warn(self, name, message):
+        self.reading.warnings.append(self._problem(name, message))
+
+    def _problem(self, path, message):
+        if self.reading.notes is False:
+            raise _Again
+        note = self.note if self.reading.notes else None
+        return Problem(file=self.reading.file, line=note and note.line,
+                       column=note and note.column, path=path, message=message)
+
+    def written(self, value):
+        """The text of a scalar as it stands in the file."""
+        if isinstance(value, str):
+            return value
+        if self.note is not None:
+            return self.note.text
+        if self.reading.notes is False:
+            raise _Again
+        if isinstance(value, float):
+            raise ValueError(f"{value} may have been written otherwise; put it in quotes")
+        return json.dumps(value)
+
+    def shown(self, value):
+        """A value as errors quote it."""
+        if isinstance(value, (dict, list)):
+            return "a mapping" if isinstance(value, dict) else "a list"
+        if isinstance(value, str):
+            return f'"{value}"' if len(value) <= 200 else f'"{value[:200]}…"'
+        return (self.note.text or "nothing") if self.note else json.dumps(value)
+
+    def unwanted(self, value, wanted):
+        return ValueError(f"{self.shown(value)} stands where {wanted} is wanted")
+
+
+def _known(value, place, names, later, what):
+    """(name, value, place, key) of each key of a mapping; one not in `names` is a problem.
+
+    The name has underscores, the key is as it is. `later` are names not yet supported.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f'{place.shown(value)} stands where "key: value" lines are wanted '
+                         f"({', '.join(names)})")
+    seen = set()
+    for key, item in value.items():
+        written = key if type(key) is str else place.key(key).written(key)
+        name = written.replace("-", "_")
+        if name in later:
+            place.key(key).problem(f'"{name}" is not supported yet')
+        elif name not in names:
+            place.key(key).problem(_unknown(written, names, later, what))
+        elif name in seen:
+            place.key(key).problem(f'"{name}" is written twice, with "-" and with "_"; remove one')
+        else:
+            seen.add(name)
+            yield name, item, place.item(key, name), key
+
+
+def _unknown(written, names, later, what):
+    other = _OTHER_WORDS.get(written)
+    hint = f'; did you mean "{other}"?' if other in names else nearest(written, [*names, *later])
+    if not hint and len(names) < 10:
+        hint = f"; it may have {', '.join(names)}"
+    return f'unknown key "{written}" in {what}{hint}'
+
+
+# Readers: (value, place) -> the value of the spec, or a ValueError for that place.
+
+def _text(value, place):
+    if value is None or isinstance(value, (dict, list)):
+        raise place.unwanted(value, "a text")
+    text = place.written(value)
+    if _NO_TEXT.search(text):
+        raise ValueError("a text cannot contain a NUL character or half of a surrogate pair")
+    return text
+
+
+def _line(value, place):
+    text = _text(value, place)
+    if not text.strip() or _NO_LINE.search(text):
+        raise ValueError("write some text on one line")
+    return text
+
+
+def _id(value, place):
+    text = _text(value, place)
+    if text in _RESERVED_IDS:
+        raise ValueError(f'"{text}" is reserved; choose another id')
+    if not valid_id(text):
+        near = _NOT_IN_IDS.sub("-", text).strip("._-")[:64]
+        raise ValueError(f'"{text}" cannot be an id; an id is a letter or digit, then up to 63 '
+                         'letters, digits, ".", "_" or "-", for example '
+                         f'"{near if valid_id(near) else "backup-db"}"')
+    return text
+
+
+def _list_of(reader):
+    """A reader of one such value, or of a list of them."""
+    def read(value, place):
+        return _items(reader, value, place) if isinstance(value, list) else reader(value, place)
+    return read
+
+
+def _items(reader, values, place):
+    return [place.item(index).read(reader, value) for index, value in enumerate(values)]
+
+
+def _one_of(*words, later=()):
+    def read(value, place):
+        if isinstance(value, str) and value in words:
+            return value
+        if value in later:
+            raise ValueError(f'"{value}" is not supported yet')
+        near = nearest(value, words) if isinstance(value, str) else ""
+        raise ValueError(f"{place.shown(value)} is none of {', '.join(words)}{near}")
+    return read
+
+
+def _switch(value, place, wanted="true or false"):
+    if isinstance(value, bool):
+        return value
+    meant = _MEANT.get(value.lower()) if isinstance(value, str) else None
+    if meant:
+        raise ValueError(f'"{value}" is a text here (as YAML 1.2 has it); write {meant}'
+                         + (" without quotes" if value.lower() == meant else ""))
+    raise place.unwanted(value, wanted)
+
+
+def _number_from(low, high, kinds=(int,)):
+    def read(value, place):
+        if type(value) in kinds and low <= value <= high:
+            return value
+        if isinstance(value, str) and _NUMERIC.fullmatch(value):
+            raise ValueError(f'"{value}" is a text; write {value} without quotes')
+        kind = "a number" if float in kinds else "a whole number"
+        raise ValueError(f"{place.shown(value)} is not {kind} from {low} to {high}")
+    return read
+
+
+def _duration(value, place):
+    if value is None or isinstance(value, (dict, list)):
+        raise place.unwanted(value, "a duration")
+    parse_duration(value)
+    return value
+
+
+def _some_duration(value, place):
+    if parse_duration(_duration(value, place)) == 0:
+        raise ValueError("write a duration above 0")
+    return value
+
+
+def _command(value, place):
+    if isinstance(value, dict):
+        raise ValueError("a command is a text, or a list of program and arguments")
+    if isinstance(value, list):
+        return _words(value, place)
+    text = _text(value, place)
+    if not text.strip():
+        raise ValueError('the command is empty; to do nothing write "true" or ":"')
+    return text
+
+
+def _words(value, place):
+    if not value:
+        raise ValueError("the list is empty; write the program and its arguments")
+    if value[0] == "":
+        raise ValueError("the name of the program is empty")
+    return _items(_text, value, place)
+
+
+def _shell(value, place):
+    if isinstance(value, list):
+        return _words(value, place)
+    if isinstance(value, bool):
+        raise ValueError(f"{place.shown(value)} is not a program; to do without a shell write the "
+                         "command as a list")
+    words = _line(value, place).split()
+    if len(words) > 1:
+        raise ValueError(f"write program and options as a list: [{', '.join(words)}]")
+    return words[0]
+
+
+def _directory(value, place):
+    if value is None:
+        if place.written(value) == "~":
+            raise ValueError('~ means null in YAML; write "~" in quotes for the home folder')
+        return None
+    text = _line(value, place)
+    if text == "~" or text.startswith("~/"):
+        return text
+    if text.startswith("~"):
+        raise ValueError(f'"{text}" names another user\'s home; write the path from "/"')
+    if place.reading.folder is None and not os.path.isabs(text):
+        raise ValueError(f'"{text}" is relative to nothing; write the path from "/"')
+    return os.path.normpath(os.path.join(place.reading.folder or "/", text))
+
+
+def _path(value, place):
+    text = _line(value, place)
+    if text.startswith("~"):
+        raise ValueError(f'"{text}": the home folder depends on who reads this; '
+                         'write the path from "/"')
+    return os.path.normpath(os.path.join(place.reading.folder, text))
+
+
+def _umask(value, place):
+    if isinstance(value, str) and _UMASK.fullmatch(value):
+        return value
+    shown = place.shown(value)
+    digits = shown.replace("0o", "")
+    if type(value) is int and _UMASK.fullmatch(digits):
+        quoted = digits if digits == shown else digits.zfill(4)
+        raise ValueError(f'{shown} is read as a number; write "{quoted}" in quotes')
+    raise ValueError(f"{shown} is not a umask; write three octal digits in quotes, "
+                     'for example "022"')
+
+
+def _timezone(value, place):
+    text = _text(value, place)
+    get_zone(text)
+    return text
+
+
+def _env(value, place):
+    if isinstance(value, list):
+        raise ValueError('write "NAME: value" lines, not a list')
+    if not isinstance(value, dict):
+        raise ValueError(f'{place.shown(value)} stands where "NAME: value" lines are wanted')
+    variables = {}
+    for key, item in value.items():
+        name = key if type(key) is str else place.key(key).written(key)
+        here = place.item(key, name)
+        here.read(_variable, name)
+        if name.startswith("ROEXEC_"):
+            here.problem(f'"{name}" is set by roexec itself; choose another name')
+        if name in variables:
+            here.problem("it is written twice; remove one")
+        if item is None:
+            here.problem(f'no value; write "" for an empty one, or inherit_env: [{name}] '
+                         "for the server's")
+        else:
+            variables[name] = text = here.read(_text, item)
+            found = _EXPANSION.search(text or "")
+            if found:
+                here.warn(name, f"{found[0]} in a value of env is not expanded; write the value "
+                                "itself, or set the variable in the command")
+    return variables
+
+
+def _variable(value, place):
+    name = _text(value, place)
+    if not _VARIABLE.fullmatch(name):
+        raise ValueError(f'"{name}" cannot be the name of a variable')
+    return name
+
+
+def _inherit_env(value, place):
+    if isinstance(value, list):
+        return _items(_variable, value, place)
+    return _switch(value, place, "true, false or a list of names")
+
+
+def _bound(value, place):
+    text = _text(value, place)
+    if _TIME_OF_DAY.fullmatch(text):
+        raise ValueError(f'"{text}" is a time of day; a window is between two dates, '
+                         "put hours into the schedule")
+    parse_instant(text, fixed_zone("UTC"))
+    return text
+
+
+def _host(value, place):
+    text = _text(value, place)
+    if not _HOST_NAME.fullmatch(text):
+        raise ValueError(f'"{text}" is not a host; write an address or a name alone, '
+                         "and the port under port:")
+    return text
+
+
+# Makers: a value of the spec -> the attribute.
+
+def _several(value):
+    """A list, or one value, of which an empty text stands for none, as a tuple."""
+    return tuple(value) if isinstance(value, list) else () if value == "" else (value,)
+
+
+def _tuple(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shell_words(value):
+    return tuple(value) if isinstance(value, list) else (value, "-c")
+
+
+def _limit(value):
+    return parse_duration(value) or None
+
+
+# Records.
+
+class _Record(Value):
+    """A value made of a spec: of a mapping of some of its KEYS to what their readers returned.
+
+    KEYS is {name: (reader, maker or None, default of the attribute)}; LATER are the names of keys
+    that are not supported yet. Null in a spec is the default.
+    """
+    KEYS, LATER, NAME, MAY_BE_EMPTY = {}, (), "", False
+
+    def __init_subclass__(cls):
+        for name, (_, _, default) in cls.KEYS.items():
+            setattr(cls, name, default)
+
+    def __init__(self, spec=None):
+        keys, assign = self.KEYS, object.__setattr__
+        for name, value in (spec or {}).items():
+            if value is not None and name in keys:
+                maker = keys[name][1]
+                assign(self, name, value if maker is None else maker(value))
+
+    def __eq__(self, other):
+        return type(self) is type(other) and all(
+            getattr(self, name) == getattr(other, name) for name in self.KEYS)
+
+    __hash__ = Value.__hash__
+
+    def __repr__(self):
+        return f"{type(self).__name__}({ {name: getattr(self, name) for name in self.KEYS} })"
+
+    @classmethod
+    def read(cls, value, place):
+        """The spec of a mapping: the reader of a key that has such a record."""
+        spec, before = {}, len(place.reading.problems)
+        for name, item, there, _ in _known(value, place, cls.KEYS, cls.LATER,
+                                           cls.NAME or place.path):
+            if item is not None:
+                spec[name] = there.read(cls.KEYS[name][0], item)
+        if len(place.reading.problems) == before:
+            cls.check(spec)
+        return spec
+
+    @classmethod
+    def check(cls, spec):
+        """Raises ValueError if parts that are right in themselves do not go together."""
+        if not spec and not cls.MAY_BE_EMPTY:
+            raise ValueError(f"it is empty; write {', '.join(cls.KEYS)}, or leave it out")
+
+
+class Backoff(_Record):
+    """The seconds between two attempts: `delay`, times `factor` each time, up to `max`."""
+    KEYS = {
+        "delay": (_duration, parse_duration, 10),
+        "factor": (_number_from(1, 1000, (int, float)), None, 1),
+        "max": (_duration, parse_duration, None),
+    }
+    LATER = ("jitter",)
+
+    def __init__(self, spec=None):
+        super().__init__(spec if isinstance(spec, dict) else {"delay": spec})
+
+    @classmethod
+    def read(cls, value, place):
+        nested = isinstance(value, (dict, list))
+        return super().read(value, place) if nested else _duration(value, place)
+
+    @classmethod
+    def check(cls, spec):
+        super().check(spec)
+        backoff = cls(spec)
+        if backoff.max is not None and backoff.factor == 1:
+            raise ValueError("max means nothing without a factor; write for example factor: 2")
+        if backoff.max is not None and backoff.max < backoff.delay:
+            raise ValueError("max is less than delay")
+
+
+class RetryOn(_Record):
+    """Which failures are tried again, where not all of them are."""
+    KEYS = {
+        "exit_codes": (_list_of(_number_from(0, 255)), _several, ()),
+        "timeout": (_switch, None, False),
+        "signal": (_switch, None, False),
+    }
+    LATER = ("output",)
+
+
+class Success(_Record):
+    """What counts as success of a command."""
+    KEYS = {"exit_codes": (_list_of(_number_from(0, 255)), _several, (0,))}
+    LATER = ("output", "no_output")
+
+
+class Hook(_Record):
+    """A command at a certain point of a run; where it has a condition, only if that succeeds."""
+    KEYS = {
+        "command": (_command, _tuple, None),
+        "condition": (_command, _tuple, None),
+        "timeout": (_some_duration, parse_duration, 60),
+    }
+    LATER = ("webhook", "mail", "ping", "run")
+    NAME, MAY_BE_EMPTY = "a hook", True
+
+
+class _Window(_Record):
+    KEYS = {"start": (_bound, None, None), "end": (_bound, None, None)}
+
+    @classmethod
+    def check(cls, spec):
+        super().check(spec)
+        spans = [_window_span(spec, fixed_zone(zone)) for zone in ("-12:00", "+14:00")]
+        if None not in spans[0] and all(start > end for start, end in spans):
+            raise ValueError("it ends before it starts")
+
+
+def _window_span(window, zone):
+    """(start, end) of a window in seconds, both inclusive; None where it is open."""
+    start, end = window.get("start"), window.get("end")
+    if end is not None and len(end) == len("2025-01-01"):       # a date ends with its last second
+        last = datetime.datetime.fromisoformat(f"{end}T23:59:59")
+        end = last.replace(tzinfo=zone, fold=1).timestamp()
+    elif end is not None:
+        end = parse_instant(end, zone)
+    return None if start is None else parse_instant(start, zone), end
+
+
+# Hooks.
+
+def _read_hooks(value, place):
+    """{name: spec} of the hooks of a job in all spellings; None where null removes them all.
+
+    The spec of one is null where null removes it, or all but those that are written here.
+    """
+    hooks, removed = {}, False
+    for name, item, there, key in _written_hooks(value, place):
+        name = "post_run" if name == "on_finish" else name
+        if name is None:
+            removed = True
+        elif name in hooks:
+            key.problem(f'the hook "{name}" is written twice, in two spellings; '
+                        "make a list of them")
+        else:
+            hooks[name] = None if item is None else there.read(_hook, item)
+    if removed:
+        return {**dict.fromkeys(HOOKS), **hooks} if hooks else None
+    return {name: hooks[name] for name in HOOKS if name in hooks}
+
+
+def _written_hooks(value, place):
+    """(name, value, place, place of the key) of each; the name None where null is for all."""
+    keys = {key.replace("-", "_"): key for key in value if isinstance(key, str)}
+    for name in _HOOK_KEYS:
+        if name not in keys:
+            continue
+        item, there = value[keys[name]], place.item(keys[name], name)
+        if name not in ("hooks", "notify"):
+            yield name, item, there, place.key(keys[name])
+        elif item is None:
+            yield None, item, there, None
+        else:
+            for hook in there.read(_hook_mapping, item) or ():
+                yield hook
+
+
+def _hook_mapping(value, place):
+    return [(name, item, there, place.key(key))
+            for name, item, there, key in _known(value, place, _HOOK_NAMES, (), "hooks")]
+
+
+def _hook(value, place):
+    """The spec of a hook: its one entry, or a list of them."""
+    if not isinstance(value, list):
+        return _hook_entry(value, place, [])
+    entries = []
+    for index, item in enumerate(value):
+        there = place.item(index)
+        entries.append(there.read(lambda item, there: _hook_entry(item, there, entries), item))
+    return entries
+
+
+def _hook_entry(value, place, before):
+    if not isinstance(value, dict):
+        if before and isinstance(value, str) and value.startswith("-"):
+            raise ValueError(f'"{value}" is no command; a list here is several hooks, write '
+                             "{command: [program, argument]} for one")
+        return _command(_text(value, place), place)
+    count = len(place.reading.problems)
+    spec = Hook.read(value, place)
+    if len(place.reading.problems) == count and "command" not in spec:
+        if list(spec) != ["condition"]:
+            raise ValueError("a hook needs a command")
+        if not before:
+            raise ValueError("a condition alone belongs to the entry before it, and there is none")
+        if isinstance(before[-1], dict) and "condition" in before[-1]:
+            raise ValueError("the entry before this one has a condition already")
+    return spec
+
+
+def _make_hooks(spec):
+    return {name: _make_hook(spec[name]) for name in HOOKS if spec.get(name)}
+
+
+def _make_hook(value):
+    entries = []
+    for entry in value if isinstance(value, list) else [value]:
+        entry = entry if isinstance(entry, dict) else {"command": entry}
+        if list(entry) == ["condition"]:
+            entries[-1] = {**entries[-1], **entry}
+        else:
+            entries.append(entry)
+    return tuple(map(Hook, entries))
+
+
+# Jobs.
+
+class Job(_Record):
+    """A job, made of a spec that has been checked (job_from_mapping and read_job_file do that).
+
+    Durations are seconds; `hooks` is {name: tuple of Hooks}; a command is a str for the shell, or
+    a tuple to be executed as it is.
+    """
+    KEYS = {
+        "id": (_id, None, None),
+        "name": (_line, None, None),
+        "description": (_text, None, None),
+        "tags": (_list_of(_line), _several, ()),
+        "schedule": (_list_of(_text), _several, ()),
+        "timezone": (_timezone, None, None),
+        "window": (_Window.read, None, None),
+        "jitter": (_duration, parse_duration, 0),
+        "catch_up": (_one_of("latest", "all", "none"), None, "latest"),
+        "catch_up_window": (_duration, parse_duration, 3600),
+        "enabled": (_switch, None, True),
+        "command": (_command, _tuple, None),
+        "shell": (_shell, _shell_words, ("/bin/sh", "-c")),
+        "directory": (_directory, None, None),
+        "umask": (_umask, lambda value: int(value, 8), 0o022),
+        "stdin": (_text, None, None),
+        "env": (_env, None, {}),
+        "inherit_env": (_inherit_env, _tuple, False),
+        "timeout": (_duration, _limit, None),           # 0 is no limit
+        "total_timeout": (_duration, _limit, None),
+        "grace": (_duration, parse_duration, 10),
+        "leftovers": (_one_of("leave", "kill"), None, "leave"),
+        "if_lost": (_one_of("fail", "rerun"), None, "fail"),
+        "retries": (_number_from(0, _MOST), None, 0),
+        "backoff": (Backoff.read, Backoff, Backoff()),
+        "retry_on": (RetryOn.read, RetryOn, None),
+        "success": (Success.read, Success, Success()),
+        "condition": (_command, _tuple, None),
+        "max_concurrent": (_number_from(0, _MOST), None, 1),
+        "overlap": (_one_of("skip", "queue", "replace"), None, "skip"),
+        "priority": (_number_from(-_MOST, _MOST), None, 0),
+        "hooks": (None, _make_hooks, {}),               # _read_hooks reads them in all spellings
+    }
+    LATER = ("user", "group", "nice", "env_from", "params", "limits", "pipeline", "parallel",
+             "depends_on", "log", "history")
+    spec = _crons = None
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        object.__setattr__(self, "spec", spec)
+
+    @classmethod
+    def from_spec(cls, spec):
+        """The job of a spec that a store has kept."""
+        return cls(spec)
+
+    def __eq__(self, other):
+        return isinstance(other, Job) and self.spec == other.spec
+
+    def __hash__(self):
+        return hash(json.dumps(self.spec, sort_keys=True))
+
+    def crons(self):
+        """The Crons of its schedule, made at the first call."""
+        if self._crons is None:
+            object.__setattr__(self, "_crons",
+                               tuple(Cron(expression, self.id) for expression in self.schedule))
+        return self._crons
+
+    def zone(self, default):
+        """The tzinfo of its schedule: of its own timezone, else the default."""
+        return get_zone(self.timezone) if self.timezone else default
+
+    def window_instants(self, default_zone):
+        """(start, end) in seconds UTC, both inclusive; None where the window is open."""
+        return _window_span(self.window, self.zone(default_zone)) if self.window else (None, None)
+
+
+_JOB_NAMES = dict.fromkeys((*Job.KEYS, *_HOOK_KEYS))
+# Readers of what a command line gives as it stands; for others its text is YAML.
+_AS_TEXT = (_id, _line, _text, _command, _timezone, _directory, _umask, Job.KEYS["schedule"][0])
+
+
+def effective(job, defaults):
+    """The job with the configuration's defaults (a spec, or None) below it."""
+    return Job(_merged(defaults, job.spec)) if defaults else job
+
+
+def _merged(below, above):
+    """The spec of two, of which the second is stronger, in the order of KEYS."""
+    spec = {**below, **above}
+    for name in _MERGED:
+        if isinstance(below.get(name), dict) and isinstance(above.get(name), dict):
+            spec[name] = {**below[name], **above[name]}
+    return {name: spec[name] for name in Job.KEYS if name in spec}
+
+
+def _read_keys(value, place):
+    """The spec of the keys of a job, or of defaults."""
+    spec, hooks = {}, _read_hooks(value, place)
+    if hooks != {}:
+        spec["hooks"] = hooks
+    for name, item, there, _ in _known(value, place, _JOB_NAMES, Job.LATER, "a job"):
+        if name not in _HOOK_KEYS:
+            found = None
+            if item is not None or name == "directory":         # whose reader looks for ~
+                found = there.read(Job.KEYS[name][0], item)
+            if found is not None or item is None:
+                spec[name] = found
+    return spec
+
+
+def _read_defaults(value, place, refused=_NO_DEFAULT):
+    """The spec of defaults; `refused` has sentences about keys that cannot be among them."""
+    if not isinstance(value, dict):
+        raise ValueError(f'{place.shown(value)} stands where "key: value" lines are wanted')
+    allowed = {}
+    for key, item in value.items():
+        name = str(key).replace("-", "_")
+        if name in refused:
+            place.key(key).problem(refused[name].format(name))
+        else:
+            allowed[key] = item
+    return _merged({}, _read_keys(allowed, place))
+
+
+def _read_job(value, place, defaults, named=None):
+    """The spec of a job with a file's defaults below it; `named` is (id, place) of its key."""
+    own = _read_keys(value, place)
+    if named is not None:
+        if own.get("id") not in (None, named[0]):
+            place.item("id", "id").problem(
+                f'"{own["id"]}" stands below the id "{named[0]}"; remove one')
+        own["id"] = named[1].read(_id, named[0])
+    spec = _merged(defaults, own)
+    if spec.get("directory") is None and place.reading.folder is not None:
+        spec = _merged(spec, {"directory": place.reading.folder})
+    if all(str(key).replace("-", "_") in _JOB_NAMES for key in value):  # else it was one of those
+        _check_needed(value, place, spec, named)
+    return spec
+
+
+def _check_needed(value, place, spec, named):
+    if spec.get("id") is None and value.get("id") is None and named is None:
+        place.problem("a job needs an id; write for example id: backup")
+    if spec.get("command") is None and value.get("command") is None:
+        the_job = f'job "{spec["id"]}"' if spec.get("id") else "job"
+        place.problem(f"the {the_job} has no command; write command: and what to run")
+
+
+def _check_schedule(place, spec, zone_name):
+    """Each expression must be one of cron, with the job's id as seed, and fire in its zone."""
+    def fires(expression, _):
+        cron = Cron(expression, spec.get("id") or "job")
+        zone = cron.zone or (zone_name and get_zone(zone_name))
+        if zone and not cron.fires_in(zone):
+            raise ValueError(f'"{expression}" never fires in {zone}')
+
+    schedule = spec.get("schedule") or []
+    if None not in _several(schedule):                  # which is a problem already
+        place.item("schedule", "schedule").read(_list_of(fires), schedule)
+
+
+def check_references(job, ids):
+    """A sentence for each job that hooks of this one run and that is not among the ids."""
+    problems = []
+    for name, value in (job.spec.get("hooks") or {}).items():
+        for entry in value if isinstance(value, list) else [value]:
+            run = entry.get("run") if isinstance(entry, dict) else None
+            if run is not None and run not in ids:
+                problems.append(f'hooks.{name} of job "{job.id}" runs the job "{run}", which does '
+                                f"not exist{nearest(run, ids)}")
+    return problems
+
+
+# Job files.
+
+class JobFile(Value):
+    """What a file holds: its jobs, and as `warnings` Problems that are none of running them."""
+    __slots__ = ("jobs", "warnings")
+
+
+def read_job_file(text, file, folder, defaults=None):
+    """The JobFile of a text in YAML or JSON (str, or UTF-8 bytes).
+
+    Problems name the `file`; relative paths count from the absolute `folder`. `defaults` is the
+    spec of the configuration's, of which only the time zone matters here. Raises Invalid.
+    """
+    specs, warnings = _in_two_passes(
+        text, file, folder, lambda value, place: _read_file(value, place, defaults or {}))
+    return JobFile(jobs=[Job(spec) for spec in specs], warnings=warnings)
+
+
+def _in_two_passes(text, file, folder, reader):
+    """(what the reader makes of the value of the text, warnings); raises Invalid."""
+    try:
+        try:
+            place = _Place(_Reading(file, folder, False), "", None)
+            result = place.read(reader, read_yaml(text))
+        except _Again:
+            notes = []
+            value = read_yaml(text, notes)
+            place = _Place(_Reading(file, folder, True), "", notes[0])
+            result = place.read(reader, value)
+    except YamlError as error:
+        raise Invalid([Problem(file=file, line=error.line, column=error.column,
+                               message=error.problem)]) from None
+    if place.reading.problems:
+        raise Invalid(sorted(place.reading.problems,
+                             key=lambda problem: (problem.line or 0, problem.column or 0)))
+    return result, place.reading.warnings
+
+
+def _read_file(value, place, below):
+    """The specs of the jobs of a file: a reader of its whole value."""
+    parts, defaults, specs, lines = _parts(value, place), {}, [], {}
+    written, there = parts.get("defaults", (None, None))
+    if written is not None:
+        defaults = there.read(_read_defaults, written) or {}
+    for item, there, named in _jobs_in(parts):
+        if not isinstance(item, dict):
+            there.problem(f"{there.shown(item)} is no job; write id:, command: and so on")
+            continue
+        spec = _read_job(item, there, defaults, named)
+        _check_schedule(there, spec, {**below, **spec}.get("timezone"))
+        _check_unique(spec.get("id"), named[1] if named else there.item("id", "id"), lines)
+        specs.append(spec)
+    return specs
+
+
+def _check_unique(job_id, place, lines):
+    """`lines` is {id: line} of the jobs so far."""
+    if job_id in lines:
+        place.problem(f'"{job_id}" is taken by the job in line {lines[job_id]}')
+    elif job_id is not None:
+        lines[job_id] = place.note and place.note.line
+
+
+def _parts(value, place):
+    """{"jobs", "job" or "defaults": (value, place)} of the mapping, or mappings, of a file."""
+    if value is None:
+        raise ValueError("the file is empty; for no jobs write jobs: []")
+    mappings = [(value, place)]
+    if isinstance(value, list):
+        mappings = [(item, place.item(index)) for index, item in enumerate(value)]
+        if any(isinstance(item, dict) and _is_like_a_job(item) for item in value):
+            return {"jobs": (value, place)}
+    elif isinstance(value, dict) and _is_like_a_job(value) and "pipeline" not in value:
+        raise ValueError("this looks like a job; put it below job:, or into a list below jobs:")
+    if not mappings or not all(isinstance(item, dict) for item, _ in mappings):
+        raise ValueError(f"{place.shown(value)} is no job file; begin with jobs:")
+    parts = {}
+    for item, there in mappings:
+        _add_parts(item, there, parts)
+    if not {"jobs", "job"} & parts.keys() and not place.reading.problems:
+        raise ValueError("there are no jobs; write them below jobs:")
+    return parts
+
+
+def _is_like_a_job(value):
+    return bool({"id", "command"} & value.keys()) and not {"jobs", "job"} & value.keys()
+
+
+def _add_parts(value, place, parts):
+    if "pipeline" in value:
+        place.key("pipeline").problem('"pipeline" is not supported yet')
+        return
+    for name, item, there, key in _known(value, place, ("jobs", "job", "pipeline", "defaults"), (),
+                                         "a job file"):
+        other = "job" if name == "jobs" else "jobs"
+        if name in parts:
+            place.key(key).problem(f'"{name}" is written a second time')
+        elif name != "defaults" and other in parts:
+            place.key(key).problem(f'a file has one of jobs, job and pipeline, and "{other}" '
+                                   "stands before this")
+        else:
+            parts[name] = item, _Place(there.reading, "", there.note)
+
+
+def _jobs_in(parts):
+    """(value, place, (id, its place) where the id is a key, else None) of each job of a file."""
+    if "job" in parts:
+        yield (*parts["job"], None)
+    jobs, place = parts.get("jobs", ([], None))
+    if isinstance(jobs, dict):
+        for key, item in jobs.items():
+            there = place.key(key, "id")
+            yield item, place.item(key), (there.written(key), there)
+    elif isinstance(jobs, list):
+        for index, item in enumerate(jobs):
+            yield item, place.item(index), None
+    else:
+        place.problem("jobs is a list, or a mapping of ids to jobs; for none write jobs: []")
+
+
+# Jobs that come from no file.
+
+def job_from_mapping(value, folder, settings=()):
+    """The job of a mapping, such as a body in JSON, with settings (KEY, TEXT) of a command line.
+
+    A setting's text stands for itself where its key takes a text, else it is read as YAML. Without
+    a folder there are no relative paths. Raises Invalid; its problems name keys, not lines.
+    """
+    place, spec = _Place(_Reading("job", folder, None), "", None), None
+    if not isinstance(value, dict):
+        place.problem(f"{place.shown(value)} is no job; write id:, command: and so on")
+    else:
+        value = _with_settings(value, place, settings)
+        spec = _read_job(value, place, {})
+        _check_schedule(place, spec, spec.get("timezone"))
+    if place.reading.problems:
+        raise Invalid(place.reading.problems)
+    return Job(spec)
+
+
+def _with_settings(value, place, settings):
+    """The mapping with the settings, whose notes the place gets."""
+    place.note = types.SimpleNamespace(line=None, column=None, keys={}, items={})
+    for key, text in settings:
+        name, notes = key.replace("-", "_"), []
+        value = {other: item for other, item in value.items()
+                 if str(other).replace("-", "_") != name}
+        if name in _HOOK_NAMES or (name in Job.KEYS and Job.KEYS[name][0] in _AS_TEXT):
+            value[key] = text
+            continue
+        try:
+            value[key] = read_yaml(text, notes)
+            place.note.items[key] = notes[0]
+        except YamlError as error:
+            _Place(place.reading, name, None).problem(error.problem)
+    return value
+
+
+# Export.
+
+_UNQUOTED = Pattern(r"[A-Za-z/](?:[\w ./=+@%,-]*[\w./=+@%,-])?", "a")
+
+
+def job_to_yaml(jobs):
+    """A job file in YAML that gives the same jobs."""
+    return f"jobs:{_as_yaml([job.spec for job in jobs], '  ')}\n"
+
+
+def _as_yaml(value, indent):
+    """A value as it follows `key:` or `-`; lines of its own have this indentation."""
+    if value and isinstance(value, dict):
+        return "".join(f"\n{indent}{_scalar(key)}:{_as_yaml(item, indent + '  ')}"
+                       for key, item in value.items())
+    if value and isinstance(value, list):
+        return "".join(f"\n{indent}- {_as_yaml(item, indent + '  ').lstrip()}" for item in value)
+    if isinstance(value, str) and _fits_a_block(value):
+        lines = "".join(f"\n{indent}{line}".rstrip(" ") for line in value.splitlines())
+        return (" |" if value.endswith("\n") else " |-") + lines
+    return f" {_scalar(value)}"
+
+
+def _fits_a_block(text):
+    """Whether a text has several lines, and none that one could not see as it is."""
+    lines = text.replace("\t", " ").split("\n")
+    return (len(lines) > 1 and lines[0] != "" and not lines[0].startswith(" ")
+            and not text.endswith("\n\n")
+            and all(line.isprintable() and line == line.rstrip() for line in lines))
+
+
+def _scalar(value):
+    if not isinstance(value, str):
+        return json.dumps(value)
+    if _UNQUOTED.fullmatch(value) and value.lower() not in (*_MEANT, "null"):
+        return value
+    return json.dumps(value, ensure_ascii=not value.isprintable())
+
+
+# The configuration.
+
+class _ServerSettings(_Record):
+    KEYS = {
+        "host": (_host, None, "127.0.0.1"),
+        "port": (_number_from(0, 65535), None, 8080),
+    }
+    LATER, MAY_BE_EMPTY = ("hosts", "tls", "auth", "log", "drain"), True
+
+
+class _StoreSettings(_Record):
+    KEYS = {
+        "type": (_one_of("local", "sqlite", later=("s3",)), None, "local"),
+        "path": (_path, None, None),
+    }
+    LATER = ("bucket", "endpoint", "region", "prefix")
+
+    @classmethod
+    def read(cls, value, place):
+        if isinstance(value, str):
+            raise ValueError(f"write {{path: {value}}}")
+        return super().read(value, place)
+
+    @classmethod
+    def check(cls, spec):
+        if spec.get("type") == "sqlite" and "path" not in spec:
+            raise ValueError("type: sqlite needs path:, the database file")
+
+
+class _SchedulerSettings(_Record):
+    KEYS = {
+        "max_concurrent": (_number_from(0, _MOST), _limit, None),
+        "timezone": (_timezone, None, None),
+    }
+    MAY_BE_EMPTY = True
+
+
+def _config_defaults(value, place):
+    return _read_defaults(value, place, {**_NO_DEFAULT, "directory": (
+        "directory is not possible here, since a job of a file has that file's folder; "
+        "write it under defaults: of the file")})
+
+
+class Config(_Record):
+    """A configuration, made of a checked spec; without one, that which says nothing.
+
+    `server` has host and port; `store` type and path; `scheduler` max_concurrent and timezone;
+    `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs' defaults.
+    """
+    KEYS = {
+        "server": (_ServerSettings.read, _ServerSettings, _ServerSettings()),
+        "store": (_StoreSettings.read, _StoreSettings, _StoreSettings()),
+        "scheduler": (_SchedulerSettings.read, _SchedulerSettings, _SchedulerSettings()),
+        "jobs": (_list_of(_path), _several, ()),
+        "defaults": (_config_defaults, None, {}),
+    }
+    LATER = ("log", "history", "metrics", "mail", "vault", "clustering")
+    NAME, MAY_BE_EMPTY = "the configuration", True
+
+    @property
+    def host_was_set(self):
+        """Whether the host was written, be it as the default has it."""
+        return "host" in vars(self.server)
+
+
+def read_config(text, file, folder):
+    """The Config of a text in YAML or JSON; relative paths are from the folder. Raises Invalid."""
+    return Config(_in_two_passes(text, file, folder, lambda value, place: Config.read(
+        {} if value is None else value, place))[0])
+
+
+# ==== 5 policy (pure) =============================================================================
+# What is to be done, decided from what is known and the instant that is passed in: which slots are
+# due and what becomes of them, who gets a place, whether a failed attempt is tried again, and which
+# states a run can take. It guarantees nothing but its answers; others carry them out.
+
+STATES = {                              # a state -> the states that may follow it
+    "queued": ("running", "skipped", "cancelled", "failed", "lost"),
+    "running": ("succeeded", "failed", "timed_out", "cancelled", "lost", "skipped"),
+    "succeeded": (), "failed": (), "timed_out": (), "cancelled": (), "lost": (), "skipped": ()}
+FINAL_STATES = tuple(state for state, following in STATES.items() if not following)
+ACTIVE_STATES = ("queued", "running")
+REASONS = {                             # a state -> its reasons; nothing else is ever written
+    "skipped": ("overlap", "window", "paused", "missed", "condition", "capacity", "dependency"),
+    "failed": ("exit", "signal", "output", "start", "pre_run", "condition", "memory", "outputs",
+               "secret"),
+    "timed_out": ("timeout", "total_timeout"),
+    "cancelled": ("user", "replaced", "shutdown", "fail_fast", "parent"),
+    "lost": ("supervisor", "power")}
+
+ON_TIME = 60            # seconds; a slot seen no later than this is simply started
+MOST_CAUGHT_UP = 1000   # slots of one job
+MOST_QUEUED = 10_000    # runs
+MOST_COUNTED = 100_000  # slots of one row; beyond that the row says "more than"
+
+
+# Slots.
+
+def jitter_delay(job_id, slot, jitter):
+    """Seconds by which the start of a slot is delayed: the same on each host and at each try."""
+    if not jitter:
+        return 0
+    digest = hashlib.blake2b(f"{job_id} {slot}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % max(int(jitter), 1)
+
+
+def next_slot(job, after, zone):
+    """The least slot > `after` (UTC seconds) of all schedules of a job, or None.
+
+    `zone` is the tzinfo for a job that names none. Neither the window nor `enabled` counts here.
+    """
+    zone = job.zone(zone)
+    slots = [cron.next_slot(math.floor(after), zone) for cron in job.crons() if not cron.reboot]
+    return min((slot for slot in slots if slot is not None), default=None)
+
+
+def upcoming_slots(job, after, zone):
+    """The slots > `after` that will start a run: those in the window of a job that is enabled."""
+    if not job.enabled:
+        return
+    start, end = job.window_instants(zone)
+    if start is not None:
+        after = max(after, start - 1)
+    slot = next_slot(job, after, zone)
+    while slot is not None and (end is None or slot <= end):
+        if start is None or slot >= start:
+            yield slot
+        slot = next_slot(job, slot, zone)
+
+
+def next_run(job, now, zone, paused=False):
+    """When a job starts next: its next slot and the jitter of that; None if it will not."""
+    slot = None if paused else next(upcoming_slots(job, now, zone), None)
+    return None if slot is None else slot + jitter_delay(job.id, slot, job.jitter)
+
+
+class SlotRow(Value):
+    """What becomes of a slot, or of `count` consecutive ones from `slot` to `last_slot`.
+
+    `reason` is None for one that is to run, with `trigger` "schedule" or "catch_up".
+    """
+    __slots__ = ("slot", "last_slot", "count", "trigger", "reason", "message")
+
+
+def decide_slots(job, position, now, zone, paused=False):
+    """What becomes of the slots of a job that are due -> ([SlotRow], the new position).
+
+    `position` is where an earlier decision ended (UTC seconds): no slot at or before it is
+    considered. Slots are decided in order, so that one delayed by jitter holds up later ones.
+    """
+    if not job.enabled:
+        return [], max(position, now)
+    window, rows, late = job.window_instants(zone), [], []
+    position, passed = _pass_over(job, position, now, zone, paused)
+    rows += passed
+    slot = next_slot(job, position, zone)
+    while slot is not None and slot + jitter_delay(job.id, slot, job.jitter) <= now:
+        position = slot
+        if paused:
+            _skip(rows, slot, "paused")
+        elif not _inside(slot, window):
+            _skip(rows, slot, "window")
+        elif now - slot - jitter_delay(job.id, slot, job.jitter) <= ON_TIME:
+            rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger="schedule"))
+        else:
+            late.append(slot)
+        slot = next_slot(job, slot, zone)
+    on_time = any(row.reason is None for row in rows)
+    return sorted(rows + _catch_up(job, late, on_time), key=lambda row: row.slot), position
+
+
+def _pass_over(job, position, now, zone, paused):
+    """Skip at once what is too old to be caught up, however much it is."""
+    too_old = now - max(job.catch_up_window, ON_TIME) - job.jitter
+    first = next_slot(job, position, zone)
+    if first is None or first >= too_old:
+        return position, []
+    slot, count = first, 0
+    for slot in iter_slots(job, first, too_old, zone):
+        count += 1
+        if count == MOST_COUNTED:
+            break
+    last = last_slot(job, too_old, zone)
+    message = None if last == slot else f"more than {count} slots"
+    window = job.window_instants(zone)
+    outside = not _inside(first, window) and not _inside(last, window)
+    reason = "paused" if paused else "window" if outside else "missed"
+    return last, [SlotRow(slot=first, last_slot=last, count=count, trigger="schedule",
+                          reason=reason, message=message)]
+
+
+def iter_slots(job, start, end, zone):
+    """The slots of a job in order, start <= slot < end (UTC seconds)."""
+    slot = next_slot(job, start - 1, zone)
+    while slot is not None and slot < end:
+        yield slot
+        slot = next_slot(job, slot, zone)
+
+
+def last_slot(job, before, zone):
+    """The greatest slot < `before`, or None."""
+    zone = job.zone(zone)
+    slots = [cron.previous_slot(math.ceil(before), zone) for cron in job.crons()
+             if not cron.reboot]
+    return max((slot for slot in slots if slot is not None), default=None)
+
+
+def _inside(slot, window):
+    start, end = window
+    return (start is None or start <= slot) and (end is None or slot <= end)
+
+
+def _skip(rows, slot, reason):
+    """Add a slot to the last row if that is of the same reason, else a row."""
+    if rows and rows[-1].reason == reason:
+        rows[-1] = SlotRow(slot=rows[-1].slot, last_slot=slot, count=rows[-1].count + 1,
+                           trigger="schedule", reason=reason, message=rows[-1].message)
+    else:
+        rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger="schedule", reason=reason))
+
+
+def _catch_up(job, late, on_time):
+    """The rows of slots that are late, by the job's `catch_up`.
+
+    Under `latest` a slot that is on time is the latest: none is caught up beside it.
+    """
+    keep = {"all": MOST_CAUGHT_UP, "latest": 0 if on_time else 1, "none": 0}[job.catch_up]
+    rows, first_kept = [], max(len(late) - keep, 0)
+    for number, slot in enumerate(late):
+        if number < first_kept:
+            _skip(rows, slot, "missed")
+        else:
+            rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger="catch_up"))
+    return rows
+
+
+# Places.
+
+def overlap_action(job, trigger, active, wait=False):
+    """What a start that comes due does where the job has `active` runs: an action and a run.
+
+    `active` are rows of the job's queued and running runs, oldest first. Actions: `start` (or wait
+    for a global place), `queue` (behind them), `skip` (for a person: refuse), `replace` the run.
+    """
+    running = [run for run in active if run["state"] == "running"]
+    waiting = [run for run in active if run["state"] == "queued"]
+    if not job.max_concurrent or len(active) < job.max_concurrent or trigger == "catch_up":
+        return "start", None
+    manual = trigger in ("manual", "api", "retry")
+    if job.overlap == "replace":
+        return "replace", (waiting or running)[0]
+    if job.overlap == "queue" or (manual and wait):
+        scheduled = [run for run in waiting if run["slot"] is not None]
+        return ("skip", scheduled[0]) if scheduled and not manual else ("queue", None)
+    return "skip", (running or waiting)[0]
+
+
+def admit(queued, running, limits, max_concurrent, paused=()):
+    """Which of the queued runs get a place now, in the order in which they start.
+
+    `queued` are rows in order of their insertion, `running` is {job id: number of running runs},
+    `limits` {job id: max_concurrent}, 0 or None is no limit; `paused` job ids keep theirs waiting.
+    """
+    counts, free = dict(running), math.inf
+    if max_concurrent:
+        free = max_concurrent - sum(counts.values())
+    admitted = []
+    for run in sorted(queued, key=_start_order):
+        if free < 1:
+            break
+        job_id, limit = run["job_id"], limits.get(run["job_id"])
+        if job_id in paused and run["slot"] is not None:
+            continue
+        if limit and counts.get(job_id, 0) >= limit:
+            continue
+        counts[job_id] = counts.get(job_id, 0) + 1
+        free -= 1
+        admitted.append(run)
+    return admitted
+
+
+def _start_order(run):
+    """By priority, then slot (a start by hand counts from when it was asked for), then job."""
+    instant = run["queued_at"] if run["slot"] is None else run["slot"]
+    return -run["priority"], instant, run["job_id"], run["seq"]
+
+
+# Attempts.
+
+class Ended(Value):
+    """How a command ended. `timeout` is "timeout" or "total_timeout" where one passed; `lost` is
+    true if nobody saw the end; `error` says in words why it could not be started."""
+    __slots__ = ("exit_code", "signal", "timeout", "lost", "error")
+
+
+def outcome(job, ended):
+    """(state, reason) of an attempt; a reason is None where the state says it all."""
+    if ended.lost:
+        return "lost", "supervisor"
+    if ended.timeout:
+        return "timed_out", ended.timeout
+    if ended.signal:
+        return "failed", "signal"
+    if ended.error is None and ended.exit_code in job.success.exit_codes:
+        return "succeeded", None
+    return "failed", "start" if ended.exit_code in (126, 127) else "exit"
+
+
+def retry_delay(job, ended, number):
+    """Seconds until the next attempt after attempt `number` (from 1), or None to give up."""
+    state, reason = outcome(job, ended)
+    if state == "succeeded" or reason == "total_timeout":
+        return None
+    if state == "lost":
+        again = job.if_lost == "rerun" and number <= max(job.retries, 1)
+    else:
+        again = number <= job.retries and _is_retried(job.retry_on, ended)
+    return backoff_delay(job.backoff, number) if again else None
+
+
+def _is_retried(retry_on, ended):
+    if retry_on is None:
+        return True
+    if ended.timeout:
+        return bool(retry_on.timeout)
+    if ended.signal:
+        return bool(retry_on.signal)
+    return ended.exit_code in (retry_on.exit_codes or ())
+
+
+def backoff_delay(backoff, number):
+    """Seconds to wait after attempt `number` (from 1)."""
+    longest = LONGEST if backoff.max is None else backoff.max
+    try:
+        return min(backoff.delay * backoff.factor ** (number - 1), longest)
+    except OverflowError:
+        return longest
+
+
+# ==== 6 render (pure) =============================================================================
+# What is shown of jobs, runs and slots: payloads, which --json and the API give, and from the same
+# payloads the tables and texts of the CLI. A pipe gets UTC and nothing that changes by itself;
+# people get local time, colour and how long ago. No control character reaches a terminal.
+
+_COLOURS = {"succeeded": 32, "failed": 31, "timed_out": 31, "lost": 31, "running": 36, "queued": 33,
+            "paused": 33, "skipped": 33, "cancelled": 33}
+_PAINTED = ("STATE", "STATUS", "RESULT")
+
+
+class Style:
+    """How text is to look: `Style()` as for a pipe, and what a terminal adds.
+
+    `zone` (a tzinfo) shows local time, `now` (seconds) how far away it is, `width` (columns) cuts.
+    """
+
+    def __init__(self, zone=None, color=False, now=None, width=None):
+        self.zone, self.color, self.now, self.width = zone, color, now, width
+
+    def paint(self, text):
+        """The text, its first word in the colour of the state that it names."""
+        word, blank, rest = text.partition(" ")
+        if not self.color or word not in _COLOURS:
+            return text
+        return f"\x1b[{_COLOURS[word]}m{word}\x1b[0m{blank}{rest}"
+
+    def time(self, instant):
+        """The instant of a payload to the second, as short as a column wants it; None for None."""
+        return self._local(instant, "%Y-%m-%d %H:%M:%S")
+
+    def moment(self, instant):
+        """The instant of a payload with its zone and how far away it is; None for None."""
+        text = self._local(instant, "%Y-%m-%d %H:%M:%S %Z")
+        if instant is None or self.now is None:
+            return text
+        away = parse_instant(instant, None) - self.now
+        far = format_duration(abs(away))
+        return f"{text} (in {far})" if away > 0 else f"{text} ({far} ago)"
+
+    def _local(self, instant, layout):
+        if instant is None or self.zone is None:
+            return instant and instant[:19] + "Z"
+        return format(datetime.datetime.fromtimestamp(parse_instant(instant, None), self.zone),
+                      layout)
+
+
+# Payloads. Rows are mappings with the columns of the store; what is unknown is None, never absent.
+
+def run_payload(row, attempts):
+    """A run as --json and the API give it, of its row and the rows of its attempts, in order.
+
+    A row that was completed from a journal may also have `retry_at` (seconds) and `progress`.
+    """
+    row, attempts = dict(row), [dict(attempt) for attempt in attempts]
+    return {
+        "id": row["id"], "job_id": row["job_id"], "step": row["step"], "parent": row["parent"],
+        "retry_of": row["retry_of"], "name": row["name"], "trigger": row["trigger"],
+        "slot": _instant(row["slot"]), "last_slot": _instant(row["last_slot"]),
+        "count": row["count"], "state": row["state"], "reason": row["reason"],
+        "message": row["message"], "queued_at": _instant(row["queued_at"]),
+        "started_at": _instant(row["started_at"]), "finished_at": _instant(row["finished_at"]),
+        "duration": _took(row, attempts), "exit_code": row["exit_code"], "signal": row["signal"],
+        "attempts": [_attempt_payload(attempt) for attempt in attempts],
+        "retry_at": _instant(row.get("retry_at")), "progress": row.get("progress"),
+        "node": row["node"], "log": row["log"]}
+
+
+def _instant(seconds):
+    return None if seconds is None else format_instant(seconds)
+
+
+def _took(row, attempts):
+    """Seconds from the first attempt's start to the last one's end, of a run that has ended."""
+    first, last = (attempts[0], attempts[-1]) if attempts else (row, row)
+    begin = first["started_at"]
+    end = last.get("finished_at") or row["finished_at"]
+    if begin is None or row["finished_at"] is None:
+        return None
+    return round(max(0, end - begin), 6)
+
+
+def _attempt_payload(attempt):
+    return {
+        "number": attempt["number"], "started_at": _instant(attempt["started_at"]),
+        "finished_at": _instant(attempt.get("finished_at")),
+        **{name: attempt.get(name) for name in (
+            "exit_code", "signal", "cpu_seconds", "max_rss_bytes", "output_bytes")}}
+
+
+def job_payload(row, job, next_run, zone):
+    """A job as --json and the API give it: `spec` as written, the rest as it is in effect.
+
+    `job` is the Job with the defaults in effect, `next_run` seconds or None, `zone` the
+    scheduler's tzinfo.
+    """
+    last = None if row["last_id"] is None else {
+        "id": row["last_id"], "state": row["last_state"],
+        "started_at": _instant(row["last_started_at"]),
+        "finished_at": _instant(row["last_finished_at"])}
+    return {
+        "id": job.id, "name": job.name, "schedule": list(job.schedule),
+        "timezone": job.timezone or str(zone), "enabled": job.enabled,
+        "paused": bool(row["paused"]), "next_run": _instant(next_run), "last_run": last,
+        "tags": list(job.tags), "source": row["source"], "spec": json.loads(row["spec"]),
+        "version": row["version"], "active": row["active"]}
+
+
+def slot_payload(job, slot, zone):
+    """A slot (seconds) of a job in UTC and in the job's zone, else `zone`.
+
+    `mark` says what a change of clocks does to it.
+    """
+    zone = job.zone(zone)
+    local = datetime.datetime.fromtimestamp(slot, zone).isoformat()
+    return {"job_id": job.id, "slot": format_instant(slot), "local": local,
+            "mark": _mark(job, slot, zone)}
+
+
+def _mark(job, slot, zone):
+    """`moved from 02:30`, `first of two`, `second of two` by the zone of its schedule, or None."""
+    for cron in job.crons():
+        its_zone = cron.zone or zone
+        if cron.next_slot(slot - 1, its_zone) != slot:
+            continue
+        local = datetime.datetime.fromtimestamp(slot, its_zone)
+        moved = cron.moved(slot, its_zone)
+        if moved:
+            return f"moved from {moved}"
+        if local.replace(fold=0).utcoffset() != local.replace(fold=1).utcoffset():
+            return "second of two" if local.fold else "first of two"
+    return None
+
+
+def page(name, items, cursor=None):
+    """A page of a list: its items under their name, and the cursor of the next page or None."""
+    return {name: items, "next": cursor}
+
+
+# Text.
+
+def table(header, rows, style):
+    """Aligned columns, a dash where a value is missing; the width cuts the last column alone."""
+    lines = [[_cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = "".join(_table_line(cells, header, widths, style) + "\n" for cells in lines)
+    head, newline, body = text.partition("\n")
+    return (f"\x1b[1m{head}\x1b[0m" if style.color else head) + newline + body
+
+
+def _cell(value):
+    return "-" if value is None or value == "" else printable(str(value))
+
+
+def _table_line(cells, header, widths, style):
+    line = ""
+    for name, cell, width in zip(header, cells[:-1], widths):
+        line += (style.paint(cell) if name in _PAINTED else cell) + " " * (width - len(cell) + 2)
+    room = max(10, (style.width or 0) - sum(widths[:-1]) - 2 * len(widths[:-1]))
+    last = cells[-1]
+    return line + (last[:room - 3] + "..." if style.width and len(last) > room else last)
+
+
+def fields(pairs, style):
+    """Lines of a label and its value, in order; those without a value are left out."""
+    width = max(len(label) for label, _ in pairs) + 2
+    text = ""
+    for label, value in pairs:
+        if value is not None and value != "":
+            shown = printable(str(value))
+            shown = style.paint(shown) if label.upper() in _PAINTED else shown
+            text += f"{label:<{width}}{shown}\n"
+    return text
+
+
+def runs_table(runs, style, usual=None):
+    """A table of run payloads; `usual` has the seconds that runs of a job id take usually."""
+    header = "RUN", "JOB", "STATE", "TRIGGER", "TIME", "DURATION", "EXIT", "NOTE"
+    return table(header, [_run_row(run, style, usual or {}) for run in runs], style)
+
+
+def _run_row(run, style, usual):
+    return (run["id"], _place(run), run["state"], run["trigger"],
+            style.time(run["started_at"] or run["slot"] or run["queued_at"]),
+            _run_time(run, style, None if run["step"] else usual.get(run["job_id"])),
+            _exit(run), _note(run, style))
+
+
+def _place(run):
+    return f"{run['job_id']}/{run['step']}" if run["step"] else run["job_id"]
+
+
+def _run_time(run, style, usual):
+    """How long a run took; for people also how long one has been on, of how long about."""
+    if run["duration"] is not None:
+        return format_duration(run["duration"])
+    if run["state"] != "running" or run["started_at"] is None or style.now is None:
+        return None
+    text = format_duration(max(0, style.now - parse_instant(run["started_at"], None)))
+    return f"{text} of about {format_duration(usual)}" if usual else text
+
+
+def _exit(ended):
+    return ended["signal"] if ended["exit_code"] is None else ended["exit_code"]
+
+
+def _note(run, style):
+    reason = run["reason"] or ""
+    if run["count"] > 1:
+        reason += f" ({run['count']} slots until {style.time(run['last_slot'])})"
+    number = len(run["attempts"])
+    return "; ".join(filter(None, (
+        reason, run["message"], f"{number} attempts" if number > 1 else None,
+        run["retry_at"] and f"next attempt {style.time(run['retry_at'])}")))
+
+
+def run_text(run, style, usual=None, log=None):
+    """A run payload in full; `usual` seconds that it takes usually, `log` where its log lies."""
+    state = f"{run['state']}  ({run['reason']})" if run["reason"] else run["state"]
+    several = run["count"] > 1
+    text = fields((
+        ("run", run["id"]), ("job", _place(run)), ("name", run["name"]), ("state", state),
+        ("message", run["message"]), ("trigger", run["trigger"]), ("parent", run["parent"]),
+        ("retry of", run["retry_of"]), ("slot", style.moment(run["slot"])),
+        ("until", f"{style.moment(run['last_slot'])}, {run['count']} slots" if several else None),
+        ("queued", style.moment(run["queued_at"])), ("started", style.moment(run["started_at"])),
+        ("finished", style.moment(run["finished_at"])), ("duration", _run_time(run, style, usual)),
+        ("retry at", style.moment(run["retry_at"])), ("exit", _exit(run)), ("node", run["node"]),
+        ("log", log or run["log"])), style)
+    if not run["attempts"]:
+        return text
+    header = "ATTEMPT", "STARTED", "DURATION", "EXIT", "CPU", "MEMORY", "OUTPUT"
+    return text + "\n" + table(header, [_attempt_row(row, style) for row in run["attempts"]], style)
+
+
+def _attempt_row(attempt, style):
+    begin, end = attempt["started_at"], attempt["finished_at"]
+    took = end and parse_instant(end, None) - parse_instant(begin, None)
+    return (attempt["number"], style.time(begin), _as(format_duration, took and max(0, took)),
+            _exit(attempt), _as(format_duration, attempt["cpu_seconds"]),
+            _as(format_size, attempt["max_rss_bytes"]), _as(format_size, attempt["output_bytes"]))
+
+
+def _as(form, value):
+    return None if value is None else form(value)
+
+
+def job_status(job):
+    """In a word what the job of a payload is up to: running, queued, paused, scheduled …"""
+    stopped = "paused" if job["paused"] else None if job["enabled"] else "disabled"
+    if job["active"]:
+        return f"{job['active']} ({stopped})" if stopped else job["active"]
+    return stopped or ("scheduled" if job["schedule"] else "manual")
+
+
+def jobs_table(jobs, style):
+    """A table of job payloads."""
+    header = "ID", "SCHEDULE", "STATUS", "NEXT RUN", "LAST RUN", "RESULT", "NAME"
+    return table(header, [_job_row(job, style) for job in jobs], style)
+
+
+def _job_row(job, style):
+    last = job["last_run"] or {"started_at": None, "state": None}
+    return (job["id"], ", ".join(job["schedule"]), job_status(job), style.time(job["next_run"]),
+            style.time(last["started_at"]), last["state"], job["name"])
+
+
+def job_text(payload, job, style):
+    """A job payload in full, and below it the definition of its Job as a job file."""
+    last = payload["last_run"]
+    result = last and "  ".join(filter(None, (
+        style.moment(last["started_at"]), last["state"], last["id"])))
+    return fields((
+        ("job", payload["id"]), ("name", payload["name"]), ("status", job_status(payload)),
+        *(("schedule", f"{cron.expression}  ({cron.describe()})") for cron in job.crons()),
+        ("timezone", payload["timezone"]), ("next run", style.moment(payload["next_run"])),
+        ("last run", result), ("tags", ", ".join(payload["tags"])), ("source", payload["source"]),
+        ("version", payload["version"])), style) + "\n" + job_to_yaml([job])
+
+
+def slots_table(slots, style):
+    """A table of slot payloads, in UTC and in the local time of each job."""
+    header = "SLOT", "JOB", "LOCAL", "NOTE"
+    rows = [(slot["slot"], slot["job_id"], slot["local"], slot["mark"]) for slot in slots]
+    return table(header, rows, style)
+
+
+# ==== 7 store =====================================================================================
+# The folder on disk, and the only SQL. Every change of state is one transaction, made by one writer
+# at a time; what was committed survives a kill and a power cut. Functions that take a `db` work
+# within the transaction that `Store.write` or `Store.read` opened.
+
+# Files, locks, and facts of the host.
+
+def open_private(path, flags=os.O_RDWR | os.O_CREAT):
+    """A descriptor of a file that is the owner's alone (0600), never through a link."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def try_lock(descriptor):
+    """Take the flock(2) of an open file; False where somebody else has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def lock_is_held(path):
+    """Whether some live process holds the flock of a file; one that is not there is free."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_at(descriptor, path):
+    """Whether a path still names the open file: a lock on a file that was replaced is void."""
+    try:
+        here, there = os.fstat(descriptor), os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def boot_id():
+    """What tells this boot of the host from every other."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:             # macOS and the BSDs have the instant of the boot only
+        return str(int(time.time() - time.monotonic()) // 60)
+
+
+def process_start(pid):
+    """When a process started, in ticks since the boot; None if there is none (proc(5), stat).
+
+    With the boot id this tells a process from a later one with the same number.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b") ")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def new_run_id():
+    """Ten random lower-case letters and digits."""
+    number = int.from_bytes(os.urandom(8), "big")
+    digits = "0123456789abcdefghijklmnopqrstuvwxyz"
+    return "".join(digits[number // 36 ** place % 36] for place in range(10))
+
+
+def host_zone():
+    """The zone of this host: of $TZ, else what /etc/localtime points to, else its content."""
+    name = os.environ.get("TZ", "").lstrip(":")
+    if name:
+        try:
+            return get_zone(name)
+        except ValueError:
+            return datetime.timezone.utc        # as the C library reads a TZ it does not know
+    try:
+        target = os.path.realpath("/etc/localtime")
+        if "/zoneinfo/" in target:
+            return get_zone(target.split("/zoneinfo/")[-1])
+        with open(target, "rb") as file:
+            return zoneinfo.ZoneInfo.from_file(file, "localtime")
+    except (OSError, ValueError):
+        return datetime.timezone.utc
+
+
+def owner_name(uid):
+    """The name of a user, else the number as text."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs",
+                         "fuse.sshfs"}
+
+
+def file_system(path):
+    """The type of the file system that a path lies on, "" if unknown (proc(5), mountinfo)."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo") as file:
+            for line in file:
+                before, _, after = line.partition(" - ")
+                if before.split()[2] == wanted:
+                    return after.split()[0]
+    except OSError:
+        pass
+    return ""
+
+
+def make_private_folder(path, say):
+    """Make a folder, or see to it that one is its owner's alone; `say` is told of a change.
+
+    Raises RoexecError where it belongs to somebody else, or others may write into it.
+    """
+    try:
+        os.makedirs(os.path.dirname(path) or ".", 0o755, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        state = os.stat(path)
+    except OSError as error:
+        raise RoexecError(f"cannot make the folder {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(state.st_mode):
+        raise RoexecError(f"{path} is no folder; name another store with --store")
+    if state.st_uid != os.geteuid():
+        raise RoexecError(f"{path} belongs to {owner_name(state.st_uid)}; run as that user, or "
+                          "name another store with --store")
+    if state.st_mode & 0o002:
+        raise RoexecError(f"everybody may write into {path}; name a folder of its own with "
+                          f"--store, or make this one private: chmod 700 {path}")
+    if state.st_mode & 0o077:
+        os.chmod(path, 0o700)
+        say(f"{path} could be read by others; it is private now (mode 0700)")
+
+
+# The database.
+
+_MIGRATIONS = ["""
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, spec TEXT NOT NULL, version INTEGER NOT NULL, source TEXT,
+    position REAL NOT NULL,             -- each slot at or before it is decided (UTC seconds)
+    paused INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0,
+    changed INTEGER NOT NULL,           -- the count of changes when this row changed last
+    last_run TEXT) WITHOUT ROWID;
+CREATE INDEX jobs_changed ON jobs (changed);
+CREATE TABLE versions (
+    job_id TEXT, version INTEGER, spec TEXT NOT NULL, source TEXT, since REAL NOT NULL,
+    PRIMARY KEY (job_id, version)) WITHOUT ROWID;
+CREATE TABLE runs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job_id TEXT NOT NULL,
+    name TEXT, version INTEGER, spec TEXT, step TEXT, parent TEXT, retry_of TEXT,
+    "trigger" TEXT NOT NULL, slot INTEGER, last_slot INTEGER, count INTEGER NOT NULL DEFAULT 1,
+    state TEXT NOT NULL, reason TEXT, message TEXT,
+    cancel TEXT,                        -- the reason of a cancel that was asked for
+    owner TEXT,                         -- the process that alone may start it, if one may
+    env TEXT, priority INTEGER NOT NULL DEFAULT 0, queued_at REAL NOT NULL, started_at REAL,
+    finished_at REAL, exit_code INTEGER, signal TEXT,
+    boot TEXT,                          -- the boot in which it began to run
+    node TEXT, log TEXT);
+CREATE UNIQUE INDEX runs_slot ON runs (job_id, slot) WHERE slot IS NOT NULL AND parent IS NULL;
+CREATE INDEX runs_job ON runs (job_id, seq);
+CREATE INDEX runs_state ON runs (state, seq);
+CREATE INDEX runs_active ON runs (job_id, seq) WHERE state IN ('queued', 'running');
+CREATE INDEX runs_parent ON runs (parent) WHERE parent IS NOT NULL;
+CREATE TABLE attempts (
+    run_id TEXT, number INTEGER, started_at REAL, finished_at REAL, exit_code INTEGER, signal TEXT,
+    cpu_seconds REAL, max_rss_bytes INTEGER, output_bytes INTEGER,
+    PRIMARY KEY (run_id, number)) WITHOUT ROWID;
+"""]
+
+_PATIENCE = 5                           # seconds, until one says what one waits for
+_LARGE_LOG = 4 << 20                    # bytes of the write-ahead log that ask for a checkpoint
+
+
+class Store:
+    """A store: the folder `folder` with the database file `database`, logs/ and active/.
+
+    `path` is a folder, or a database file that ends in .db, whose folder is then `<path>.d`.
+    `say(text)` is told what a person should know. Nothing is opened or made before it is needed.
+    """
+
+    def __init__(self, path, say=None):
+        self.path = path
+        one_file = path.endswith(".db")
+        self.folder = path + ".d" if one_file else path
+        self.database = path if one_file else os.path.join(path, "roexec.db")
+        self.say = say or (lambda text: None)
+        self.mutex = threading.Lock()
+        self.kept = None                # where `keep_open` was called
+
+    @property
+    def exists(self):
+        """Whether there is a database; raises RoexecError where one may not look."""
+        try:
+            return os.stat(self.database).st_size > 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except PermissionError:
+            raise self.refusal() from None
+
+    def file(self, name):
+        """The path of something in the folder."""
+        return os.path.join(self.folder, name)
+
+    def create(self):
+        """Make what is missing, and bring an older database up to date -> self."""
+        make_private_folder(self.folder, self.say)
+        if self.database == self.path:
+            parent = os.path.dirname(os.path.abspath(self.path))
+            if not os.access(parent, os.W_OK):
+                raise RoexecError(f"cannot write into {parent}; name another store with --store")
+        kind = file_system(self.folder)
+        if kind in _NETWORK_FILE_SYSTEMS:
+            raise RoexecError(f"{self.folder} lies on a network file system ({kind}), where locks "
+                              "do not hold; name a folder on a disk of this host with --store")
+        try:
+            for name in ("logs", "active"):
+                os.makedirs(self.file(name), 0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(self.file("wake"), 0o600)
+            with self.lock():
+                self._migrate()
+        except OSError as error:
+            raise RoexecError(f"cannot write into {self.folder}: {error.strerror}") from None
+        return self
+
+    def write(self):
+        """A context: the connection within a transaction that is committed at its end.
+
+        One writer at a time, on the whole host; an exception rolls everything back.
+        """
+        return _Transaction(self, "rw")
+
+    def read(self):
+        """A context: a connection that only reads, and sees one state of the database."""
+        return _Transaction(self, "ro")
+
+    def keep_open(self):
+        """Keep the writing connection from now on, as a server does; `close` ends that."""
+        with self.lock():
+            self.kept = self.connect("rw")
+
+    def close(self):
+        """Close the connection that is kept, under the lock: it checkpoints."""
+        if self.kept is not None:
+            with self.lock():
+                self.kept.close()
+                self.kept = None
+
+    def checkpoint(self):
+        """Move the write-ahead log into the database where it has become large."""
+        try:
+            size = os.stat(self.database + "-wal").st_size
+        except FileNotFoundError:
+            return
+        if size > _LARGE_LOG:
+            with self.lock():
+                self.kept.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def wake(self):
+        """Tell the server, if one is there, that something has changed."""
+        try:
+            fifo = os.open(self.file("wake"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:        # ENXIO: nobody reads; ENOENT: there is no store yet
+            if error.errno not in (errno.ENXIO, errno.ENOENT):
+                raise
+            return
+        with contextlib.suppress(BlockingIOError):      # it is full: the server will wake anyway
+            os.write(fifo, b"w")
+        os.close(fifo)
+
+    def server(self):
+        """The process id of the live server of this store; None without one, 0 if unknown."""
+        path = self.file("server.lock")
+        if not lock_is_held(path):
+            return None
+        with open(path) as file:
+            text = file.read(20).strip()
+        return int(text) if text.isdigit() else 0
+
+    def refusal(self):
+        """The error for a store that one may not open: whose it is."""
+        path = self.folder
+        while True:
+            try:
+                owner = owner_name(os.stat(path).st_uid)
+                break
+            except OSError:
+                path = os.path.dirname(path)
+        return RoexecError(f"{self.path} belongs to {owner}; run as that user, or name another "
+                           "store with --store")
+
+    def lock(self):
+        """A context: the only writer of this store, among the threads here and on the host."""
+        return _StoreLock(self)
+
+    def connect(self, mode):
+        """A connection to the database; `mode` is ro, rw or rwc, as in SQLite's URIs."""
+        import sqlite3
+        try:
+            db = sqlite3.connect("file:" + _quoted(self.database) + "?mode=" + mode, uri=True,
+                                 isolation_level=None, timeout=5, check_same_thread=False)
+            db.row_factory = sqlite3.Row
+            if mode != "ro":
+                db.execute("PRAGMA synchronous = FULL").close()
+                db.execute("PRAGMA wal_autocheckpoint = 0").close()
+            return db
+        except sqlite3.Error as error:
+            raise self.failure(error) from None
+
+    def failure(self, error):
+        """The RoexecError of one of SQLite's."""
+        return RoexecError(f"the database {self.database}: {error}")
+
+    def _migrate(self):
+        """Bring the database to the newest version, each step in one transaction, after a backup.
+
+        The steps only add, so that what an older roexec has written can always be read.
+        """
+        import sqlite3
+        before = os.umask(0o077)
+        db = self.connect("rwc")
+        try:
+            version = check_version(self, db)
+            if version == 0:
+                db.execute("PRAGMA journal_mode = WAL").close()
+            elif version < len(_MIGRATIONS):
+                copy = Store(f"{self.database}.version-{version}.db").connect("rwc")
+                db.backup(copy)
+                copy.close()
+            for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+                db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; "
+                                 "COMMIT")
+        except sqlite3.Error as error:
+            raise self.failure(error) from None
+        finally:
+            db.close()
+            os.umask(before)
+
+
+def _quoted(path):
+    """A path for SQLite's URIs."""
+    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def check_version(store, db):
+    """The version of a database; raises RoexecError for one that a newer roexec has made."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(_MIGRATIONS):
+        raise RoexecError(f"the store {store.path} was made by a newer roexec (its version is "
+                          f"{version}, this one knows {len(_MIGRATIONS)}); use that one")
+    return version
+
+
+class _StoreLock:
+    """`store.lock`: a lock among threads and a flock(2) among processes, with signals held back.
+
+    SQLite up to 3.51.2 can corrupt a WAL database when two connections write or checkpoint at the
+    same instant (sqlite.org/wal.html, "the WAL-reset bug"); and a holder that Ctrl-Z stops would
+    stop every start of a run.
+    """
+
+    def __init__(self, store):
+        self.store = store
+
+    def __enter__(self):
+        self.store.mutex.acquire()
+        try:
+            self.file = open_private(self.store.file("store.lock"))
+        except OSError as error:
+            self.store.mutex.release()
+            if isinstance(error, PermissionError):
+                raise self.store.refusal() from None
+            raise RoexecError(f"cannot open {self.store.file('store.lock')}: "
+                              f"{error.strerror}") from None
+        try:
+            self._wait()
+        except BaseException:
+            os.close(self.file)
+            self.store.mutex.release()
+            raise
+        os.pwrite(self.file, b"%-10d\n" % os.getpid(), 0)
+
+    def _wait(self):
+        deadline, delay = time.monotonic() + _PATIENCE, 0.0005
+        while True:
+            self.mask = signal.pthread_sigmask(
+                signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGTSTP))
+            if try_lock(self.file):
+                return
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+            if deadline and time.monotonic() > deadline:
+                self.store.say(f"waiting for {_holder(self.file)}, which holds "
+                               f"{self.store.file('store.lock')}")
+                deadline = None
+            time.sleep(delay)
+            delay = min(delay * 1.5, 0.01)
+
+    def __exit__(self, *_):
+        os.close(self.file)             # which gives the lock back
+        self.store.mutex.release()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
+def _holder(descriptor):
+    """`process 123 (roexec list jobs)`: who wrote the number into a lock file."""
+    number = os.pread(descriptor, 10, 0).strip().decode()
+    try:
+        with open(f"/proc/{number}/cmdline", "rb") as file:
+            words = file.read().decode(errors="replace").split("\0")
+        return f"process {number} ({printable(' '.join(words).strip())})"
+    except OSError:
+        return f"process {number or 'unknown'}"
+
+
+class _Transaction:
+    """What `Store.write` and `Store.read` return."""
+
+    def __init__(self, store, mode):
+        self.store, self.mode = store, mode
+
+    def __enter__(self):
+        import sqlite3
+        store = self.store
+        if not store.exists:
+            raise RoexecError(f"there is no store in {store.path} yet; `roexec apply`, `roexec "
+                              "add` and `roexec server` make one")
+        if self.mode == "rw":
+            self.lock = store.lock()
+            self.lock.__enter__()
+        try:
+            self.db = self._opened()
+            self.db.execute("BEGIN IMMEDIATE" if self.mode == "rw" else "BEGIN").close()
+        except sqlite3.Error as error:
+            self._close()
+            raise store.failure(error) from None
+        except BaseException:
+            self._close()
+            raise
+        return self.db
+
+    def _opened(self):
+        store = self.store
+        if self.mode == "rw" and store.kept is not None:
+            return store.kept
+        self.db = store.connect(self.mode)
+        if check_version(store, self.db) < len(_MIGRATIONS):
+            raise RoexecError(f"the store {store.path} was made by an older roexec; `roexec "
+                              "server` or `roexec apply` bring it up to date")
+        return self.db
+
+    def __exit__(self, kind, error, _):
+        import sqlite3
+        try:
+            if self.mode == "rw":
+                self.db.execute("ROLLBACK" if kind else "COMMIT").close()
+        except sqlite3.Error as problem:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK").close()
+            raise self.store.failure(problem) from None
+        finally:
+            self._close()
+        if kind and issubclass(kind, sqlite3.Error):
+            raise self.store.failure(error) from None
+
+    def _close(self):
+        db = getattr(self, "db", None)
+        if db is not None and db is not self.store.kept:
+            db.close()
+        if self.mode == "rw":
+            self.lock.__exit__()
+
+
+# Facts about the whole store.
+
+def get_meta(db, key, default=None):
+    """A value that the store keeps under a name."""
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return default if row is None else row[0]
+
+
+def set_meta(db, key, value):
+    """Keep a value under a name."""
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def store_id(db):
+    """What tells this store from every other: ten random letters and digits."""
+    if get_meta(db, "store") is None:
+        set_meta(db, "store", new_run_id())
+    return get_meta(db, "store")
+
+
+def get_settings(db):
+    """What the last server was configured with: {"defaults": {…}, "scheduler": {…}}, or None."""
+    text = get_meta(db, "settings")
+    return None if text is None else json.loads(text)
+
+
+def set_settings(db, settings):
+    """Keep the settings that hold for every client of the store."""
+    set_meta(db, "settings", json.dumps(settings))
+    _next_change(db)
+
+
+def count_changes(db):
+    """A number that grows with each change of a job or of the settings."""
+    return get_meta(db, "changes", 0)
+
+
+def _next_change(db):
+    number = count_changes(db) + 1
+    set_meta(db, "changes", number)
+    return number
+
+
+# Jobs.
+
+_JOBS = """
+SELECT jobs.*, last.id AS last_id, last.state AS last_state, last.started_at AS last_started_at,
+       last.finished_at AS last_finished_at, on_now.state AS active
+FROM jobs LEFT JOIN runs AS last ON last.id = jobs.last_run
+LEFT JOIN (SELECT job_id, MAX(state) AS state FROM runs
+           WHERE state IN ('queued', 'running') AND parent IS NULL GROUP BY job_id) AS on_now
+       ON on_now.job_id = jobs.id
+"""
+
+
+def list_jobs(db, after="", limit=-1):
+    """Rows of the registered jobs by id, those > `after`, `limit` at most (-1: all)."""
+    return db.execute(_JOBS + "WHERE NOT deleted AND jobs.id > ? ORDER BY jobs.id LIMIT ?",
+                      (after, limit)).fetchall()
+
+
+def get_job(db, job_id):
+    """The row of a registered job; raises RoexecError that names the nearest id."""
+    row = db.execute(_JOBS + "WHERE NOT deleted AND jobs.id = ?", (job_id,)).fetchone()
+    if row is None:
+        raise NoSuchJob(f'there is no job "{printable(job_id)}"' + nearest(job_id, job_ids(db)))
+    return row
+
+
+class NoSuchJob(RoexecError):
+    """A job that is not registered."""
+
+
+def job_ids(db):
+    """The ids of the registered jobs."""
+    return [row[0] for row in db.execute("SELECT id FROM jobs WHERE NOT deleted ORDER BY id")]
+
+
+def changed_jobs(db, since):
+    """Rows (id, spec, paused, position, deleted) of jobs that changed after change `since`."""
+    return db.execute("SELECT id, spec, version, paused, position, deleted FROM jobs "
+                      "WHERE changed > ?", (since,)).fetchall()
+
+
+class Change(Value):
+    """What applying does to a job: `change` is added, changed, unchanged or removed."""
+    __slots__ = ("id", "change", "job", "source")
+
+
+def plan_apply(db, sources, prune=False):
+    """The [Change] that makes the jobs of some sources what is given; nothing is changed yet.
+
+    `sources` is {source: [Job]} in order (a source is a path, or None for `add`). With `prune` jobs
+    of these sources that are not given are removed. Raises RoexecError for a job of another source.
+    """
+    known = {row["id"]: row for row in db.execute(
+        "SELECT id, spec, source FROM jobs WHERE NOT deleted")}
+    given = {job.id: source for source, jobs in sources.items() for job in jobs}
+    changes, problems = [], []
+    for source, jobs in sources.items():
+        for job in jobs:
+            row = known.get(job.id)
+            if row is None:
+                changes.append(Change(id=job.id, change="added", job=job, source=source))
+            elif row["source"] != source and row["source"] not in sources:
+                problems.append(
+                    f'job "{job.id}" of {source or "roexec add"} is registered by '
+                    f'{row["source"] or "roexec add"}; change it there, or delete it first')
+            else:
+                same = row["spec"] == json.dumps(job.spec) and row["source"] == source
+                changes.append(Change(id=job.id, change="unchanged" if same else "changed",
+                                      job=job, source=source))
+        if prune:
+            changes += [Change(id=job_id, change="removed", source=source)
+                        for job_id, row in sorted(known.items())
+                        if row["source"] == source and job_id not in given]
+    if problems:
+        raise RoexecError("\n".join(problems))
+    return changes
+
+
+def perform_apply(db, changes, now):
+    """Carry out what `plan_apply` has planned in the same transaction; `now` in UTC seconds."""
+    removed = [change.id for change in changes if change.change == "removed"]
+    for change in changes:
+        if change.change in ("added", "changed"):
+            _put_job(db, change.job, change.source, now)
+    delete_jobs(db, removed, now)
+
+
+def _put_job(db, job, source, now):
+    """Register a job. Slots count from now on where it is new or its schedule is another one."""
+    old = db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
+    spec, version, position, paused = json.dumps(job.spec), 1, now, 0
+    if old is not None:
+        version, paused = old["version"] + 1, old["paused"] and not old["deleted"]
+        before = Job.from_spec(json.loads(old["spec"]))
+        same = not old["deleted"] and all(getattr(before, name) == getattr(job, name)
+                                          for name in ("schedule", "timezone", "enabled"))
+        position = old["position"] if same else max(old["position"], now)
+    db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
+               (job.id, spec, version, source, position, paused, _next_change(db),
+                old and old["last_run"]))
+    db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?)",
+               (job.id, version, spec, source, now))
+
+
+def delete_jobs(db, ids, now):
+    """Remove jobs; history stays, queued runs are cancelled, running ones go on.
+
+    A row remains of each, for its position: a slot that was decided stays so.
+    """
+    for job_id in ids:
+        db.execute("UPDATE jobs SET deleted = 1, changed = ?, position = MAX(position, ?) "
+                   "WHERE id = ?", (_next_change(db), now, job_id))
+        for run in active_runs(db, job_id):
+            if run["state"] == "queued":
+                finish_run(db, run["id"], "cancelled", [], reason="user", finished_at=now,
+                           message="the job was deleted")
+
+
+def pause_job(db, job_id, paused):
+    """Pause or resume the schedule of a job -> whether that changed anything."""
+    if bool(get_job(db, job_id)["paused"]) == paused:
+        return False
+    db.execute("UPDATE jobs SET paused = ?, changed = ? WHERE id = ?",
+               (paused, _next_change(db), job_id))
+    return True
+
+
+def set_position(db, job_id, position):
+    """Say that each slot of a job up to an instant (UTC seconds) is decided."""
+    db.execute("UPDATE jobs SET position = ? WHERE id = ?", (position, job_id))
+
+
+# Runs.
+
+def add_run(db, **row):
+    """Add a run with these columns -> its id. (job, slot) is unique: a slot never runs twice."""
+    names = ", ".join(f'"{name}"' for name in row)
+    marks = ", ".join("?" * len(row))
+    db.execute(f"INSERT INTO runs ({names}) VALUES ({marks})", tuple(row.values()))
+    return row["id"]
+
+
+def change_run(db, run_id, state, **columns):
+    """The one door for a change of state; raises RoexecError for one that is not possible."""
+    before = [name for name, following in STATES.items() if state in following]
+    columns["state"] = state
+    names = ", ".join(f'"{name}" = ?' for name in columns)
+    marks = ", ".join("?" * len(before))
+    done = db.execute(f"UPDATE runs SET {names} WHERE id = ? AND state IN ({marks})",
+                      (*columns.values(), run_id, *before))
+    if not done.rowcount:
+        row = get_run(db, run_id)
+        raise RoexecError(f"run {run_id} is {row['state']} and cannot become {state}")
+
+
+def finish_run(db, run_id, state, attempts, reason=None, **columns):
+    """Take in the end of a run: its final state, the reason, and the rows of its attempts."""
+    if reason not in (REASONS.get(state) or (None,)):
+        raise RoexecError(f"{reason!r} is no reason for a run to be {state}")
+    change_run(db, run_id, state, reason=reason, **columns)
+    db.executemany("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                   [(run_id, *(attempt.get(name) for name in _ATTEMPT)) for attempt in attempts])
+    if state != "skipped":
+        db.execute("UPDATE jobs SET last_run = ?1 WHERE id = (SELECT job_id FROM runs WHERE "
+                   "id = ?1 AND parent IS NULL)", (run_id,))
+
+
+_ATTEMPT = ("number", "started_at", "finished_at", "exit_code", "signal", "cpu_seconds",
+            "max_rss_bytes", "output_bytes")
+
+
+def skip_slots(db, job_id, row, now):
+    """Record a SlotRow that did not run -> the id of the job's last row, grown, or of a new one."""
+    last = db.execute("SELECT * FROM runs WHERE job_id = ? AND slot IS NOT NULL "
+                      "ORDER BY seq DESC LIMIT 1", (job_id,)).fetchone()
+    if last is not None and (last["state"], last["reason"]) == ("skipped", row.reason):
+        db.execute("UPDATE runs SET last_slot = ?, count = count + ?, finished_at = ?, "
+                   "message = COALESCE(?, message) WHERE id = ?",
+                   (row.last_slot, row.count, now, row.message, last["id"]))
+        return last["id"]
+    return add_run(
+        db, id=new_run_id(), job_id=job_id, trigger=row.trigger, slot=row.slot,
+        last_slot=row.last_slot, count=row.count, state="skipped", reason=row.reason,
+        message=row.message, queued_at=now, finished_at=now)
+
+
+def set_log(db, run_id, path):
+    """Say where the log of a run lies, relative to the folder of the store; None: nowhere."""
+    db.execute("UPDATE runs SET log = ? WHERE id = ?", (path, run_id))
+
+
+def ask_to_cancel(db, run_id, reason):
+    """Note that a run is to be cancelled, and why, before anybody is told."""
+    db.execute("UPDATE runs SET cancel = COALESCE(cancel, ?) WHERE id = ?", (reason, run_id))
+
+
+def find_run_row(db, run_id):
+    """The row of a run, or None."""
+    return db.execute("SELECT * FROM runs WHERE id = ?", (run_id,)).fetchone()
+
+
+def get_run(db, run_id):
+    """The row of a run; raises NoSuchRun."""
+    row = find_run_row(db, run_id)
+    if row is None:
+        raise NoSuchRun(f'there is no run "{printable(run_id)}"')
+    return row
+
+
+class NoSuchRun(RoexecError):
+    """A run that is not in the store."""
+
+
+def get_attempts(db, run_id):
+    """The rows of a run's attempts, from the first."""
+    return db.execute("SELECT * FROM attempts WHERE run_id = ? ORDER BY number",
+                      (run_id,)).fetchall()
+
+
+def active_runs(db, job_id=None):
+    """Rows of the queued and running runs that are no steps, of one job or of all, oldest first."""
+    chosen, values = ("AND job_id = ?", (job_id,)) if job_id else ("", ())
+    return db.execute("SELECT * FROM runs WHERE state IN ('queued', 'running') "
+                      f"AND parent IS NULL {chosen} ORDER BY seq", values).fetchall()
+
+
+def queued_runs(db):
+    """Rows of the queued runs that are no steps, oldest first."""
+    return db.execute("SELECT * FROM runs WHERE state = 'queued' AND parent IS NULL "
+                      "ORDER BY seq").fetchall()
+
+
+def count_queued(db):
+    """How many runs are queued."""
+    return db.execute("SELECT COUNT(*) FROM runs WHERE state = 'queued'").fetchone()[0]
+
+
+def count_running(db):
+    """{job id: how many of its runs are running}."""
+    return dict(map(tuple, db.execute("SELECT job_id, COUNT(*) FROM runs WHERE state = 'running' "
+                                      "AND parent IS NULL GROUP BY job_id")))
+
+
+def slot_is_known(db, job_id, slot):
+    """Whether there is a row for a slot of a job already."""
+    return db.execute("SELECT 1 FROM runs WHERE job_id = ? AND slot = ? AND parent IS NULL",
+                      (job_id, slot)).fetchone() is not None
+
+
+def find_run(db, target):
+    """The row of the run that a person means: its id, a job id (its active run, else its newest),
+    `latest`, or the beginning of a run's id, 4 characters at least. Raises RoexecError."""
+    row = find_run_row(db, target)
+    if row is None and target == "latest":
+        row = db.execute("SELECT * FROM runs WHERE parent IS NULL "
+                         "ORDER BY seq DESC LIMIT 1").fetchone()
+        if row is None:
+            raise NoSuchRun("there are no runs yet")
+    return row or newest_run(db, target) or _run_by_prefix(db, target)
+
+
+def newest_run(db, job_id):
+    """The row of a job's active run, else of its newest; None without runs."""
+    return next(iter(active_runs(db, job_id)), None) or db.execute(
+        "SELECT * FROM runs WHERE job_id = ? AND parent IS NULL ORDER BY seq DESC LIMIT 1",
+        (job_id,)).fetchone()
+
+
+def _run_by_prefix(db, target):
+    if target in job_ids(db):
+        raise NoSuchRun(f'job "{target}" has no runs yet')
+    rows = []
+    if len(target) >= 4:
+        rows = db.execute("SELECT * FROM runs WHERE id >= ? AND id < ? LIMIT 2",
+                          (target, target + "\x7f")).fetchall()
+    if len(rows) > 1:
+        raise NoSuchRun(f'more than one run id begins with "{printable(target)}"; write more of it')
+    if not rows:
+        raise NoSuchRun(f'there is no run or job "{printable(target)}"'
+                        + nearest(target, job_ids(db)))
+    return rows[0]
+
+
+def list_runs(db, where=(), limit=50, before=None):
+    """Rows of runs, newest first. `where` are (condition, value, …) of `run_filter`; `before` is
+    the seq of the last row seen."""
+    conditions = [condition for condition, *_ in where] + ["seq < ?"] * (before is not None)
+    values = [value for _, *more in where for value in more] + [before] * (before is not None)
+    chosen = " AND ".join(conditions) or "1"
+    return db.execute(f"SELECT * FROM runs WHERE {chosen} ORDER BY seq DESC LIMIT ?",
+                      (*values, limit)).fetchall()
+
+
+def run_filter(states=None, job_id=None, since=None, until=None, steps=False):
+    """The conditions of `list_runs`; `since` and `until` (UTC seconds) mean `queued_at`."""
+    where = [] if steps else [("parent IS NULL",)]
+    if states:
+        where.append((f"state IN ({', '.join('?' * len(states))})", *states))
+    if job_id is not None:
+        where.append(("job_id = ?", job_id))
+    if since is not None:
+        where.append(("queued_at >= ?", since))
+    if until is not None:
+        where.append(("queued_at < ?", until))
+    return where
+
+
+def usual_durations(db, job_ids):
+    """{job id: seconds} that the newest successful runs of jobs took, where there are some."""
+    usual = {}
+    for job_id in job_ids:
+        rows = db.execute("SELECT finished_at - started_at FROM runs WHERE job_id = ? AND "
+                          "state = 'succeeded' AND started_at IS NOT NULL "
+                          "ORDER BY seq DESC LIMIT 10", (job_id,)).fetchall()
+        if rows:
+            usual[job_id] = sorted(row[0] for row in rows)[len(rows) // 2]
+    return usual
+
+
+# ==== 8 logs ======================================================================================
+# One run's log. Each line bears an instant and a tag; of output, OUT or ERR, or OUT~ or ERR~ where
+# the newline at its end is the log's own, so that every byte of both streams comes back. Lines are
+# written whole and never changed, so an offset in bytes means the same line for ever. A full disk
+# stops the log, not the run, and the log says how much is missing. Memory is bounded everywhere.
+
+_MOST_KEPT = 1 << 16        # bytes of a line that wait for its end
+_READ_BLOCK = 2 << 20       # bytes: more than a chunk and what waited make
+_FOLLOW_PAUSE = 0.1         # seconds between looks for new lines
+_DISK_TROUBLE = "ENOSPC", "EDQUOT", "EIO"
+
+_OUTPUT_LINE = Pattern(rb"(?m)^.{20} \[(OUT|ERR)(~?)\] (.*\n?)")
+
+
+class LogWriter:
+    """Writes the log of a run, `<folder>/logs/<job id>/<start>.log`, as fast as output comes.
+
+    Instants are seconds. With `path` it goes on with that log, relative to `folder`, at its end.
+    Raises OSError where the log cannot be made, but not for a full or failing disk: then lines are
+    lost, `lost` counts the bytes of output among them, and each second it is tried again. `path` is
+    where the log lies, relative to `folder`; None until there is room for one.
+    """
+
+    def __init__(self, folder, job_id, started, run_id, *, path=None):
+        self.path, self.lost = path, 0
+        self._folder, self._paths = folder, _log_paths(job_id, started, run_id)
+        self._descriptor, self._size = None, 0
+        self._stream, self._kept = "out", b""
+        self._second, self._instant = None, b""
+        self._trouble, self._tried, self._missing = None, 0, 0
+        try:
+            self._open()
+        except OSError as error:
+            if errno.errorcode.get(error.errno) not in _DISK_TROUBLE:
+                raise
+            self._trouble, self._tried = error.strerror, started
+
+    @property
+    def pending(self):
+        """How many bytes of a line wait for its end; who owns the log calls `flush` in time."""
+        return len(self._kept)
+
+    def write(self, text, now, level="INFO"):
+        """Write a line of roexec's own; `level` is INFO or ERROR."""
+        self.flush(now)
+        self._put(self._line(text, now, level), 0, now)
+
+    def output(self, stream, data, now):
+        """Write a chunk (bytes, 1 MiB at most) of "out" or "err"; a line without end waits."""
+        if stream != self._stream:
+            self.flush(now)
+            self._stream = stream
+        end = data.rfind(b"\n") + 1
+        if end:
+            stamp = self._stamp(now, stream.upper())
+            kept, self._kept = self._kept, b""
+            lines = b"".join((stamp, kept, data[:end])).replace(b"\n", b"\n" + stamp)
+            self._put(memoryview(lines)[:-len(stamp)], len(kept) + end, now)
+        self._kept += data[end:]
+        if len(self._kept) > _MOST_KEPT:
+            self.flush(now)
+
+    def flush(self, now):
+        """Write what waits for the end of its line, as a piece."""
+        if self._kept:
+            kept, self._kept = self._kept, b""
+            stamp = self._stamp(now, self._stream.upper() + "~")
+            self._put(b"".join((stamp, kept, b"\n")), len(kept), now)
+
+    def close(self, now):
+        """Write what waits, try once more to say what is missing, and close the file."""
+        self._tried = 0
+        self.flush(now)
+        self._put(b"", 0, now)
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            with contextlib.suppress(OSError):      # it is closed all the same: close(2)
+                os.close(descriptor)
+
+    def _stamp(self, now, tag):
+        if int(now) != self._second:
+            self._second = int(now)
+            self._instant = format_instant(self._second).encode()
+        return b"%b [%b] " % (self._instant, tag.encode())
+
+    def _line(self, text, now, level):
+        return self._stamp(now, level) + printable(text).encode() + b"\n"
+
+    def _put(self, lines, size, now):
+        """Write stamped lines that hold `size` bytes of output, or count those as lost."""
+        if self._trouble:
+            if 0 <= now - self._tried < 1:
+                return self._lose(size)
+            self._tried = now
+            gap = self._line(f"{self._missing} bytes of output are missing here: {self._trouble}",
+                             now, "ERROR")
+            if self._append(gap) < len(gap):
+                return self._lose(size)
+            self._trouble, self._missing = None, 0
+        written = self._append(lines)
+        if written < len(lines):
+            self._tried = now
+            self._lose(size - len(select_lines(bytes(lines[:written]), raw=True)))
+
+    def _lose(self, size):
+        self.lost += size
+        self._missing += size
+
+    def _append(self, lines):
+        """Write at the end of the file -> how many bytes, whole lines all of them."""
+        written = 0
+        try:
+            if self._descriptor is None:
+                self._open()
+            while written < len(lines):
+                written += os.pwrite(self._descriptor, lines[written:], self._size + written)
+        except OSError as error:
+            self._trouble = error.strerror
+            written = bytes(lines[:written]).rfind(b"\n") + 1
+            if self._descriptor is not None:
+                with contextlib.suppress(OSError):      # what comes next is written over it
+                    os.ftruncate(self._descriptor, self._size + written)
+        self._size += written
+        return written
+
+    def _open(self):
+        if self.path:
+            self._descriptor, self._size = _reopen_log(self._folder, self.path)
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        for path in self._paths:
+            with contextlib.suppress(FileExistsError):
+                self._descriptor = _make_log(self._folder, path, flags)
+                self.path = path
+                return
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+
+def _log_paths(job_id, started, run_id):
+    start = f"logs/{job_id}/{format_instant(int(started)).rstrip('Z')}"
+    return f"{start}.log", f"{start}-{run_id}.log"
+
+
+def _reopen_log(folder, path):
+    """A log that was begun -> its descriptor and size, once a line that lacks its end has one."""
+    descriptor = _make_log(folder, path, os.O_RDWR | os.O_CREAT)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":     # its writer was killed
+            size += os.pwrite(descriptor, b"\n", size)
+        return descriptor, size
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def _make_log(folder, path, flags):
+    """Open a file below a folder, making the folders on the way where they are missing."""
+    try:
+        return _open_beneath(folder, path, flags)
+    except FileNotFoundError:
+        parent = folder
+        for name in path.split("/")[:-1]:
+            parent = f"{parent}/{name}"
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(parent, 0o700)
+    return _open_beneath(folder, path, flags)
+
+
+def _open_beneath(folder, path, flags):
+    """A descriptor of a file at a path below a folder, with no link on the way; 0600 if new."""
+    *parents, name = path.split("/")
+    here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        for parent in parents:
+            inner = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                            dir_fd=here)
+            os.close(here)
+            here = inner
+        return os.open(name, flags, 0o600, dir_fd=here)
+    except OSError as error:
+        error.filename = os.path.join(folder, path)
+        raise
+    finally:
+        os.close(here)
+
+
+# Reading.
+
+def read_log(path):
+    """Open a log for reading bytes, not through a link; raises OSError."""
+    return open(path, "rb", opener=lambda name, flags: os.open(
+        name, flags | os.O_NOFOLLOW | os.O_CLOEXEC))
+
+
+def tail_offset(file, lines):
+    """The offset of the last `lines` lines of an open log, found from its end backwards."""
+    position, wanted = file.seek(0, os.SEEK_END), lines + 1
+    while position > 0:
+        start = max(0, position - _MOST_KEPT)
+        file.seek(start)
+        block = file.read(position - start)
+        found = block.count(b"\n")
+        if found >= wanted:
+            end = len(block)
+            for _ in range(wanted):
+                end = block.rfind(b"\n", 0, end)
+            return start + end + 1
+        position, wanted = start, wanted - found
+    return 0
+
+
+def line_start(file, offset):
+    """The offset of the first line of an open log that begins at `offset` or after it."""
+    if offset <= 0:
+        return 0
+    file.seek(offset - 1)
+    for block in iter(lambda: file.read(_MOST_KEPT), b""):
+        end = block.find(b"\n") + 1
+        if end:
+            return file.tell() - len(block) + end
+    return file.seek(0, os.SEEK_END)
+
+
+def select_lines(data, raw=False, stream=None):
+    """What is asked for of whole lines of a log (bytes): all of it, or output without stamps.
+
+    `raw` gives the bytes of the streams as they were, in the order in which they came; `stream`,
+    "out" or "err", those of one alone.
+    """
+    if not raw and stream is None:
+        return data
+    wanted = (stream.upper().encode(),) if stream else (b"OUT", b"ERR")
+    return b"".join([text[:-1] if piece else text
+                     for tag, piece, text in _OUTPUT_LINE.findall(data) if tag in wanted])
+
+
+def follow(path, ended, *, offset=0, wait):
+    """Yield a log from `offset` on, in chunks of whole lines (bytes), until it is over.
+
+    That is once `ended()` is true and all has been read; `wait(seconds)` is called where there is
+    nothing to read yet. Raises OSError. Only what a killed writer left may be no whole line.
+    """
+    with read_log(path) as file:
+        offset, over = line_start(file, offset), False
+        while True:
+            data = os.pread(file.fileno(), _READ_BLOCK, offset)
+            end = data.rfind(b"\n") + 1
+            if over or len(data) == _READ_BLOCK:
+                end = end or len(data)
+            if end:
+                offset += end
+                yield data[:end]
+            elif over:
+                return
+            else:
+                over = ended()
+                if not over:
+                    wait(_FOLLOW_PAUSE)
+
+
+# ==== 9 runner ====================================================================================
+# The supervisor: it carries out one run at a time, from its journal. It never opens the store. Each
+# step is written into the journal before or right after it is done, so that whoever finds the
+# journal later knows what may be alive; the lock of the journal says whether its supervisor is.
+
+# The journal.
+
+# Bytes that are written beforehand, so that a full disk loses no exit code. (Written, since to free
+# what fallocate(2) has reserved takes ext4 a hundred times as long.)
+_ROOM = 8192
+
+
+class Journal:
+    """`active/<run id>`: a header line, then an event a line, as JSON; locked while looked after.
+
+    `header` has run, job, spec, trigger, slot, env, boot, store and queued_at. Lines are written at
+    an own offset into room that is reserved: O_APPEND would write behind that room.
+    """
+
+    def __init__(self, path, descriptor, data=None):
+        self.path, self.descriptor = path, descriptor
+        data = _read_all(descriptor) if data is None else data
+        complete = data[:data.rfind(b"\n") + 1]
+        self.header, *self.events = _parsed(complete.split(b"\n")) or [{}]
+        self.run_id, self._end = os.path.basename(path), len(complete)
+        self.taken = None               # the row of the run, where this has been taken in
+
+    @classmethod
+    def create(cls, folder, header):
+        """A new, locked journal in a folder, whole from the instant at which it has its name."""
+        path = os.path.join(folder, header["run"])
+        descriptor = open_private(path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            data = json.dumps(header).encode() + b"\n"
+            os.pwrite(descriptor, data + bytes(_ROOM), 0)
+            os.rename(path + ".new", path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(path, descriptor, data)
+
+    @classmethod
+    def find(cls, path):
+        """The journal at a path, locked; None where somebody looks after it, or it is gone."""
+        try:
+            descriptor = open_private(path, os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        if try_lock(descriptor) and is_at(descriptor, path):
+            return cls(path, descriptor)
+        os.close(descriptor)
+        return None
+
+    @classmethod
+    def glance(cls, path):
+        """The journal at a path as it is now, for reading only; None where there is none."""
+        try:
+            with open(path, "rb") as file:
+                return cls(path, None, file.read())
+        except FileNotFoundError:
+            return None
+
+    def note(self, event, **values):
+        """Write an event down -> the event; its `at` is the instant (UTC seconds)."""
+        values = {"event": event, "at": time.time(), **values}
+        self.events.append(values)
+        data = json.dumps(values).encode() + b"\n"
+        os.pwrite(self.descriptor, data, self._end)
+        before, self._end = self._end, self._end + len(data)
+        if before // _ROOM != self._end // _ROOM:
+            with contextlib.suppress(OSError):          # the room there is may well be enough
+                os.pwrite(self.descriptor, bytes(_ROOM), self._end)
+        return values
+
+    def cancelled(self):
+        """(reason, seconds of grace or None) of a cancel that was asked for, else None."""
+        try:
+            with open(self.path + ".cancel") as file:
+                reason, _, grace = file.read().partition(" ")
+                return reason, float(grace) if grace else None
+        except FileNotFoundError:
+            return None
+
+    def cancel(self, reason, grace=None):
+        """Ask for a cancel: write down why, then send SIGTERM to the supervisor if there is one.
+
+        A supervisor that has missed the signal finds the reason at the start of the run, and one
+        that finds it at the end takes no other run, which the signal might hit.
+        """
+        with open(self.path + ".reason", "w") as file:
+            file.write(reason if grace is None else f"{reason} {grace}")
+        os.rename(self.path + ".reason", self.path + ".cancel")
+        now = Journal.glance(self.path) or self
+        supervisor = Progress(now.events).supervisor
+        if supervisor and process_start(supervisor["pid"]) == supervisor["start"]:
+            if lock_is_held(self.path):
+                os.kill(supervisor["pid"], signal.SIGTERM)
+
+    def close(self):
+        """Give the lock back."""
+        os.close(self.descriptor)
+
+    def remove(self):
+        """Remove the files of the journal."""
+        for path in (self.path, self.path + ".cancel"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _read_all(descriptor):
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def _parsed(lines):
+    """The objects of lines; one that is not whole is left out."""
+    lines = [line.strip(b"\0").decode(errors="replace") for line in lines]
+    try:
+        return json.loads("[" + ",".join(filter(None, lines)) + "]")
+    except ValueError:
+        return [value for value in map(_object, lines) if value]
+
+
+def _object(line):
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+class Progress:
+    """What the events of a journal add up to.
+
+    `attempts` are rows as the store has them; `open` is the process (a dict with what, pid, start)
+    that may still be alive, or None; `done` are the names of what was begun; `supervisor`, `retry`,
+    `outcome` and `finished` are the events, or None.
+    """
+
+    def __init__(self, events=()):
+        self.supervisor = self.log = self.open = self.retry = self.outcome = self.finished = None
+        self.attempts, self.done = [], []
+        for event in events:
+            self.apply(event)
+
+    def apply(self, event):
+        """Take one more event; one that only a newer roexec knows changes nothing."""
+        getattr(self, "_" + event["event"], dict)(event)
+
+    def _supervisor(self, event):
+        self.supervisor, self.log = event, event["log"] or self.log
+
+    def _starting(self, event):
+        self.open = {"what": event["what"], "at": event["at"], "pid": None, "start": None}
+        self.done.append(event["what"])
+        if event["what"] == "attempt":
+            self.retry = None
+            self.attempts.append({"number": len(self.attempts) + 1, "started_at": event["at"]})
+
+    def _started(self, event):
+        self.open.update(pid=event["pid"], start=event["start"])
+
+    def _ended(self, event):
+        if self.open and self.open["what"] == "attempt":
+            self.attempts[-1].update(event, finished_at=event["at"])
+        self.open = None
+
+    def _retry(self, event):
+        self.retry = event
+
+    def _outcome(self, event):
+        self.outcome = event
+
+    def _finished(self, event):
+        self.finished = event
+
+
+# Processes.
+
+class Process(Value):
+    """A process of this host; `start` in ticks since the boot, `alive` is false for a zombie."""
+    __slots__ = ("parent", "session", "start", "alive")
+
+
+def processes():
+    """{pid: Process} of this host (proc(5), stat)."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b") ")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            found[int(name)] = Process(parent=int(fields[1]), session=int(fields[3]),
+                                       start=int(fields[19]), alive=fields[0] not in (b"Z", b"X"))
+    return found
+
+
+def _tree(chosen, table):
+    """{pid: start} of the chosen processes and all their descendants that are alive."""
+    children = {}
+    for pid, process in table.items():
+        children.setdefault(process.parent, []).append(pid)
+    found, ahead = set(), list(chosen)
+    while ahead:
+        pid = ahead.pop()
+        if pid not in found:
+            found.add(pid)
+            ahead += children.get(pid, ())
+    return {pid: table[pid].start for pid in found if table[pid].alive and pid != os.getpid()}
+
+
+def _remnants(run_id, session, start):
+    """{pid: start} of what is left of a run whose supervisor died.
+
+    That is the session of its command (if its leader is alive it must be the one that was started,
+    not a later process with its number), what bears the run's id in its environment, and what
+    descends from these.
+    """
+    if not _HAS_PROC():
+        return {session: None} if session and _signal_group(session, 0) else {}
+    table, mark = processes(), f"ROEXEC_RUN_ID={run_id}\0".encode()
+    if session in table and table[session].start != start:
+        session = None
+    return _tree([pid for pid, process in table.items()
+                  if process.session == session or mark in _environment_of(pid)], table)
+
+
+def _HAS_PROC():
+    return os.path.isdir("/proc/self")      # macOS and the BSDs have none: a group is all we know
+
+
+def _environment_of(pid):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read() + b"\0"
+    except OSError:                     # it is gone, or another user's
+        return b""
+
+
+def _signal_all(found, number):
+    """Send a signal to each of {pid: start}, unless it is another process by now."""
+    for pid, start in found.items():
+        if start is None:
+            _signal_group(pid, number)
+        elif process_start(pid) == start:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+
+def _signal_group(group, number):
+    try:
+        os.killpg(group, number)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+
+
+def kill_remnants(run_id, session, start, grace):
+    """End what is left of a run whose supervisor died -> how many processes were there."""
+    count, deadline, number = 0, time.monotonic() + grace, signal.SIGTERM
+    while True:
+        found = _remnants(run_id, session, start)
+        if not found or time.monotonic() > deadline + 10:
+            return count
+        if number == signal.SIGTERM or time.monotonic() > deadline:
+            count = max(count, len(found))
+            _signal_all(found, number)
+            _signal_all(found, signal.SIGCONT)
+            number = signal.SIGKILL
+        time.sleep(0.02)
+
+
+# Starting a command.
+
+BASE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def clean_environment(uid):
+    """The environment of registered jobs, before anything of their own (design, section 7)."""
+    try:
+        entry = pwd.getpwuid(uid)
+        home, user = entry.pw_dir, entry.pw_name
+    except KeyError:
+        home, user = "/", str(uid)
+    return {"PATH": BASE_PATH, "HOME": home, "USER": user, "LOGNAME": user, "SHELL": "/bin/sh",
+            "LANG": os.environ.get("LANG", "C.UTF-8")}
+
+
+def _job_environment(job, header, base):
+    """The environment of a run; `base` is the caller's for `run -- CMD`, else None."""
+    environment = dict(clean_environment(os.geteuid()) if base is None else base)
+    if job.timezone:
+        environment["TZ"] = job.timezone
+    if job.inherit_env:
+        names = os.environ if job.inherit_env is True else job.inherit_env
+        environment.update((name, os.environ[name]) for name in names if name in os.environ)
+    environment.update(job.env)
+    environment.update(header.get("env") or {})
+    for name in [name for name in environment if name.startswith("ROEXEC_")]:
+        del environment[name]
+    environment.update(ROEXEC_JOB_ID=header["job"], ROEXEC_RUN_ID=header["run"],
+                       ROEXEC_TRIGGER=header["trigger"])
+    if header.get("slot") is not None:
+        environment["ROEXEC_SLOT"] = format_instant(header["slot"])
+    return environment
+
+
+class CannotStart(RoexecError):
+    """A command that could not be started; `exit_code` is what a shell gives: 126 or 127."""
+
+    def __init__(self, exit_code, text):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def _find_program(name, environment):
+    """The path of a program, looked up in the PATH of the job as execvp(3) would."""
+    if "/" in name:
+        return name
+    for folder in environment.get("PATH", os.defpath).split(":"):
+        path = os.path.join(folder or ".", name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise CannotStart(127, f"{name}: there is no such program in {environment.get('PATH', '')}")
+
+
+def words_of(command, shell):
+    """The words to execute: a text goes to the shell, a list is executed as it is."""
+    return [*shell, command] if isinstance(command, str) else list(command)
+
+
+def command_text(command):
+    """A command on one line, for people: of a script its first one."""
+    first, *more = command.strip().splitlines() if isinstance(command, str) else [
+        shlex.join(command)]
+    return printable(first) + (" ..." if more else "")
+
+
+def spawn(words, environment, descriptors, group=None):
+    """Start a program -> its pid. `descriptors` become its 0, 1, 2; nothing else is inherited.
+
+    It leads a session of its own; with `group=0` a process group of this session instead, as the
+    command of a shell with job control. Signals are set to their defaults, none is blocked (Python
+    ignores SIGPIPE and SIGXFSZ, which a child would inherit).
+    """
+    path = _find_program(words[0], environment)
+    actions = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in enumerate(descriptors)
+               if here != there]
+    options = {"file_actions": actions, "setsigmask": (), "setsigdef": _CATCHABLE,
+               **({"setsid": True} if group is None else {"setpgroup": group})}
+    try:
+        try:
+            return os.posix_spawn(path, words, environment, **options)
+        except OSError as error:
+            if error.errno != errno.ENOEXEC:
+                raise
+            return os.posix_spawn("/bin/sh", ["sh", path, *words[1:]], environment, **options)
+    except OSError as error:
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists(path)
+        what = "there is no such program" if missing else error.strerror
+        if error.errno == errno.ENOENT and not missing:
+            what = "its interpreter is missing"
+        raise CannotStart(127 if missing else 126, f"{path}: {what}") from None
+    except ValueError as error:         # a NUL character
+        raise CannotStart(126, f"{path}: {error}") from None
+
+
+# All signals of POSIX but SIGKILL and SIGSTOP, whose number differs.
+_CATCHABLE = tuple({*range(1, 32)} - {9, 17 if sys.platform == "darwin" else 19})
+
+
+def become_subreaper():
+    """Inherit the orphans of one's descendants (prctl(2), PR_SET_CHILD_SUBREAPER); False where the
+    host cannot do that."""
+    try:
+        import ctypes
+        return ctypes.CDLL(None).prctl(36, ctypes.c_ulong(1), 0, 0, 0) == 0
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def exit_status(run):
+    """The exit status that a run (a row or payload) gives to `run` and `wait`, as shells have it.
+
+    124 is timeout(1)'s, 128+n a shell's for a signal, 125 timeout(1)'s for its own failures.
+    """
+    special = {"timed_out": 124, "cancelled": 130, "lost": 125, "skipped": 0}
+    if run["state"] in special:
+        return special[run["state"]]
+    if run["signal"]:
+        return 128 + signal.Signals[run["signal"]]
+    if run["exit_code"] is None:
+        return 0 if run["state"] == "succeeded" else 125
+    return run["exit_code"]
+
+
+# One command under supervision.
+
+_READ_SIZE = 1 << 16
+_DRAIN = 1.0            # seconds for what is still in the pipes when the command has ended
+_UNKILLABLE = 10.0      # seconds after which one gives up on processes that survive SIGKILL
+
+
+class Signals:
+    """What has been asked of this process by signals: handlers only set flags here.
+
+    `descriptor` becomes readable at each signal.
+    """
+
+    def __init__(self, forwarded=()):
+        self.descriptor, self._writer = quiet_pipe()
+        self.asked = None               # the last signal that asks for the end
+        self.start = process_start(os.getpid())
+        self.continued = False
+        numbers = (signal.SIGTERM, signal.SIGHUP, *forwarded)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        for number in (signal.SIGCHLD, signal.SIGCONT):
+            self._before[number] = signal.signal(number, self._note)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+
+    def _ask(self, number, _):
+        self.asked = number
+
+    def _note(self, number, _):
+        self.continued = self.continued or number == signal.SIGCONT
+
+    def drain(self):
+        """Take what the descriptor has."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self.descriptor, 512):
+                pass
+
+    def close(self):
+        """Put everything back as it was."""
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self.descriptor)
+        os.close(self._writer)
+
+
+def quiet_pipe():
+    """A pipe whose ends never block."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    return reader, writer
+
+
+class RunningCommand:
+    """A started command: its streams are read and its end awaited around one poll(2).
+
+    `sink(stream, data)` gets its output, `console` what a person is to see, `signals` tells of
+    requests. `kill_reason` becomes "timeout", "total_timeout" or "cancel" where it has to end.
+    """
+
+    def __init__(self, pid, streams, sink, signals, console=None):
+        self.pid, self.streams, self.sink = pid, streams, sink
+        self.signals, self.console = signals, console
+        self.kill_reason, self.killed, self.survivors = None, 0, 0
+        self.ended = False              # the command is a zombie by now; it pins pid and session
+        self.cpu_seconds, self.max_rss_bytes, self.output_bytes = 0.0, 0, 0
+        self.refused = False            # somebody still holds a pipe, and we no longer read it
+
+    def wait(self, deadlines, grace, is_cancelled, leftovers="leave"):
+        """Look after the command until it and, where it is to be killed, its tree have ended.
+
+        `deadlines` are (monotonic instant, kill reason), `grace()` is asked when it is needed.
+        Returns Ended.
+        """
+        deadline, reason = min(deadlines, default=(math.inf, None))
+        while not self._has_ended():
+            now = time.monotonic()
+            if is_cancelled():
+                self.kill_reason = "cancel"
+            elif now >= deadline:
+                self.kill_reason = reason
+            if self.kill_reason:
+                self._kill(grace)
+                break
+            self._turn(deadline - now)
+        self._drain()
+        if leftovers == "kill" and not self.kill_reason:
+            self._kill(grace)
+        return self._reap()
+
+    def _turn(self, seconds):
+        """One turn of the poll: read what is there, and look whether the command has ended."""
+        self._read(min(seconds, self.sink.patience()))
+        self.sink.tick()
+
+    def _read(self, seconds):
+        poller = select.poll()
+        poller.register(self.signals.descriptor, select.POLLIN)
+        busy = self.console is not None and self.console.register(poller)
+        if not busy:
+            for descriptor in self.streams:
+                poller.register(descriptor, select.POLLIN)
+        milliseconds = None if seconds == math.inf else max(0, math.ceil(seconds * 1000))
+        for descriptor, _ in poller.poll(milliseconds):
+            if descriptor == self.signals.descriptor:
+                self.signals.drain()
+            elif descriptor in self.streams:
+                self._take(descriptor)
+            else:
+                self.console.write_on(descriptor)
+
+    def _take(self, descriptor):
+        data = os.read(descriptor, _READ_SIZE)
+        if not data:
+            del self.streams[descriptor]
+            os.close(descriptor)
+            return
+        self.output_bytes += len(data)
+        self.sink.output(self.streams[descriptor], data)
+        if self.console is not None:
+            self.console.show(self.streams[descriptor], data)
+
+    def _has_ended(self):
+        """Reap orphans that were left to us, by pid; the command itself is only looked at."""
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while not self.ended:
+            try:
+                info = os.waitid(os.P_ALL, 0, options)
+            except ChildProcessError:   # somebody else has reaped it: its end is unknown
+                self.ended = True
+                break
+            if info is None:
+                break
+            if info.si_pid == self.pid:
+                self.ended = True
+            else:
+                self._reap_one(info.si_pid)
+        if self.console is not None and not self.ended:
+            self.console.follow_stops(self.pid)
+        return self.ended
+
+    def _reap_one(self, pid):
+        _, status, usage = os.wait4(pid, 0)
+        self.cpu_seconds += usage.ru_utime + usage.ru_stime
+        self.max_rss_bytes = max(self.max_rss_bytes, usage.ru_maxrss * _RSS_UNIT)
+        return status
+
+    def _drain(self):
+        """Read what is left in the pipes; whoever still holds one may write for a second more."""
+        deadline = time.monotonic() + _DRAIN
+        while self.streams or (self.console is not None and self.console.backlog):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._read(left)
+        self.refused = bool(self.streams)
+        self.close()
+
+    def _kill(self, grace):
+        """SIGTERM (or what a person sent) to the tree, `grace()` seconds, then SIGKILL until
+        nothing of it is left."""
+        first = signal.SIGTERM
+        if self.signals.asked in (signal.SIGINT, signal.SIGQUIT):
+            first = self.signals.asked
+        for number, seconds in ((first, grace()), (signal.SIGKILL, _UNKILLABLE)):
+            found, deadline, delay = self._left(), time.monotonic() + seconds, 0.005
+            self.killed = max(self.killed, len(found))
+            _signal_all(found, number)
+            _signal_all(found, signal.SIGCONT)
+            while found and time.monotonic() < deadline:
+                self._pause(min(delay, deadline - time.monotonic()))
+                delay = min(delay * 1.5, 0.1)
+                found = self._left()
+                if number == signal.SIGKILL:        # it may have forked meanwhile
+                    _signal_all(found, number)
+        self.survivors = len(found)
+
+    def _pause(self, seconds):
+        """Read for some seconds, or until the command ends."""
+        deadline = time.monotonic() + seconds
+        while not (self._has_ended() and self.streams) and time.monotonic() < deadline:
+            self._read(deadline - time.monotonic())
+
+    def _left(self):
+        """{pid: start} of what is alive of the tree: the command's session, and what descends from
+        this supervisor, which inherits orphans. Orphans that have ended are reaped."""
+        self._has_ended()
+        if not _HAS_PROC():
+            return {self.pid: None} if _signal_group(self.pid, 0) and not self.ended else {}
+        table, own = processes(), os.getpid()
+        for pid, process in table.items():
+            if process.parent == own and not process.alive and pid != self.pid:
+                self._reap_one(pid)
+        return _tree([pid for pid, process in table.items()
+                      if process.parent == own or process.session == self.pid], table)
+
+    def _reap(self):
+        if not self._is_child():
+            return Ended(lost=True)
+        code = os.waitstatus_to_exitcode(self._reap_one(self.pid))
+        timeout = self.kill_reason if self.kill_reason in ("timeout", "total_timeout") else None
+        if code < 0:
+            return Ended(signal=_signal_name(-code), timeout=timeout)
+        return Ended(exit_code=code, timeout=timeout)
+
+    def _is_child(self):
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            return True
+        except ChildProcessError:
+            return False
+
+    def close(self):
+        """Close the streams that are open."""
+        for descriptor in self.streams:
+            os.close(descriptor)
+        self.streams = {}
+
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024     # getrusage(2)
+
+
+def _signal_name(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"           # a real-time signal
+
+
+class Console:
+    """The caller's terminal or pipes of a run in the foreground.
+
+    Output is passed on unchanged, only as fast as its reader takes it; a reader that goes away ends
+    neither run nor log. With a terminal this process acts as a shell with job control does.
+    """
+
+    def __init__(self):
+        self.backlog, self._gone = collections.deque(), set()
+        self._group = os.getpgrp()
+        try:
+            self.terminal = os.isatty(0) and os.tcgetpgrp(0) == self._group
+        except OSError:
+            self.terminal = False
+
+    def show(self, stream, data):
+        """Pass on a chunk of "out" or "err"."""
+        descriptor = 1 if stream == "out" else 2
+        if descriptor not in self._gone:
+            self.backlog.append((descriptor, memoryview(data)))
+
+    def register(self, poller):
+        """Wait for the reader of what is due -> whether anything is."""
+        if self.backlog:
+            poller.register(self.backlog[0][0], select.POLLOUT)
+        return bool(self.backlog)
+
+    def write_on(self, descriptor):
+        """Write a piece: a pipe that is ready takes PIPE_BUF bytes without blocking (POSIX)."""
+        _, data = self.backlog.popleft()
+        try:
+            written = os.write(descriptor, data[:select.PIPE_BUF])
+        except OSError:                 # EPIPE, EIO: its reader has gone
+            self._gone.add(descriptor)
+            self.backlog = collections.deque(
+                item for item in self.backlog if item[0] != descriptor)
+            return
+        if written < len(data):
+            self.backlog.appendleft((descriptor, data[written:]))
+
+    def error(self, text):
+        """Tell the person something, on standard error."""
+        self.backlog.append((2, memoryview(f"roexec: {text}\n".encode())))
+
+    def flush(self):
+        """Write what is left, waiting for the reader."""
+        while self.backlog:
+            self.write_on(self.backlog[0][0])
+
+    def give_terminal(self, group=None):
+        """Make a process group that of the terminal, ours without one (tcsetpgrp(3))."""
+        if self.terminal:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+            with contextlib.suppress(OSError):
+                os.tcsetpgrp(0, self._group if group is None else group)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def follow_stops(self, pid):
+        """Stop with a command that Ctrl-Z stopped, and let it go on when we do."""
+        if not self.terminal or not os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG):
+            return
+        self.give_terminal()
+        os.killpg(self._group, signal.SIGSTOP)
+        # Here again: a shell has sent SIGCONT, by `fg` with the terminal, by `bg` without.
+        if os.tcgetpgrp(0) == self._group:
+            self.give_terminal(pid)
+        os.killpg(pid, signal.SIGCONT)
+
+
+# A run.
+
+class _Execution:
+    """How the commands of one run are executed: environment, folder, streams, log, journal.
+
+    `folder` is the store's. In the foreground there is a `console`; `base` is the caller's
+    environment where the run has that, with the caller's folder and standard input.
+    """
+
+    def __init__(self, journal, folder, signals, console=None, base=None):
+        self.journal, self.folder, self.header = journal, folder, journal.header
+        self.signals, self.console, self.base = signals, console, base
+        self.job, self.progress = Job(journal.header["spec"]), Progress(journal.events)
+        self.log = None
+
+    def note(self, event, **values):
+        """Write an event into the journal, and know it."""
+        self.progress.apply(self.journal.note(event, **values))
+
+    def info(self, text, level="INFO"):
+        """Write a line of roexec's own into the log."""
+        self.log.write(text, time.time(), level)
+
+    # What `RunningCommand` asks of its sink.
+
+    def output(self, stream, data):
+        """Take a chunk of output."""
+        self.log.output(stream, data, time.time())
+
+    def patience(self):
+        """Seconds after which a piece of a line is to be written."""
+        return 0.2 if self.log.pending else math.inf
+
+    def tick(self):
+        """Called after each turn: a piece that has waited is written."""
+        if self.log.pending:
+            self.log.flush(time.time())
+
+    def is_cancelled(self):
+        """Whether the run is to end: somebody has asked for it, or a signal came."""
+        return self.signals.asked is not None
+
+    # Commands.
+
+    def _run(self, what, command, timeout, stdin=None):
+        """Run the command of an attempt, a condition or a hook to its end -> Ended."""
+        attempt = what == "attempt"
+        self.note("starting", what=what)
+        try:
+            running = self._start(command, stdin, attempt)
+        except CannotStart as error:
+            self.info(f"Cannot start {error}", "ERROR")
+            ended = Ended(exit_code=error.exit_code, error=f"cannot start {error}")
+            self.note("ended", exit_code=ended.exit_code, error=ended.error)
+            return ended
+        self.note("started", pid=running.pid, start=process_start(running.pid))
+        deadlines = self._deadlines(timeout, attempt)
+        cancelled = self.is_cancelled if what != "post_run" else _never
+        ended = running.wait(deadlines, self._grace, cancelled,
+                             self.job.leftovers if attempt else "leave")
+        if self.console is not None and attempt:
+            self.console.give_terminal()
+            if self.console.terminal and ended.signal == "SIGINT":
+                self.signals.asked = signal.SIGINT          # Ctrl-C reached the command itself
+        self._tell_of(running)
+        self.note("ended", exit_code=ended.exit_code, signal=ended.signal, timeout=ended.timeout,
+                  cpu_seconds=round(running.cpu_seconds, 6), max_rss_bytes=running.max_rss_bytes,
+                  output_bytes=running.output_bytes)
+        return ended
+
+    def _grace(self):
+        """Seconds between SIGTERM and SIGKILL."""
+        _, limit = self.journal.cancelled() or (None, None)
+        return self.job.grace if limit is None else min(self.job.grace, limit)
+
+    def _deadlines(self, timeout, attempt):
+        now = time.monotonic()
+        deadlines = [] if timeout is None else [(now + timeout, "timeout")]
+        if attempt and self.job.total_timeout is not None:
+            deadlines.append((now + self._total_left(), "total_timeout"))
+        return deadlines
+
+    def _tell_of(self, running):
+        if running.killed:
+            self.info(f"Killed {running.killed} processes" if running.killed > 1
+                      else "Killed 1 process")
+        if running.survivors:
+            self.info(f"{running.survivors} processes survived SIGKILL", "ERROR")
+        if running.refused:
+            self.info("A process that was left holds the output open; what it writes from now on "
+                      "is refused")
+
+    def _start(self, command, stdin, attempt):
+        """Start a command -> RunningCommand. Raises CannotStart."""
+        console = self.console if attempt else None
+        source = self._standard_input(stdin, attempt)
+        out, err = os.pipe(), os.pipe()
+        try:
+            pid = self._spawn(words_of(command, self.job.shell), (source, out[1], err[1]),
+                              0 if console is not None and console.terminal else None)
+        except BaseException:
+            os.close(out[0])
+            os.close(err[0])
+            raise
+        finally:
+            os.close(out[1])
+            os.close(err[1])
+            if source > 2:
+                os.close(source)
+        if console is not None:
+            console.give_terminal(pid)
+        return RunningCommand(pid, {out[0]: "out", err[0]: "err"}, self, self.signals, console)
+
+    def _spawn(self, words, descriptors, group):
+        if self.base is not None:                   # the caller's folder and umask are ours
+            return spawn(words, self.environment, descriptors, group)
+        folder = self._directory()
+        before = os.umask(self.job.umask)
+        try:
+            os.chdir(folder)
+            return spawn(words, self.environment, descriptors, group)
+        except OSError as error:
+            raise CannotStart(126, f"in the folder {folder}: {error.strerror}") from None
+        finally:
+            os.umask(before)
+
+    def _directory(self):
+        home = self.environment.get("HOME") or "/"
+        folder = self.job.directory or "~"
+        return home + folder[1:] if folder == "~" or folder.startswith("~/") else folder
+
+    def _standard_input(self, data, attempt):
+        """A descriptor of what a command reads: text of the job, what a hook gets, or nothing."""
+        if attempt and self.base is not None:
+            return 0
+        if attempt and self.job.stdin is not None:
+            data = self.job.stdin.encode()
+        if data is None:
+            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return _file_of(data)
+
+    def _total_left(self):
+        """Seconds until the `total_timeout`, which counts from the first attempt; None without."""
+        if self.job.total_timeout is None or not self.progress.attempts:
+            return self.job.total_timeout
+        return (self.progress.attempts[0]["started_at"] + self.job.total_timeout - time.time())
+
+
+    def _printed(self):
+        """What the run has printed: the newest MiB, without stamps."""
+        self.log.flush(time.time())
+        if self.log.path is None:
+            return b""
+        with read_log(os.path.join(self.folder, self.log.path)) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _MOST_FOR_HOOKS))
+            if size > _MOST_FOR_HOOKS:
+                file.readline()
+            return select_lines(file.read(), raw=True)
+
+
+class Supervision(_Execution):
+    """One run, from its journal to its end; `_Execution` says what it is made with."""
+
+    def perform(self):
+        """Carry the run to its end; what came before in the journal is taken as done.
+
+        Where the header says `only`, the hooks of that name are all there is to do.
+        """
+        self.note("supervisor", pid=os.getpid(), start=self.signals.start,
+                  log=self._open_log())
+        self.environment = _job_environment(self.job, self.header, self.base)
+        self.environment["ROEXEC_LOG"] = os.path.join(self.folder, self.log.path or "")
+        if self.header.get("only"):
+            self._hooks(self.header["only"])
+        elif self.progress.outcome is None:
+            self.note("outcome", **self._outcome())
+            self._end_hooks(self.progress.outcome)
+        self.log.close(time.time())
+        self.note("finished")
+
+    def _open_log(self):
+        earlier = self.progress.log
+        self.log = LogWriter(self.folder, self.header["job"], time.time(), self.header["run"],
+                             path=earlier)
+        self.info("Going on after the loss of a supervisor" if earlier else "Starting run")
+        return self.log.path
+
+    # The order of things (SEMANTICS, "The life of a run").
+
+    def _outcome(self):
+        """The values of the event `outcome`."""
+        if self.journal.cancelled() is not None or self.is_cancelled():
+            self._end_remnants()
+            return self._cancelled()
+        number = len(self.progress.attempts)
+        if self.progress.open and self.progress.open["what"] == "attempt":
+            self._end_remnants()
+            ended = Ended(lost=True)
+        elif self.progress.open or number == 0:
+            self._end_remnants()
+            refused = self._before_attempts()
+            if refused:
+                return refused
+            return self._attempt_until_done(0)
+        else:
+            ended = Ended(**{name: self.progress.attempts[-1].get(name)
+                             for name in Ended.__slots__})
+        delay = self._delay_before_next(ended, number)
+        if delay is None:
+            return self._decided(ended)
+        return self._attempt_until_done(number, delay)
+
+    def _end_remnants(self):
+        """Kill what a lost supervisor has left of this run."""
+        left = self.progress.open
+        if left is None:
+            return
+        if self.header["boot"] == boot_id():
+            killed = kill_remnants(self.journal.run_id, left["pid"], left["start"], self.job.grace)
+            if killed:
+                self.info(f"Killed {killed} processes that were left")
+        self.note("ended", lost=True)
+        self.info("Lost: its supervisor was killed", "ERROR")
+
+    def _before_attempts(self):
+        """Condition and `pre_run`; the outcome if one of them forbids the run."""
+        late = time.time() - self.header["claimed_at"]
+        if late > max(ON_TIME, self.job.catch_up_window):
+            return {"state": "lost", "reason": "supervisor", "message": "it was never started"}
+        self._await_instant()
+        if self.job.condition:
+            ended = self._run("condition", self.job.condition, 60)
+            if self.is_cancelled():
+                return self._cancelled()
+            if ended.timeout or ended.signal or ended.exit_code in (126, 127):
+                return self._final("failed", "condition", ended)
+            if ended.exit_code:
+                return {"state": "skipped", "reason": "condition", "message":
+                        f"the condition ended with {ended.exit_code}"}
+        if not self._hooks("pre_run"):
+            return {"state": "failed", "reason": "pre_run", "message": "the hook pre_run failed"}
+        return self._cancelled() if self.is_cancelled() else None
+
+    def _await_instant(self):
+        """Wait for the instant of a slot: a scheduler has prepared its start a little earlier."""
+        early = (self.header.get("not_before") or 0) - time.time()
+        if 0 < early < 1 and (early < 0.003 or self._pause(early - 0.002)):
+            time.sleep(max(0, self.header["not_before"] - time.time()))
+
+    def _attempt_until_done(self, number, delay=0):
+        while True:
+            if delay and not self._pause(delay):
+                return self._cancelled()
+            number += 1
+            ended = self._attempt(number)
+            if self.is_cancelled():
+                return self._cancelled()
+            delay = self._delay_before_next(ended, number)
+            if delay is None:
+                return self._decided(ended)
+
+    def _attempt(self, number):
+        self.environment["ROEXEC_ATTEMPT"] = str(number)
+        self.info(f"Attempt {number}")
+        self.info(f"Running {command_text(self.job.command)}")
+        return self._run("attempt", self.job.command, self.job.timeout)
+
+    def _delay_before_next(self, ended, number):
+        """Seconds until the next attempt, or None. Says so, and runs `on_retry`."""
+        delay = retry_delay(self.job, ended, number)
+        if delay is None or self.is_cancelled():
+            return None
+        total = self._total_left()
+        if total is not None and delay >= total:
+            return None
+        if self.progress.retry is not None:         # decided by an earlier supervisor
+            return max(0, self.progress.retry["until"] - time.time())
+        state, _ = outcome(self.job, ended)
+        self.info(f"Attempt {number} {state}, {_ending(ended)}", "ERROR")
+        self._hooks("on_retry")
+        self.note("retry", until=time.time() + delay)
+        self.info(f"Retrying ({number}/{max(self.job.retries, 1)}) after backoff "
+                  f"{format_duration(delay)}")
+        return delay
+
+    def _pause(self, seconds):
+        """Wait -> False if the run was cancelled meanwhile."""
+        deadline = time.monotonic() + seconds
+        poller = select.poll()
+        poller.register(self.signals.descriptor, select.POLLIN)
+        while not self.is_cancelled() and time.monotonic() < deadline:
+            poller.poll(math.ceil((deadline - time.monotonic()) * 1000))
+            self.signals.drain()
+        return not self.is_cancelled()
+
+    def _decided(self, ended):
+        state, reason = outcome(self.job, ended)
+        if state == "lost" and self.header["boot"] != boot_id():
+            reason = "power"
+        return self._final(state, reason, ended)
+
+    def _final(self, state, reason, ended):
+        """An outcome with its last line in the log."""
+        if state == "succeeded":
+            self.info(f"Completed, {_ending(ended)}")
+        else:
+            self.info(f"Run {self.journal.run_id} {state}, {_ending(ended)}", "ERROR")
+            if self.console is not None and ended.error:
+                self.console.error(ended.error)
+        return {"state": state, "reason": reason, "message": ended.error,
+                "exit_code": ended.exit_code, "signal": ended.signal}
+
+    def _cancelled(self):
+        reason, _ = self.journal.cancelled() or (
+            "user" if self.console is not None else "shutdown", None)
+        self.info(f"Run {self.journal.run_id} cancelled, reason={reason}", "ERROR")
+        return {"state": "cancelled", "reason": reason}
+
+    # Hooks.
+
+    def _hooks(self, name):
+        """Run the hooks of a name in order -> whether all of them succeeded."""
+        succeeded = True
+        for hook in self.job.hooks.get(name, ()):
+            data = self._printed() if name != "pre_run" else None
+            if hook.condition and self._run(name + " condition", hook.condition, 60).exit_code:
+                continue
+            self.info(f"Hook {name}: running {command_text(hook.command)}")
+            result = self._run(name, hook.command, hook.timeout, data)
+            if result.exit_code != 0:
+                succeeded = False
+                self.info(f"Hook {name} failed, {_ending(result)}", "ERROR")
+        return succeeded
+
+    def _end_hooks(self, decided):
+        """The hooks at the end. (A supervisor that is lost after the decision loses them.)"""
+        self.environment.update(
+            ROEXEC_STATUS=decided["state"], ROEXEC_REASON=decided["reason"] or "",
+            ROEXEC_EXIT_CODE="" if decided.get("exit_code") is None else str(decided["exit_code"]))
+        if decided["state"] == "skipped":
+            return
+        if decided["state"] == "succeeded":
+            self._hooks("on_success")
+        elif decided["state"] != "cancelled":
+            self._hooks("on_failure")
+        self._hooks("post_run")
+
+
+_MOST_FOR_HOOKS = 1 << 20
+
+
+def _never():
+    return False
+
+
+def _ending(ended):
+    """How a command ended, as the log says it."""
+    if ended.timeout:
+        return ended.timeout
+    if ended.lost:
+        return "lost"
+    return f"signal={ended.signal}" if ended.signal else f"exit={ended.exit_code}"
+
+
+def _file_of(data):
+    """A descriptor that reads as the data, and belongs to no name."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("stdin")
+    else:                               # macOS and the BSDs
+        import tempfile
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.write(descriptor, data)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+# The supervisors of a server.
+
+def serve_runs(channel, folder):
+    """The body of a supervisor: take runs from the server, one at a time, until it goes away.
+
+    `channel` is a SOCK_SEQPACKET socket: a run id comes with its locked journal; the answer is
+    "done" or, where it ends now, "last", the run id, and the traceback of what went wrong here.
+    """
+    signals = Signals()
+    try:
+        while True:
+            signals.asked = None
+            run_id, descriptor = receive_descriptor(channel)
+            if run_id is None:
+                return
+            journal = Journal(os.path.join(folder, "active", run_id), descriptor)
+            answer = _supervise(journal, folder, signals)
+            os.chdir("/")
+            journal.close()
+            # A SIGTERM for that run may still be on its way; or daemons were left.
+            last = journal.cancelled() is not None or has_children()
+            if not _answer(channel, f"{'last' if last else 'done'} {answer}"):
+                Store(folder).wake()
+            if last:
+                return
+    finally:
+        signals.close()
+        channel.close()
+
+
+def _supervise(journal, folder, signals):
+    try:
+        Supervision(journal, folder, signals).perform()
+        return journal.run_id
+    except Exception:
+        import traceback
+        return f"{journal.run_id} {traceback.format_exc()}"
+
+
+def _answer(channel, text):
+    try:
+        channel.send(text.encode()[:LONGEST_ANSWER])
+        return True
+    except OSError:                     # the server has gone
+        return False
+
+
+LONGEST_ANSWER = 60_000    # bytes; a message of a socket has to fit into its buffer
+
+
+def has_children():
+    """Whether any process descends from this one: what is left hangs below a child of ours."""
+    try:
+        while True:
+            info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+            if info is None:
+                return True
+    except ChildProcessError:
+        return False
+
+
+def send_descriptor(channel, text, descriptor):
+    """Send a text and an open file over a Unix socket (SCM_RIGHTS)."""
+    channel.sendmsg([text.encode()], [
+        (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))])
+
+
+def receive_descriptor(channel):
+    """(text, descriptor) of what was sent; (None, None) where the other side has gone away.
+
+    The flag MSG_CMSG_CLOEXEC is why `socket.recv_fds` will not do: a command would inherit the
+    lock. Raises RoexecError for a text without its file.
+    """
+    try:
+        data, ancillary, _, _ = channel.recvmsg(
+            4096, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+    except ConnectionError:
+        data = b""
+    if not data:
+        return None, None
+    descriptors = array.array("i")
+    for _, _, content in ancillary:
+        descriptors.frombytes(content[:4])
+    if not descriptors:
+        raise RoexecError(f"the message {data!r} came without its file")
+    return data.decode(), descriptors[0]
+
+
+# A command that is not recorded.
+
+class _NoSink:
+    """For a command whose output is not ours."""
+
+    def patience(self):
+        return math.inf
+
+    def tick(self):
+        pass
+
+
+def exec_here(words):
+    """Run a command in the foreground and record nothing -> its exit status, as shells have it."""
+    signals, console = Signals((signal.SIGINT, signal.SIGQUIT)), Console()
+    try:
+        pid = spawn(words, dict(os.environ), (0, 1, 2), 0 if console.terminal else None)
+        console.give_terminal(pid)
+        ended = RunningCommand(pid, {}, _NoSink(), signals, console).wait(
+            (), lambda: 10, lambda: signals.asked is not None)
+    except CannotStart as error:
+        console.error(error)
+        ended = Ended(exit_code=error.exit_code)
+    finally:
+        console.give_terminal()
+        console.flush()
+        signals.close()
+    return ended.exit_code if ended.signal is None else 128 + signal.Signals[ended.signal]
+
+
+# ==== 10 scheduler ================================================================================
+# From due slots and requests to supervisors, and back into the store. A run gets its place in the
+# transaction that marks it as running, whoever starts it; its journal is there, and locked, before
+# that. What a crash leaves is finished by whoever holds `server.lock`, or needs the place.
+
+class Refused(RoexecError):
+    """A start that `overlap` forbids; `run` is the row of the run in the way."""
+
+    def __init__(self, job_id, run):
+        super().__init__(f'job "{job_id}" is {run["state"]} already: run {run["id"]}; wait for it, '
+                         "or write --queue")
+        self.run = run
+
+
+# Asking for a run, and its place.
+
+def effective_job(db, job_id, settings=None):
+    """The Job with an id, with the defaults of the configuration folded in.
+
+    The settings of the last server count, else those passed. Raises NoSuchJob.
+    """
+    settings = get_settings(db) or settings or {}
+    return effective(Job(json.loads(get_job(db, job_id)["spec"])), settings.get("defaults"))
+
+
+def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait=False, owner=None):
+    """Ask for a run of a job -> its id. It is queued; the server is told.
+
+    `env` {name: text} is added to the job's; `name` is for a command that is not registered, which
+    knows no overlap; with `owner` (`own_identity()`) only that process starts it. Raises Refused.
+    """
+    run_id, other = new_run_id(), None
+    with store.write() as db:
+        active = active_runs(db, job.id) if name is None else ()
+        action, other = overlap_action(job, trigger, active, wait)
+        if action == "skip":
+            raise Refused(job.id, other)
+        version = None if name is not None else get_job(db, job.id)["version"]
+        add_run(db, id=run_id, job_id=job.id, name=name, version=version, trigger=trigger,
+                state="queued", queued_at=time.time(), retry_of=retry_of, priority=job.priority,
+                env=json.dumps(env) if env else None, owner=owner,
+                spec=None if name is None else json.dumps(job.spec))
+        if action == "replace":
+            _replace(db, other)
+    if action == "replace":
+        signal_cancel(store, other["id"], "replaced")
+    store.wake()
+    return run_id
+
+
+def _replace(db, run):
+    """Make place for a newer run of the same job: the old one keeps its place until it is dead."""
+    if run["state"] == "queued":
+        finish_run(db, run["id"], "cancelled", [], reason="replaced", finished_at=time.time())
+    else:
+        ask_to_cancel(db, run["id"], "replaced")
+
+
+def own_identity():
+    """What tells this process from every other: boot id, pid, start time."""
+    return f"{boot_id()} {os.getpid()} {process_start(os.getpid())}"
+
+
+def _is_alive(identity):
+    boot, pid, start = identity.split()
+    return boot == boot_id() and process_start(int(pid)) == int(start)
+
+
+def claim(db, folder, jobs, max_concurrent, wanted):
+    """Give the queued runs that `wanted(row)` their places if it is their turn -> their journals.
+
+    `jobs(row)` is the effective Job of a run, or None if there is none any more. Each journal is
+    made and locked before the run is marked as running.
+    """
+    queued = queued_runs(db)
+    if not queued:
+        return []
+    known, boot = {row["id"]: jobs(row) for row in queued}, boot_id()
+    limits = {row["job_id"]: 0 if row["name"] is not None or known[row["id"]] is None
+              else known[row["id"]].max_concurrent for row in queued}
+    journals, now = [], time.time()
+    try:
+        for row in admit(queued, count_running(db), limits, max_concurrent):
+            if wanted(row) and known[row["id"]] is not None:
+                journals.append(_make_journal(db, folder, row, known[row["id"]], now,
+                                              boot=boot))
+                change_run(db, row["id"], "running", started_at=now, boot=boot)
+    except BaseException:
+        discard(journals)
+        raise
+    return journals
+
+
+def _make_journal(db, folder, row, job, now, **more):
+    return Journal.create(folder, {
+        "run": row["id"], "job": row["job_id"], "spec": job.spec, "trigger": row["trigger"],
+        "slot": row["slot"], "env": json.loads(row["env"] or "{}"), "store": store_id(db),
+        "claimed_at": now, "not_before": None if row["slot"] is None else
+        row["slot"] + jitter_delay(job.id, row["slot"], job.jitter), **more})
+
+
+def cancel_run(store, run_id, reason="user"):
+    """Cancel a run: a queued one is withdrawn, a running one ends gracefully.
+
+    The wish is committed first, then told. Raises RoexecError for a run that has ended.
+    """
+    with store.write() as db:
+        run = get_run(db, run_id)
+        if run["state"] in FINAL_STATES:
+            raise RoexecError(f"run {run_id} has ended already: {run['state']}")
+        if run["state"] == "queued":
+            finish_run(db, run_id, "cancelled", [], reason=reason, finished_at=time.time())
+        else:
+            ask_to_cancel(db, run_id, reason)
+    if run["state"] == "running":
+        signal_cancel(store, run_id, reason)
+    store.wake()
+
+
+def signal_cancel(store, run_id, reason, grace=None):
+    """Tell the supervisor of a run that it is cancelled, with at most `grace` seconds."""
+    journal = Journal.glance(store.file(f"active/{run_id}"))
+    if journal is not None:
+        journal.cancel(reason, grace)
+
+
+# Taking in.
+
+def live_log(store, run_id):
+    """Where the log of a running run lies, relative to the folder of the store, or None."""
+    journal = Journal.glance(store.file(f"active/{run_id}"))
+    return None if journal is None else Progress(journal.events).log
+
+
+def take_in(db, journal):
+    """Take a finished journal into the store -> the row of the run as it is then, or None.
+
+    The journal is removed by the caller when that is committed.
+    """
+    row, progress = find_run_row(db, journal.run_id), Progress(journal.events)
+    if row is None or row["state"] != "running":
+        if row is not None and row["log"] is None:      # of hooks alone
+            set_log(db, row["id"], progress.log)
+        return None
+    decided, attempts = progress.outcome, progress.attempts
+    reason = decided["reason"]
+    if decided["state"] == "cancelled":
+        reason = row["cancel"] or reason
+    finish_run(db, row["id"], decided["state"], attempts, reason=reason,
+               message=decided.get("message"), exit_code=decided.get("exit_code"),
+               signal=decided.get("signal"), log=progress.log,
+               started_at=attempts[0]["started_at"] if attempts else row["started_at"],
+               finished_at=progress.finished["at"])
+    return {**decided, "id": row["id"], "job_id": row["job_id"], "reason": reason}
+
+
+def lose_without_journal(db, store):
+    """End the running rows that have no journal: a power cut took it, or somebody removed it."""
+    for row in active_runs(db):
+        if row["state"] == "running" and not os.path.exists(store.file(f"active/{row['id']}")):
+            reason = "supervisor" if row["boot"] == boot_id() else "power"
+            finish_run(db, row["id"], "lost", [], reason=reason, finished_at=time.time(),
+                       message="its journal is gone")
+
+
+def withdraw_orphans(db):
+    """Cancel queued runs whose process, which alone may start them, has ended."""
+    for row in active_runs(db):
+        if row["state"] == "queued" and row["owner"] and not _is_alive(row["owner"]):
+            finish_run(db, row["id"], "cancelled", [], reason="user", finished_at=time.time(),
+                       message="the command that waited for it has ended")
+
+
+def found_journals(store, known=()):
+    """The Journals, locked now, that nobody looks after; `known` are ids to pass over."""
+    free = []
+    for name in sorted(os.listdir(store.file("active"))):
+        path = store.file(f"active/{name}")
+        if "." in name:                 # .new, .cancel: of a crash, unless the journal is there
+            base = name.partition(".")[0]
+            old = time.time() - os.stat(path).st_mtime > 60
+            if old and not os.path.exists(store.file(f"active/{base}")):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            continue
+        journal = None if name in known else Journal.find(path)
+        if journal is not None:
+            free.append(journal)
+    return free
+
+
+def sort_journals(db, journals, say):
+    """(done, unfinished) of free journals; those that were never committed count as done."""
+    done, unfinished, ours = [], [], store_id(db)
+    for journal in journals:
+        row = find_run_row(db, journal.run_id)
+        running = row is not None and row["state"] == "running"
+        if journal.header and journal.header.get("store") != ours:
+            say(f"{journal.path} belongs to another store; it is left alone")
+            journal.close()
+        elif not running or Progress(journal.events).finished:
+            journal.taken = take_in(db, journal)
+            done.append(journal)
+        else:
+            unfinished.append(journal)
+    return done, unfinished
+
+
+def discard(journals):
+    """Remove journals that have been taken in."""
+    for journal in journals:
+        journal.remove()
+        journal.close()
+
+
+def settle(store, wait=False):
+    """Where no server runs: take finished journals in, and see to it that lost runs are finished.
+
+    With `wait` until they are, which may take their grace; else they are left to processes of
+    their own. A server does this itself.
+    """
+    if not store.exists or not os.path.isdir(store.file("active")):
+        return
+    lock = open_private(store.file("server.lock"))
+    children = []
+    try:
+        if not try_lock(lock):
+            return
+        journals = found_journals(store)
+        with store.write() as db:
+            done, unfinished = sort_journals(db, journals, store.say)
+            lose_without_journal(db, store)
+            withdraw_orphans(db)
+        discard(done)
+        for journal in unfinished:
+            children.append(_fork(lambda: _finish_alone(store, journal, lock)))
+            journal.close()
+    finally:
+        os.close(lock)
+    if wait and children:
+        for child in children:
+            os.waitpid(child, 0)
+        settle(store)
+
+
+def _finish_alone(store, journal, lock):
+    os.close(lock)
+    _detach()
+    become_subreaper()
+    Supervision(journal, store.folder, Signals()).perform()
+
+
+def _fork(function):
+    """Perform a function in a child -> its pid. The child never comes back from here."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def _detach():
+    """Leave the caller's session, terminal and pipes."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    if null > 2:
+        os.close(null)
+
+
+# A run without a server.
+
+def run_here(store, job, *, env=None, name=None, caller=False, wait=False):
+    """Run a job in the foreground, recorded -> its exit status.
+
+    With `caller` it has the caller's environment, folder and standard input. Raises Refused.
+    """
+    signals, console = Signals((signal.SIGINT, signal.SIGQUIT)), Console()
+    try:
+        return exit_status(_run_alone(store, job, signals, console, env=env, name=name,
+                                      caller=caller, wait=wait))
+    finally:
+        console.flush()
+        signals.close()
+
+
+def _run_alone(store, job, signals, console, told=None, *, caller, trigger="manual", **request):
+    """Queue a run, wait for its place, supervise it in this process -> its row in the end."""
+    if not store.exists:
+        store.create()
+    settle(store, wait=True)
+    become_subreaper()
+    run_id = request_run(store, job, trigger=trigger, owner=own_identity(), **request)
+    if told is not None:
+        told(run_id)
+    journal = _await_place(store, run_id, job, signals)
+    if journal is not None:
+        base = dict(os.environ) if caller else None
+        Supervision(journal, store.folder, signals, console, base).perform()
+        with store.write() as db:
+            take_in(db, journal)
+        discard([journal])
+        store.wake()
+    with store.read() as db:
+        return get_run(db, run_id)
+
+
+def _await_place(store, run_id, job, signals):
+    """The journal of a run when it has its place; None where it was withdrawn or cancelled."""
+    told, poller = False, select.poll()
+    poller.register(signals.descriptor, select.POLLIN)
+    while True:
+        with store.write() as db:
+            run = get_run(db, run_id)
+            if run["state"] != "queued":
+                return None
+            if signals.asked is not None:
+                finish_run(db, run_id, "cancelled", [], reason="user", finished_at=time.time())
+                return None
+            settings = get_settings(db) or {}
+            limit = (settings.get("scheduler") or {}).get("max_concurrent")
+            journals = claim(db, store.file("active"), lambda row: _job_of(db, row, settings),
+                             limit, lambda row: row["id"] == run_id)
+            reason = None if journals or told else _what_is_waited_for(db, run)
+        if journals:
+            return journals[0]
+        if reason:
+            store.say(reason)
+            told = True
+        poller.poll(200)
+        signals.drain()
+
+
+def _what_is_waited_for(db, run):
+    others = [row["id"] for row in active_runs(db, run["job_id"]) if row["id"] != run["id"]]
+    if others:
+        return f"run {run['id']} waits for run {others[0]} of the same job"
+    return f"run {run['id']} waits for a place: as many runs are on as max_concurrent allows"
+
+
+def _job_of(db, row, settings):
+    """The effective Job of a queued run, None if it is registered no longer."""
+    if row["spec"] is not None:
+        return Job(json.loads(row["spec"]))
+    try:
+        return effective_job(db, row["job_id"], settings)
+    except NoSuchJob:
+        return None
+
+
+def run_detached(store, job, **request):
+    """Run a job in a process of its own, which keeps nothing of the caller's -> the run's id.
+
+    The keywords are those of `run_here`, and `trigger` and `retry_of`. Raises Refused.
+    """
+    reader, writer = os.pipe()
+    child = _fork(lambda: _fork(lambda: _run_detached(store, job, reader, writer, request)))
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader) as answer:
+        kind, _, text = answer.read().partition(" ")
+    if kind != "run":
+        raise RoexecError(text or "the run could not be started; nothing was recorded")
+    return text
+
+
+def _run_detached(store, job, reader, writer, request):
+    os.close(reader)
+    _detach()
+
+    def tell(kind, text):
+        with contextlib.suppress(OSError):          # it has been told of the run already
+            os.write(writer, f"{kind} {text}".encode())
+            os.close(writer)
+    try:
+        _run_alone(store, job, Signals(), None, lambda run_id: tell("run", run_id),
+                   **{"caller": False, **request})
+    except RoexecError as error:
+        tell("error", str(error))
+
+
+# The launcher.
+
+def start_launcher():
+    """Fork the process that forks supervisors -> the socket to it. This comes first of all: it has
+    no thread, lock, store or connection, only what supervisors need."""
+    _warm_up()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _fork(lambda: _launch(ours, theirs))
+    theirs.close()
+    return ours
+
+
+def _warm_up():
+    """Import and compile here, once, what each supervisor would have to."""
+    import ctypes
+    import gc
+    for module in (array, contextlib, ctypes, errno, fcntl, json, math, pwd, select, shlex, socket):
+        getattr(module, "__name__")
+    json.dumps(Job({"id": "x", "command": "x"}).spec)
+    clean_environment(os.geteuid()), format_instant(0), command_text(["x"])
+    gc.freeze()         # a collection would touch, and so copy, what the forks share
+
+
+def _launch(ours, channel):
+    """The launcher's body: each message is the folder of the store, with a supervisor's socket."""
+    import gc
+    gc.disable()
+    ours.close()
+    _detach()
+    for name in list(os.environ):
+        if name == "NOTIFY_SOCKET" or name.startswith(("LISTEN_", "WATCHDOG_")):
+            del os.environ[name]
+    for number in _NOT_FOR_CHILDREN:
+        signal.signal(number, signal.SIG_IGN)
+    become_subreaper()
+    signal.signal(signal.SIGCHLD, _reap_all)
+    while True:
+        folder, descriptor = receive_descriptor(channel)
+        if folder is None:
+            return
+        _fork(lambda: _become_supervisor(channel, folder, descriptor))
+        os.close(descriptor)
+
+
+_NOT_FOR_CHILDREN = (2, 15, 1, 20)      # INT, TERM, HUP, TSTP: the launcher ends with the server
+
+
+def _reap_all(*_):
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _become_supervisor(launcher, folder, descriptor):
+    launcher.close()
+    for number in (*_NOT_FOR_CHILDREN, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    become_subreaper()
+    server = socket.socket(fileno=descriptor)
+    server.send(b"ready")
+    serve_runs(server, folder)
+
+
+# The loop.
+
+_LONGEST_SLEEP = 5.0    # seconds: a step of the clock, or a suspend, is seen then
+_BATCH = 64             # jobs decided in one transaction
+_LEAD = 0.008           # seconds by which a start is prepared before its instant
+_IDLE = 5.0             # seconds until a supervisor that nobody needs ends
+_LOOK = 2.0             # seconds between looks at the journals of an earlier server
+_STALL = 0.005          # seconds without an end after which one more supervisor is worth its fork
+_AT_LEAST = 3           # supervisors that a herd may have without waiting for that
+_CORRECTION = 3 * 3600  # seconds; a step back by more corrects the clock (cron(8))
+
+
+class _Entry:
+    """A registered job as the loop knows it: its next slot is due at `instant`, and it has to be
+    looked at at `due`, a little earlier, or then."""
+    __slots__ = ("job", "version", "position", "paused", "instant", "due")
+
+
+class _Supervisor:
+    """A supervisor as the loop knows it; `run` is the id of its run, None when it has none."""
+    __slots__ = ("channel", "run", "since", "is_new")
+
+    def __init__(self, channel):
+        self.channel, self.run, self.since, self.is_new = channel, None, 0.0, True
+
+
+class _Supervisors:
+    """The supervisors of a server: one is kept ready, and a herd gets more as long as none comes
+    back by itself. `waiting` are journals of runs that wait for one."""
+
+    def __init__(self, store, launcher, poller, say):
+        self.store, self.launcher, self.poller, self.say = store, launcher, poller, say
+        self.all, self.idle, self.forking = {}, [], 0       # all: {descriptor: _Supervisor}
+        self.waiting = collections.deque()
+        self.stalled = False            # runs waited, and nobody came back
+
+    def close(self):
+        """Leave the supervisors to themselves: each ends when its run has."""
+        for supervisor in self.all.values():
+            supervisor.channel.close()
+        for journal in self.waiting:
+            journal.close()             # whoever comes next starts it, if that is in time
+
+    def are_busy(self):
+        """Whether any run is on, or waits for a supervisor."""
+        return bool(self.waiting) or any(supervisor.run for supervisor in self.all.values())
+
+    def runs(self):
+        """The ids of the runs that are in their hands, or wait for them."""
+        return {supervisor.run for supervisor in self.all.values()} | {
+            journal.run_id for journal in self.waiting}
+
+    def fork(self):
+        """Ask the launcher for one more."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            send_descriptor(self.launcher, self.store.folder, theirs.fileno())
+        except OSError:                 # the launcher has ended: seen by the poll
+            ours.close()
+            return
+        finally:
+            theirs.close()
+        self.all[ours.fileno()] = _Supervisor(ours)
+        self.poller.register(ours, select.POLLIN)
+        self.forking += 1
+
+    def hear(self, descriptor):
+        """Take a message of a supervisor -> [the journal that it has given back]."""
+        supervisor = self.all[descriptor]
+        try:
+            word, _, text = supervisor.channel.recv(LONGEST_ANSWER).decode().partition(" ")
+        except ConnectionError:
+            word = ""
+        run, supervisor.run = supervisor.run, None
+        if supervisor.is_new:
+            supervisor.is_new = False
+            self.forking -= 1
+        if word in ("ready", "done"):
+            supervisor.since = time.monotonic()
+            self.idle.append(supervisor)
+        elif word == "":
+            self._forget(supervisor)
+        if "Traceback" in text:
+            self.say(f"A supervisor has failed, run {text}", "ERROR")
+        journal = run and Journal.find(self.store.file(f"active/{run}"))
+        return [journal] if journal else []
+
+    def _forget(self, supervisor):
+        self.poller.unregister(supervisor.channel)
+        del self.all[supervisor.channel.fileno()]
+        supervisor.channel.close()
+        if supervisor in self.idle:
+            self.idle.remove(supervisor)
+
+    def hand_over(self):
+        """Give runs that wait to supervisors that do not; see to it that there are enough."""
+        while self.waiting and self.idle:
+            supervisor, journal = self.idle.pop(), self.waiting.popleft()
+            try:
+                send_descriptor(supervisor.channel, journal.run_id, journal.descriptor)
+            except OSError:             # it has ended: seen by the poll
+                self.waiting.appendleft(journal)
+                continue
+            supervisor.run = journal.run_id
+            journal.close()             # the lock has gone with it
+        if self.forking or self.idle:
+            return
+        if not self.waiting or len(self.all) < _AT_LEAST or self.stalled:
+            self.fork()
+
+    def rest(self):
+        """Let supervisors end that nobody has needed for a while, but one."""
+        while len(self.idle) > 1 and time.monotonic() - self.idle[0].since > _IDLE:
+            self._forget(self.idle[0])
+
+
+class _Timetable:
+    """The registered jobs as the loop knows them, and when each has to be looked at next."""
+
+    def __init__(self, store, say):
+        self.store, self.say = store, say
+        self.entries, self.heap = {}, []                    # heap: (due, job id)
+        self.changes, self.settings, self.zone = -1, {}, datetime.timezone.utc
+        self.limit = None                                   # of all runs
+
+    def next_due(self):
+        """The instant (UTC seconds) at which a job has to be looked at; infinity without one."""
+        return self.heap[0][0] if self.heap else math.inf
+
+    def pop_due(self, now):
+        """The ids of jobs that are due, some of them at a time; `plan` puts them back."""
+        due = []
+        while self.heap and self.heap[0][0] <= now and len(due) < _BATCH:
+            instant, job_id = heapq.heappop(self.heap)
+            entry = self.entries.get(job_id)
+            if entry is not None and entry.due == instant:
+                due.append(job_id)
+        return due
+
+    def plan(self, job_id):
+        """Note when a job has to be looked at next."""
+        entry = self.entries.get(job_id)
+        if entry is None:
+            return
+        slot = next_slot(entry.job, entry.position, self.zone) if entry.job.enabled else None
+        entry.due = None
+        if slot is not None:
+            entry.instant = slot + jitter_delay(job_id, slot, entry.job.jitter)
+            self._look_at(job_id, entry, entry.instant - _LEAD)
+
+    def _look_at(self, job_id, entry, due):
+        entry.due = due
+        heapq.heappush(self.heap, (due, job_id))
+
+    def refresh(self, db):
+        """Know what has changed in the store since the last time."""
+        changes = count_changes(db)
+        if changes == self.changes:
+            return
+        settings = get_settings(db) or {}
+        if settings != self.settings or self.changes < 0:
+            self.settings, self.changes = settings, -1
+            scheduler = settings.get("scheduler") or {}
+            self.limit = scheduler.get("max_concurrent")
+            self.zone = get_zone(scheduler["timezone"]) if scheduler.get("timezone") \
+                else host_zone()
+        for row in changed_jobs(db, self.changes):
+            self.entries.pop(row["id"], None)
+            if not row["deleted"]:
+                self._know(row)
+        self.changes = changes
+
+    def _know(self, row):
+        try:
+            job = effective(Job(json.loads(row["spec"])), self.settings.get("defaults"))
+        except RoexecError as error:
+            self.say(f"Job {row['id']} cannot be scheduled: {error}", "ERROR")
+            return
+        entry = self.entries[row["id"]] = _Entry()
+        entry.job, entry.version = job, row["version"]
+        entry.position, entry.paused = row["position"], bool(row["paused"])
+        if entry.position > time.time() + _CORRECTION:
+            entry.position = time.time()
+        self.plan(row["id"])
+
+    def job_of(self, row):
+        """The effective Job of a run, None if it is registered no longer."""
+        if row["spec"] is not None:
+            return Job(json.loads(row["spec"]))
+        entry = self.entries.get(row["job_id"])
+        return entry and entry.job
+
+    def correct(self, db, now):
+        """Let slots count from now on where a position lies in the future."""
+        for job_id, entry in self.entries.items():
+            if entry.position > now:
+                set_position(db, job_id, now)
+                entry.position = now
+
+    def start_boot(self, db, boot):
+        """Queue the `@reboot` jobs that are known when the first server of a boot starts."""
+        if get_meta(db, "boot") == boot:
+            return
+        set_meta(db, "boot", boot)
+        for entry in self.entries.values():
+            if any(cron.reboot for cron in entry.job.crons()) and entry.job.enabled \
+                    and not entry.paused:
+                self._add(db, entry, "schedule", time.time())
+
+    def decide(self, db, job_id, now, replaced, started):
+        """Decide the due slots of a job -> its new position, for `move` once that is committed.
+
+        Ids of runs to be replaced and journals of hooks to be run are added to the lists.
+        """
+        entry = self.entries.get(job_id)
+        if entry is None:
+            return None
+        job = entry.job
+        if now < entry.instant and active_runs(db, job_id):     # it may have ended until then
+            self._look_at(job_id, entry, entry.instant)
+            return None
+        rows, position = decide_slots(job, entry.position, max(now, entry.instant), self.zone,
+                                      entry.paused)
+        for row in rows:
+            if slot_is_known(db, job.id, row.slot):     # before a clock was corrected
+                continue
+            if row.reason is None:
+                self._start_slot(db, entry, row, now, replaced)
+                continue
+            run_id = skip_slots(db, job.id, row, now)
+            path = self.store.file(f"active/{run_id}")
+            if row.reason == "missed" and "on_missed" in job.hooks and not os.path.exists(path):
+                started.append(_make_journal(db, self.store.file("active"), get_run(db, run_id),
+                                             job, now, boot=boot_id(), only="on_missed"))
+        set_position(db, job.id, position)
+        return position
+
+    def move(self, job_id, position):
+        """Know the new position of a job; None where nothing was decided yet."""
+        if position is not None and job_id in self.entries:
+            self.entries[job_id].position = position
+            self.plan(job_id)
+
+    def _start_slot(self, db, entry, row, now, replaced):
+        job = entry.job
+        action, other = overlap_action(job, row.trigger, active_runs(db, job.id))
+        reason, message = None, None
+        if action == "skip":
+            reason, message = "overlap", f"run {other['id']} was {other['state']}"
+        elif count_queued(db) >= MOST_QUEUED:
+            reason, message = "capacity", f"{MOST_QUEUED} runs were queued"
+        if reason:
+            skip_slots(db, job.id, SlotRow(slot=row.slot, last_slot=row.slot, count=1,
+                                           trigger=row.trigger, reason=reason, message=message),
+                       now)
+            return
+        self._add(db, entry, row.trigger, now, row.slot)
+        if action == "replace":
+            _replace(db, other)
+            if other["state"] == "running":
+                replaced.append(other["id"])
+
+    def _add(self, db, entry, trigger, now, slot=None):
+        add_run(db, id=new_run_id(), job_id=entry.job.id, version=entry.version, trigger=trigger,
+                slot=slot, state="queued", queued_at=now, priority=entry.job.priority)
+
+
+class Scheduler:
+    """The loop of a server. The order of its start is that of `server` in the command line.
+
+    `say(text, level)` writes its log. `each_second` and `on_reload` are called each second and at
+    SIGHUP. `run` returns when SIGTERM or SIGINT asks for the end; runs go on.
+    """
+
+    def __init__(self, store, launcher, say):
+        self.store, self.launcher, self.say = store, launcher, say
+        self.each_second, self.on_reload = [], []
+        self.poller = select.poll()
+        self.supervisors = _Supervisors(store, launcher, self.poller, say)
+        self.timetable = _Timetable(store, say)
+        self.ended = []                 # journals that are to be taken in
+        self.drain = 0                  # seconds to wait for runs when asked to end
+        self.asked, self.reload = 0, False
+        self.last_look = self.last_second = -math.inf
+        self.offset = time.time() - time.monotonic()
+
+    def run(self):
+        """Schedule until asked to end."""
+        self._prepare()
+        try:
+            more = True
+            while not self.asked:
+                ended = self._sleep(0 if more else self._seconds())
+                try:
+                    more = self._turn(ended, time.time())
+                except RoexecError as error:        # a full disk, say: tried again
+                    self.say(str(error), "ERROR")
+                    more = False
+                    time.sleep(1)
+            self._await_runs(self.drain)
+            if ends_with_us():
+                self._end_runs()
+        finally:
+            self._leave()
+
+    # Start and end.
+
+    def _prepare(self):
+        self.signals, writer = quiet_pipe()
+        self.writer, self.before = writer, {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.before[number] = signal.signal(number, self._note_signal)
+        self.before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.fifo = os.open(self.store.file("wake"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        for descriptor in (self.signals, self.fifo, self.launcher.fileno()):
+            self.poller.register(descriptor, select.POLLIN)
+        self.supervisors.fork()
+        self._take_in(self._look(), (), time.time(), True)
+        boot = boot_id()
+        if os.getpid() == 1:            # of a container: its start is what counts
+            boot += f" {process_start(1)}"
+        with self.store.write() as db:
+            self.timetable.start_boot(db, boot)
+        self.last_look = -math.inf
+
+    def _note_signal(self, number, _):
+        if number == signal.SIGHUP:
+            self.reload = True
+        else:
+            self.asked += 1
+
+    def _leave(self):
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.supervisors.close()
+        for journal in self.ended:
+            journal.close()
+        for descriptor in (self.signals, self.writer, self.fifo):
+            os.close(descriptor)
+        self.launcher.close()
+
+    def _await_runs(self, seconds):
+        """Take runs in that end within some seconds; a further signal ends the waiting."""
+        deadline, asked = time.monotonic() + seconds, self.asked
+        while self.supervisors.are_busy() and self.asked == asked:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._take_in(self._sleep(min(left, _LOOK)) + self._look(), (), None, False)
+            self.supervisors.hand_over()
+
+    def _end_runs(self):
+        """End all runs at once, since what ends us ends the host, in 10 s (docker stop)."""
+        with self.store.write() as db:
+            running = [row["id"] for row in active_runs(db) if row["state"] == "running"]
+            for run_id in running:
+                ask_to_cancel(db, run_id, "shutdown")
+        for run_id in running:
+            signal_cancel(self.store, run_id, "shutdown", _LAST_GRACE)
+        self._await_runs(_LAST_GRACE + 2)
+
+    # Sleeping.
+
+    def _seconds(self):
+        """How long there is nothing to do."""
+        longest = _LONGEST_SLEEP
+        if self.each_second:
+            longest = min(longest, self.last_second + 1 - time.monotonic())
+        if self.supervisors.waiting:
+            longest = min(longest, _STALL)
+        return max(0, min(longest, self.timetable.next_due() - time.time()))
+
+    def _sleep(self, seconds):
+        """Wait for something to happen -> the journals that supervisors have given back.
+
+        poll(2) counts in milliseconds: the last one is slept exactly, where a slot is due in it.
+        """
+        events = self.poller.poll(math.floor(seconds * 1000))
+        self.supervisors.stalled = bool(seconds and not events)
+        if not events and seconds:
+            rest = self.timetable.next_due() - time.time()
+            if 0 < rest < 0.002:
+                time.sleep(rest)
+        ended = []
+        for descriptor, _ in events:
+            if descriptor in self.supervisors.all:
+                ended += self.supervisors.hear(descriptor)
+            elif descriptor == self.launcher.fileno():
+                self._restart()
+            else:
+                _drain(descriptor)
+                self.last_look = -math.inf          # something has changed: look at it
+        return ended
+
+    def _restart(self):
+        """The launcher has died: become a new server, as every restart does."""
+        self.say("The launcher has ended; starting again", "ERROR")
+        self.store.close()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv")
+                 else [sys.executable, *sys.argv])
+
+    # One turn.
+
+    def _turn(self, ended, now):
+        """Do what is due now -> whether there is more to do at once."""
+        self._see_clock(now)
+        if time.monotonic() - self.last_second >= 1 or self.reload:
+            self.last_second = time.monotonic()
+            if self.reload:
+                self.reload = False
+                for function in self.on_reload:
+                    function()
+            for function in self.each_second:
+                function()
+        self.ended += ended
+        self.supervisors.hand_over()    # before the disk is waited for
+        looking = time.monotonic() - self.last_look >= _LOOK
+        if looking:
+            self.last_look = time.monotonic()
+            self.ended += self._look()
+        due = self.timetable.pop_due(now)
+        if due or looking or len(self.ended) >= (_BATCH if self.supervisors.waiting else 1):
+            ended, self.ended = self.ended, []
+            self._take_in(ended, due, now, looking)
+            self.supervisors.hand_over()
+        self.supervisors.rest()
+        return self.timetable.next_due() <= now
+
+    def _see_clock(self, now):
+        """Where the clock was set back by more than three hours, slots count from now on."""
+        before, self.offset = self.offset, now - time.monotonic()
+        if self.offset < before - 1:
+            self.say(f"The clock was set back by {format_duration(before - self.offset)}")
+            if self.offset < before - _CORRECTION:
+                with self.store.write() as db:
+                    self.timetable.correct(db, now)
+            for job_id in self.timetable.entries:
+                self.timetable.plan(job_id)
+
+    def _take_in(self, journals, due, now, looking):
+        """One transaction: take ends in, decide slots, give places. Then the runs are started."""
+        started, decided, replaced = [], [], []
+        try:
+            with self.store.write() as db:
+                done, unfinished = sort_journals(db, journals, self.say)
+                self.timetable.refresh(db)
+                if looking:
+                    lose_without_journal(db, self.store)
+                    withdraw_orphans(db)
+                for job_id in due:
+                    position = self.timetable.decide(db, job_id, now, replaced, started)
+                    decided.append((job_id, position))
+                started += claim(db, self.store.file("active"), self.timetable.job_of,
+                                 self.timetable.limit,
+                                 lambda row: not (row["owner"] or self.asked))
+                ends = [journal.taken for journal in done if journal.taken]
+        except BaseException:
+            discard(started)
+            for journal in journals:    # found again at the next look
+                journal.close()
+            for job_id in due:
+                self.timetable.plan(job_id)
+            raise
+        for job_id, position in decided:
+            self.timetable.move(job_id, position)
+        discard(done)
+        self._start(unfinished, started, replaced)
+        for row in ends:
+            self._tell_end(row)
+        self.store.checkpoint()
+
+    def _start(self, unfinished, started, replaced):
+        for run_id in replaced:
+            signal_cancel(self.store, run_id, "replaced")
+        for journal in started:
+            if not journal.header.get("only"):
+                self.say(f"Run {journal.run_id} started, job={journal.header['job']}")
+        for journal in unfinished:
+            self.say(f"Run {journal.run_id} has lost its supervisor, job={journal.header['job']}",
+                     "ERROR")
+        self.supervisors.waiting += unfinished + started
+
+    # Ends.
+
+    def _look(self):
+        """Journals that nobody looks after: of an earlier server, or of commands that died."""
+        known = self.supervisors.runs().union(journal.run_id for journal in self.ended)
+        return found_journals(self.store, known)
+
+    def _tell_end(self, row):
+        if row["state"] == "succeeded":
+            self.say(f"Run {row['id']} completed, exit={row['exit_code']}, job={row['job_id']}")
+            return
+        how = f"reason={row['reason']}"
+        if row.get("signal"):
+            how = f"signal={row['signal']}"
+        elif row.get("exit_code") is not None:
+            how = f"exit={row['exit_code']}"
+        self.say(f"Run {row['id']} {row['state']}, {how}, job={row['job_id']}", "ERROR")
+
+
+_LAST_GRACE = 5         # seconds between SIGTERM and SIGKILL where the host ends with us
+_INITS = {"tini", "docker-init", "dumb-init", "catatonit", "sh", "bash", "dash", "ash", "busybox"}
+
+
+def ends_with_us():
+    """Whether the host, a container then, ends when this process does: it is PID 1, or stands
+    below an init or a shell that is."""
+    if os.getpid() == 1 or os.getppid() != 1:
+        return os.getpid() == 1
+    with open("/proc/1/comm") as file:
+        return file.read().strip() in _INITS
+
+
+def unit_warning():
+    """What to say where systemd would end all runs at a restart of our unit, else None."""
+    if "INVOCATION_ID" not in os.environ:           # systemd.exec(5)
+        return None
+    import subprocess
+    try:
+        with open("/proc/self/cgroup") as file:
+            unit = file.read().strip().rpartition(":")[2]
+        unit = [name for name in unit.split("/") if name.endswith(".service")][-1]
+        mode = subprocess.run(["systemctl", "show", "--property=KillMode", "--value", unit],
+                              capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return None
+    if mode in ("", "process", "none"):
+        return None
+    return (f"A restart of {unit} will end the runs that are on, since its KillMode is {mode}; "
+            "write KillMode=process into its section [Service]")
+
+
+def _drain(descriptor):
+    with contextlib.suppress(BlockingIOError):
+        while len(os.read(descriptor, 4096)) == 4096:
+            pass
+
+
+def hold_server_lock(store):
+    """The descriptor of the lock that makes this process the server of a store.
+
+    Raises RoexecError where another one is.
+    """
+    make_private_folder(store.folder, store.say)
+    descriptor = open_private(store.file("server.lock"))
+    deadline = time.monotonic() + 1     # a command may hold it for an instant, to take runs in
+    while not try_lock(descriptor):
+        if time.monotonic() > deadline:
+            os.close(descriptor)
+            raise RoexecError(f"a server (process {store.server()}) works on the store "
+                              f"{store.path} already")
+        time.sleep(0.01)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+    return descriptor
+
+
+# ==== 11 api ======================================================================================
+# HTTP: what a request asks for, who may ask, and the answers. Each route is a line of ROUTES with
+# the scope that it needs; one gate stands before all of them, and lets nobody in but the server's
+# own user and root over loopback. Handlers are functions of (request, store) and know no sockets.
+# Whatever a client does, it can hold a thread or memory for a bounded time and size only.
+
+OPEN = "open"                   # the scope of a route that anybody may use
+SCOPES = ("job:read", "run:create", "run:list", "log:read")
+
+_MOST_HEAD = 16 << 10           # bytes of a request before its body
+_MOST_FIELDS = 100              # of a head
+_MOST_BODY = 1 << 20            # bytes
+_MOST_CONNECTIONS = 256
+_HEAD_TIME = 10                 # seconds from the first byte of a head to its last
+_IDLE_TIME = 30                 # seconds of waiting for a request, for its body, or for a reader
+_LINGER_TIME = 1                # seconds of listening to a client that was refused
+_CLOSING_TIME = 2               # seconds that open requests have when the server ends
+_MOST_LISTED = 1000             # items of a page
+_MOST_BYTES = 1 << 62           # of a log
+
+
+# What a route gets and gives.
+
+class Request:
+    """A request: `method`, `path` and `query` as they were sent, `version` the 1 of HTTP/1.1,
+    `headers` {lower-case name: [values]}, `length` of the body (bytes).
+
+    `arguments` (texts in the path) and `body` (bytes) are put in when they are known.
+    """
+
+    def __init__(self, method, target, headers=None, *, version=1):
+        self.method, self.version, self.headers = method, version, headers or {}
+        self.path, _, self.query = target.partition("?")
+        self.length, self.arguments, self.body = 0, (), b""
+
+    def header(self, name):
+        """The value of a header; that of one that is repeated joined by commas; None without."""
+        values = self.headers.get(name)
+        return None if values is None else ", ".join(values)
+
+    @property
+    def keeps(self):
+        """Whether the connection can serve a further request."""
+        options = (self.header("connection") or "").lower().replace(" ", "").split(",")
+        return self.version == 1 and "close" not in options
+
+    def options(self, known):
+        """{name: value} of the query; raises Refusal for a name that is not known, or repeated."""
+        import urllib.parse
+        options = {}
+        for part in filter(None, self.query.split("&")):
+            name, _, value = map(urllib.parse.unquote_plus, part.partition("="))
+            if name not in known:
+                raise Refusal(400, "bad_request", f'unknown parameter "{printable(name)}"'
+                              + nearest(name, known))
+            if name in options:
+                raise Refusal(400, "bad_request", f"{name} is given twice")
+            options[name] = value
+        return options
+
+
+class Response(Value):
+    """An answer: `status`, `type` and more `headers` ({name: text}), and either `body` (bytes) or
+    `stream`, a function of `wait(seconds)` that gives an iterator of bytes.
+
+    The stream calls `wait` where it has nothing to give; that raises OSError when nobody reads.
+    """
+    __slots__ = ("status", "type", "headers", "body", "stream")
+
+
+def json_response(payload, status=200, **headers):
+    """A Response with a payload as JSON; `_` in the names of headers stands for `-`."""
+    return Response(status=status, type="application/json",
+                    headers={name.replace("_", "-"): text for name, text in headers.items()},
+                    body=json.dumps(payload).encode() + b"\n")
+
+
+class Refusal(RoexecError):
+    """A request that is answered with an error: the status, a code for programs, a sentence."""
+
+    def __init__(self, status, code, message, *, headers=None, **members):
+        super().__init__(message)
+        self.status, self.code = status, code
+        self.headers, self.members = headers or {}, members
+
+    def response(self):
+        """The Response."""
+        error = {"code": self.code, "message": str(self), **self.members}
+        return json_response({"error": error}, self.status, **self.headers)
+
+
+# Reading the head of a request (RFC 9112), strictly: what two readers could take for two things is
+# refused, so that nobody in front of us can be made to see other requests than we do.
+
+_REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (\S+) HTTP/(\d)\.(\d)")
+_TARGET = Pattern(r"/[!-~]*")
+_FIELD_NAME = Pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_FIELD_VALUE = Pattern(r"[^\x00-\x08\n-\x1f\x7f]*")
+_HOST_FIELD = Pattern(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+_LENGTH = Pattern(r"\d{1,18}", "a")
+
+
+def parse_head(head):
+    """The Request of a head (bytes, without the empty line at its end); raises Refusal."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    found = _REQUEST_LINE.fullmatch(first)
+    if not found:
+        raise Refusal(400, "bad_request", "this is not a request of HTTP/1.1")
+    if found[3] != "1":
+        raise Refusal(505, "version_not_supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    if not _TARGET.fullmatch(found[2]):
+        raise Refusal(400, "bad_request", "the target of the request is not a path")
+    if len(lines) > _MOST_FIELDS:
+        raise Refusal(431, "head_too_large", f"more than {_MOST_FIELDS} header fields")
+    headers = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not (colon and _FIELD_NAME.fullmatch(name) and _FIELD_VALUE.fullmatch(value)):
+            raise Refusal(400, "bad_request", "a line of the head is not a header field")
+        headers.setdefault(name.lower(), []).append(value.strip(" \t"))
+    request = Request(found[1], found[2], headers, version=int(found[4] != "0"))
+    _check_host(request)
+    request.length = _body_length(request)
+    return request
+
+
+def _check_host(request):
+    """RFC 9112, 3.2: exactly one, and a valid one; HTTP/1.0 knows none."""
+    hosts = request.headers.get("host", [])
+    if len(hosts) > 1 or (request.version == 1 and not hosts):
+        raise Refusal(400, "bad_request", "a request has exactly one Host")
+    if hosts and not _HOST_FIELD.fullmatch(hosts[0]):
+        raise Refusal(400, "bad_request", "the Host is malformed")
+
+
+def _body_length(request):
+    lengths = request.headers.get("content-length")
+    if "transfer-encoding" in request.headers:
+        if lengths is not None:
+            raise Refusal(400, "bad_request", "both a Content-Length and a Transfer-Encoding")
+        raise Refusal(411, "length_required", "send the body with a Content-Length, not in chunks")
+    if lengths is None:
+        return 0
+    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
+        raise Refusal(400, "bad_request", "the Content-Length is no number, or not the only one")
+    if int(lengths[0]) > _MOST_BODY:
+        raise Refusal(413, "body_too_large", f"a body has at most {_MOST_BODY} bytes")
+    return int(lengths[0])
+
+
+# Who is at the other end of a connection.
+
+def is_owners(connection):
+    """Whether the other end of a TCP connection is a process of the server's user or of root."""
+    uid = peer_uid(connection)
+    return uid is not None and uid in (os.geteuid(), 0) and uid != _overflow_uid()
+
+
+def peer_uid(connection):
+    """The uid of the process at the other end of a loopback connection; None where in doubt.
+
+    By the kernel's table of sockets (proc(5)). A client that has closed its socket is listed with
+    uid 0 and inode 0, so a row without an inode proves nothing. And a port is free again once both
+    ends are gone: only if ours is still connected afterwards the row cannot be of a later client.
+    """
+    ours, theirs = map(_end, (connection.getsockname(), connection.getpeername()))
+    if not (_is_loopback(ours[0]) and _is_loopback(theirs[0])):
+        return None
+    rows = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", "rb") as file:
+            rows |= _rows_between(file, theirs, ours)
+    if len(rows) != 1:
+        return None
+    state, uid, inode = rows.pop()
+    connected = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x01"
+    return int(uid) if state == b"01" and inode != b"0" and connected else None
+
+
+def _rows_between(lines, local, remote):
+    """The set of (state, uid, inode) in a table of sockets from one end to the other."""
+    pairs = [b" ".join(map(_as_listed, (local, remote)))]
+    if len(local[0]) == 4:
+        pairs.append(b" ".join(_as_listed((_MAPPED + address, port))
+                               for address, port in (local, remote)))
+    wanted = tuple(b" %b " % pair for pair in pairs)
+    rows = [line.split() for line in lines if any(pair in line for pair in wanted)]
+    return {(row[3], row[7], row[9]) for row in rows}
+
+
+_MAPPED = b"\0" * 10 + b"\xff\xff"          # an IPv4 address as one of IPv6 (RFC 4291, 2.5.5.2)
+
+
+def _end(address):
+    """(packed address, port) of one end, that of a v4-mapped address as of IPv4."""
+    host, port = address[0].partition("%")[0], address[1]
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    return packed[12:] if packed.startswith(_MAPPED) else packed, port
+
+
+def _is_loopback(packed):
+    return packed[0] == 127 if len(packed) == 4 else packed == b"\0" * 15 + b"\1"
+
+
+def _as_listed(end):
+    """An end as /proc/net/tcp writes it: words of 32 bits in the byte order of the host."""
+    packed, port = end
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return b"".join(b"%08X" % word for word in words) + b":%04X" % port
+
+
+def _overflow_uid():
+    """Who stands for users that a user namespace cannot name; anybody could be one of these."""
+    try:
+        with open("/proc/sys/kernel/overflowuid") as file:
+            return int(file.read())
+    except OSError:
+        return 65534
+
+
+# The gate.
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_OF_PROXIES = ("forwarded", "via", "x-real-ip")
+
+
+def gate(scope, request, port, owned):
+    """Let a request pass, or raise Refusal. `scope` is that of its route, None without a route;
+    `port` the server's; `owned()` says whether the connection is one of the owner's.
+
+    The owner's authority is ambient: any page in a browser of theirs can make it send requests,
+    also to a name that it has made to mean this host. So such a request must be for a name of ours.
+    """
+    host, origin = request.header("host"), request.header("origin")
+    if origin is not None and (not host or origin.partition("://")[2].lower() != host.lower()):
+        raise Refusal(403, "foreign_origin", f"a page of {printable(origin)} asks, which is not "
+                      "this server")
+    if scope == OPEN:
+        return
+    proxied = any(name in _OF_PROXIES or name.startswith("x-forwarded-")
+                  for name in request.headers)
+    site = request.header("sec-fetch-site") in (None, "same-origin", "none")
+    if "authorization" in request.headers or proxied or not site or not owned():
+        raise Refusal(401, "unauthorized", "only the user of the server and root are let in, from "
+                      "this host and without credentials", headers={"WWW_Authenticate": "Bearer"})
+    name, colon, its_port = (host or "").lower().rpartition(":")
+    if (host or "").lower() not in _LOOPBACK_NAMES and not (
+            name in _LOOPBACK_NAMES and its_port == str(port)):
+        raise Refusal(421, "foreign_host", f'this server is not called "{host or ""}"; ask it as '
+                      f"http://localhost:{port}")
+
+
+# Payloads of rows, the same for --json of the CLI.
+
+def job_payloads(db, rows, now):
+    """Payloads of rows of jobs, as they are in effect, with their next runs after `now`."""
+    settings = get_settings(db) or {}
+    name = (settings.get("scheduler") or {}).get("timezone")
+    zone = get_zone(name) if name else host_zone()
+    payloads = []
+    for row in rows:
+        job = effective(Job(json.loads(row["spec"])), settings.get("defaults"))
+        payloads.append(job_payload(row, job, next_run(job, now, zone, row["paused"]), zone))
+    return payloads
+
+
+def run_payloads(store, db, rows):
+    """Payloads of rows of runs; what a running one has done so far its journal says."""
+    return [run_payload(*_completed(store, db, row)) for row in rows]
+
+
+def _completed(store, db, row):
+    """A row of a run, and the rows of its attempts."""
+    journal = None
+    if row["state"] == "running":
+        journal = Journal.glance(store.file(f"active/{row['id']}"))
+    if journal is None:
+        return row, get_attempts(db, row["id"])
+    progress = Progress(journal.events)
+    retry_at = progress.retry and progress.retry["until"]
+    return {**dict(row), "log": progress.log, "retry_at": retry_at}, progress.attempts
+
+
+# The routes' functions. What they raise besides Refusal is put into an answer by `answer`.
+
+def _get_health(request, store):
+    """Whether the server works; whoever asks may be a stranger, and is told nothing more."""
+    try:
+        with store.read() as db:
+            count_changes(db)
+    except RoexecError:
+        raise Refusal(503, "unavailable", "the store cannot be read") from None
+    return json_response({"status": "ok"})
+
+
+def _get_jobs(request, store):
+    options = request.options(("limit", "cursor"))
+    limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
+    with store.read() as db:
+        rows = list_jobs(db, after=_seen(options, ()) or "", limit=limit + 1)
+        jobs = job_payloads(db, rows[:limit], time.time())
+    more = len(rows) > limit
+    return json_response(page("jobs", jobs, _cursor(jobs[-1]["id"], ()) if more else None))
+
+
+def _get_job(request, store):
+    with store.read() as db:
+        row = get_job(db, request.arguments[0])
+        return json_response(job_payloads(db, [row], time.time())[0])
+
+
+def _post_run(request, store):
+    env = _given_env(request.body)
+    with store.read() as db:
+        job = effective_job(db, request.arguments[0])
+    try:
+        run_id = request_run(store, job, trigger="api", env=env)
+    except Refused as refused:
+        run = refused.run
+        raise Refusal(409, "overlap", f'job "{job.id}" is {run["state"]} already: run {run["id"]}',
+                      run=run["id"]) from None
+    return json_response(_run_payload(store, run_id), 202, Location=f"/api/v1/runs/{run_id}")
+
+
+def _given_env(body):
+    """{name: value} that a body gives to a run; an empty body gives none."""
+    try:
+        given = json.loads(body.decode()) if body.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, "bad_request", f"the body is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise Refusal(400, "bad_request", 'the body is not an object; write {"env": {…}}')
+    for key in given:
+        if key != "env":
+            raise Refusal(400, "bad_request", f'unknown key "{printable(key)}" in the body; only '
+                          '"env" is possible')
+    env = given.get("env", {})
+    if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
+        raise Refusal(400, "bad_request", 'env is an object whose values are strings: '
+                      '{"env": {"NAME": "value"}}')
+    try:                                        # names and values as a job may have them
+        job_from_mapping({"id": "any", "command": "any", "env": env}, None)
+    except Invalid as invalid:
+        raise Refusal(400, "bad_request", "\n".join(
+            f"{problem.path}: {problem.message}" for problem in invalid.problems)) from None
+    return env
+
+
+def _get_runs(request, store):
+    options = request.options(("limit", "cursor", "state", "job"))
+    limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
+    states = _states(options.get("state"))
+    filters = (states, options.get("job"))
+    seen = _seen(options, filters)
+    if seen is not None and not _LENGTH.fullmatch(seen):
+        raise _bad_cursor()
+    with store.read() as db:
+        rows = list_runs(db, run_filter(states=states, job_id=options.get("job")), limit + 1,
+                         before=seen and int(seen))
+        runs = run_payloads(store, db, rows[:limit])
+    more = len(rows) > limit
+    cursor = _cursor(rows[limit - 1]["seq"], filters) if more else None
+    return json_response(page("runs", runs, cursor))
+
+
+def _states(text):
+    """The states of a list with commas; `active` and `final` stand for several."""
+    groups = {"active": ACTIVE_STATES, "final": FINAL_STATES}
+    states = []
+    for word in text.split(",") if text else ():
+        if word not in STATES and word not in groups:
+            raise Refusal(400, "bad_request", f'state: "{printable(word)}" is not one of '
+                          + ", ".join((*STATES, *groups)))
+        states += groups.get(word, (word,))
+    return sorted(set(states))
+
+
+def _get_run(request, store):
+    return json_response(_run_payload(store, request.arguments[0]))
+
+
+def _run_payload(store, run_id):
+    with store.read() as db:
+        return run_payloads(store, db, [get_run(db, run_id)])[0]
+
+
+# Parameters and cursors.
+
+def _whole_number(options, name, low, high):
+    """The number that a parameter gives, or None; raises Refusal."""
+    text = options.get(name)
+    if text is None:
+        return None
+    if not _LENGTH.fullmatch(text) or not low <= int(text) <= high:
+        raise Refusal(400, "bad_request", f'{name}: "{printable(text)}" is not a number from '
+                      f"{low} to {high}")
+    return int(text)
+
+
+def _flag(options, name):
+    text = options.get(name, "0")
+    if text not in ("0", "1"):
+        raise Refusal(400, "bad_request", f'{name}: "{printable(text)}" is neither 0 nor 1')
+    return text == "1"
+
+
+def _cursor(last, filters):
+    """Where a page ended: the last item, and a digest of the filters, for which alone it holds."""
+    return _digest(filters) + str(last)
+
+
+def _seen(options, filters):
+    """What a cursor says was seen last, as text, or None without one; raises Refusal."""
+    cursor = options.get("cursor")
+    if cursor is not None and cursor[:8] != _digest(filters):
+        raise _bad_cursor()
+    return cursor and cursor[8:]
+
+
+def _digest(filters):
+    return hashlib.blake2b(json.dumps(filters).encode(), digest_size=4).hexdigest()
+
+
+def _bad_cursor():
+    return Refusal(400, "bad_request", "the cursor is not one of a list with these filters; begin "
+                   "again without it")
+
+
+# Logs.
+
+def _get_log(request, store):
+    """The log of a run as text: what there is now, or with `follow` until the run has ended."""
+    options = request.options(("follow", "offset", "tail", "raw", "stream"))
+    tail, offset = (_whole_number(options, name, 0, _MOST_BYTES) for name in ("tail", "offset"))
+    if tail is not None and offset is not None:
+        raise Refusal(400, "bad_request", "tail and offset exclude each other")
+    stream = options.get("stream")
+    if stream not in (None, "out", "err"):
+        raise Refusal(400, "bad_request", f'stream: "{printable(stream)}" is neither out nor err')
+    log = _Log(store, request.arguments[0])
+    chosen = {"raw": _flag(options, "raw"), "stream": stream}
+    if _flag(options, "follow"):
+        if log.ended:
+            log.open().close()
+        return _log_response(lambda wait: log.followed(offset, tail, chosen, wait))
+    begin, end = log.extent(offset, tail)
+    return _log_response(lambda wait: log.slice(begin, end, chosen), Roexec_Next_Offset=str(end))
+
+
+def _log_response(stream, **headers):
+    return Response(status=200, type="text/plain; charset=utf-8", stream=stream,
+                    headers={name.replace("_", "-"): text for name, text in headers.items()})
+
+
+class _Log:
+    """The log of a run, wherever it is at the moment. Raises NoSuchRun."""
+
+    def __init__(self, store, run_id):
+        self.store, self.run_id = store, run_id
+        self.look()
+
+    def look(self):
+        """See what has become of the run and its log."""
+        self._read_row()
+        if self.path is None and not self.ended:
+            self.path = live_log(self.store, self.run_id)
+            if self.path is None:               # it may have ended in between
+                self._read_row()
+
+    def _read_row(self):
+        with self.store.read() as db:
+            row = get_run(db, self.run_id)
+        self.state, self.path = row["state"], row["log"]
+        self.ended = self.state in FINAL_STATES
+
+    def is_over(self):
+        """Whether the run has ended, as of now."""
+        self._read_row()
+        return self.ended
+
+    def open(self):
+        """The file; raises Refusal where there is none."""
+        if self.path is None:
+            yet = "" if self.ended else " yet"
+            raise Refusal(404, "no_log", f"run {self.run_id} has no log{yet}: it is {self.state}")
+        try:
+            return read_log(self.store.file(self.path))
+        except FileNotFoundError:
+            raise Refusal(404, "no_log",
+                          "the log of this run is not there (any more)") from None
+
+    def extent(self, offset, tail):
+        """The offsets between which whole lines lie that are asked for."""
+        with self.open() as file:
+            end = file.seek(0, os.SEEK_END) if self.ended else tail_offset(file, 0)
+            return min(_first_offset(file, offset, tail), end), end
+
+    def slice(self, begin, end, chosen):
+        """The lines between two offsets, in chunks."""
+        path = self.store.file(self.path)
+        for chunk in follow(path, lambda: True, offset=begin, wait=None):
+            chunk = chunk[:end - begin]
+            begin += len(chunk)
+            yield select_lines(chunk, **chosen)
+            if begin >= end:
+                return
+
+    def followed(self, offset, tail, chosen, wait):
+        """The lines from an offset on until the run has ended; one that is queued is awaited."""
+        while self.path is None and not self.ended:
+            wait(0.1)
+            self.look()
+        if self.path is None:
+            return
+        with self.open() as file:
+            offset = _first_offset(file, offset, tail)
+        path = self.store.file(self.path)
+        for chunk in follow(path, self.is_over, offset=offset, wait=wait):
+            yield select_lines(chunk, **chosen)
+
+
+def _first_offset(file, offset, tail):
+    return tail_offset(file, tail) if tail is not None else line_start(file, offset or 0)
+
+
+# The routes.
+
+class Route(Value):
+    """A method and a path, in which `{}` is an argument; the scope needed; the function."""
+    __slots__ = ("method", "path", "scope", "handler")
+
+
+ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
+               for method, path, scope, handler in (
+    ("GET", "/api/v1/health", OPEN, _get_health),
+    ("GET", "/api/v1/jobs", "job:read", _get_jobs),
+    ("GET", "/api/v1/jobs/{}", "job:read", _get_job),
+    ("POST", "/api/v1/jobs/{}/run", "run:create", _post_run),
+    ("GET", "/api/v1/runs", "run:list", _get_runs),
+    ("GET", "/api/v1/runs/{}", "run:list", _get_run),
+    ("GET", "/api/v1/runs/{}/logs", "log:read", _get_log)))
+
+
+def check_routes(routes):
+    """Raise ValueError for a route that does not say who may use it."""
+    for route in routes:
+        if route.scope != OPEN and route.scope not in SCOPES:
+            raise ValueError(f"{route.method} {route.path} has no scope")
+
+
+def find_routes(path):
+    """{method: Route} of a path, HEAD for each GET, and the arguments in the path."""
+    import urllib.parse
+    parts, found, arguments = path.split("/"), {}, ()
+    for route in ROUTES:
+        wanted = route.path.split("/")
+        if len(wanted) == len(parts) and all(
+                want in ("{}", part) and part for want, part in zip(wanted[1:], parts[1:])):
+            found[route.method] = route
+            arguments = tuple(urllib.parse.unquote(part)
+                              for want, part in zip(wanted, parts) if want == "{}")
+    if "GET" in found:
+        found["HEAD"] = found["GET"]
+    return found, arguments
+
+
+def admitted(request, port, owned):
+    """The Route of a request that may pass the gate; its arguments are put into the request."""
+    routes, request.arguments = find_routes(request.path)
+    route = routes.get(request.method)
+    gate(route and route.scope, request, port, owned)
+    if route is None and routes:
+        allowed = ", ".join(sorted(routes))
+        raise Refusal(405, "method_not_allowed", f"{request.path} knows {allowed} only",
+                      headers={"Allow": allowed})
+    if route is None:
+        raise Refusal(404, "not_found", "there is nothing of this name here")
+    if request.header("expect") not in (None, "100-continue"):
+        raise Refusal(417, "expectation_failed", "only 100-continue can be expected")
+    return route
+
+
+def answer(route, request, store, say):
+    """The Response of a route to a request that was read whole; never raises."""
+    try:
+        return route.handler(request, store)
+    except Refusal as refusal:
+        return refusal.response()
+    except (NoSuchJob, NoSuchRun) as error:
+        return Refusal(404, "not_found", str(error)).response()
+    except RoexecError as error:
+        return Refusal(503, "unavailable", str(error)).response()
+    except Exception:
+        import traceback
+        say(f"{request.method} {request.path} failed: {traceback.format_exc()}", "ERROR")
+        return Refusal(500, "internal", "roexec has a defect here; see the server's log").response()
+
+
+# The adapter to http.server. It reads the head itself: http.server takes bare line feeds, folded
+# lines and repeated lengths, and has no limit in time.
+
+class _Connection:
+    """One connection, in a thread of its own; mixed into http.server.BaseHTTPRequestHandler."""
+    protocol_version = request_version = "HTTP/1.1"
+    wbufsize = -1                       # without these two each answer takes 40 ms: the rest of it
+    disable_nagle_algorithm = True      # waits for an acknowledgement that is delayed
+
+    def setup(self):
+        super().setup()
+        self.buffer = bytearray()       # what was received and belongs to no request yet
+        self.owned = None               # found out once
+
+    def is_owned(self):
+        """Whether the server's owner is at the other end."""
+        if self.owned is None:
+            self.owned = is_owners(self.connection)
+        return self.owned
+
+    def handle_one_request(self):
+        self.close_connection = True
+        request, unread = None, True
+        try:
+            head = self.read_head()
+            if head is None:
+                return
+            request = parse_head(head)
+            self.close_connection = not request.keeps
+            route = admitted(request, self.server.server_address[1], self.is_owned)
+            self.read_body(request)
+            unread = False
+            response = answer(route, request, self.server.store, self.server.say)
+        except Refusal as refusal:
+            response = refusal.response()
+        except OSError:                 # it has gone, or takes too long
+            self.close_connection = True
+            return
+        self.send(request, response, unread and (request is None or request.length > 0))
+
+    def receive(self, deadline):
+        """Wait for more -> whether there is more; raises OSError, socket.timeout among them."""
+        self.connection.settimeout(max(0.001, deadline - time.monotonic()))
+        data = self.connection.recv(1 << 16)
+        self.buffer += data
+        return bool(data)
+
+    def read_head(self):
+        """The bytes of the next head; None where no further request comes."""
+        if not self.buffer and not self.receive(time.monotonic() + _IDLE_TIME):
+            return None
+        deadline = time.monotonic() + _HEAD_TIME
+        while True:
+            end = self.buffer.find(b"\r\n\r\n", 0, _MOST_HEAD)
+            if end >= 0:
+                head = bytes(self.buffer[:end])
+                del self.buffer[:end + 4]
+                return head
+            if b"\n\n" in self.buffer:
+                raise Refusal(400, "bad_request", "lines of a head end with CR LF")
+            if len(self.buffer) >= _MOST_HEAD:
+                raise Refusal(431, "head_too_large",
+                              f"the head of a request has at most {_MOST_HEAD} bytes")
+            try:
+                if not self.receive(deadline):
+                    return None
+            except socket.timeout:
+                raise Refusal(408, "timeout", "the head of the request took too long") from None
+
+    def read_body(self, request):
+        """Put the body into a request; raises OSError where it does not come in time."""
+        deadline = time.monotonic() + _IDLE_TIME
+        if request.header("expect") and len(self.buffer) < request.length:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(self.buffer) < request.length:
+            if not self.receive(deadline):
+                raise ConnectionAbortedError
+        request.body = bytes(self.buffer[:request.length])
+        del self.buffer[:request.length]
+
+    def send(self, request, response, unread):
+        """Write an answer; `unread` says that more of the request may come, which is dropped."""
+        self.close_connection = self.close_connection or unread
+        try:
+            self.connection.settimeout(_IDLE_TIME)
+            chunked = response.stream is not None and request.version == 1
+            self.close_connection = self.close_connection or (
+                response.stream is not None and not chunked)
+            self.send_head(response, chunked)
+            if request is None or request.method != "HEAD":
+                self.send_content(request, response, chunked)
+            self.wfile.flush()
+            if unread:
+                self.linger()
+        except OSError:                 # nobody reads it
+            self.close_connection = True
+
+    def send_head(self, response, chunked):
+        self.send_response_only(response.status)
+        headers = {"Server": "roexec", "Date": self.date_time_string(),
+                   "Content-Type": response.type, "X-Content-Type-Options": "nosniff",
+                   "Cache-Control": "no-store", **response.headers}
+        if chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        elif response.stream is None:
+            headers["Content-Length"] = str(len(response.body))
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_content(self, request, response, chunked):
+        if response.stream is None:
+            self.wfile.write(response.body)
+            return
+        self.wfile.flush()
+        try:
+            for data in filter(None, response.stream(self.wait)):
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+                self.wfile.flush()
+        except RoexecError as error:    # too late for an error: a stream without its end says it
+            self.server.say(f"{request.path} ends early: {error}", "ERROR")
+            raise ConnectionAbortedError from None
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def wait(self, seconds):
+        """Wait while a stream has nothing to give; raises OSError when nobody reads any more."""
+        self.connection.settimeout(seconds)
+        try:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError
+            time.sleep(seconds)         # the next request is there already
+        except socket.timeout:
+            pass
+        finally:
+            self.connection.settimeout(_IDLE_TIME)
+
+    def linger(self):
+        """Drop what still comes: closing now would be a reset, which can take the answer away."""
+        deadline = time.monotonic() + _LINGER_TIME
+        self.connection.shutdown(socket.SHUT_WR)
+        while time.monotonic() < deadline and self.receive(deadline):
+            self.buffer.clear()
+
+
+class _Server:
+    """The listening socket and its connections; mixed into socketserver.ThreadingTCPServer."""
+    allow_reuse_address, daemon_threads, block_on_close = True, True, False
+    request_queue_size = 128
+
+    def start(self, store, say):
+        """Serve from now on, in threads that no signal of the process reaches."""
+        self.store, self.say, self.address = store, say, self.server_address[:2]
+        self.connections, self.changed = set(), threading.Condition()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            threading.Thread(target=self.serve_forever, args=(5,), name="http",
+                             daemon=True).start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def get_request(self):
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                time.sleep(0.1)         # it stays there, and would be tried again at once
+            raise
+
+    def process_request(self, request, client_address):
+        with self.changed:
+            full = len(self.connections) >= _MOST_CONNECTIONS
+            if not full:
+                self.connections.add(request)
+        if full:
+            request.setblocking(False)
+            with contextlib.suppress(OSError):
+                request.send(b"HTTP/1.1 503 Service Unavailable\r\nServer: roexec\r\n"
+                             b"Content-Length: 0\r\nRetry-After: 5\r\nConnection: close\r\n\r\n")
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        super().shutdown_request(request)
+        with self.changed:
+            self.connections.discard(request)
+            self.changed.notify_all()
+
+    def handle_error(self, request, client_address):
+        import traceback
+        self.say(f"a connection of {client_address[0]} failed: {traceback.format_exc()}", "ERROR")
+
+    def close(self):
+        """Stop accepting, and give open requests a moment to be answered."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)      # wakes the thread that accepts
+        self.shutdown()
+        self.server_close()
+        with self.changed:
+            for connection in self.connections:         # each ends after what it does now
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
+            self.changed.wait_for(lambda: not self.connections, _CLOSING_TIME)
+
+
+def start_http(store, host, port, say):
+    """Serve the API of a store in threads -> an object with `.address` (host, port), `.close()`.
+
+    Port 0 is any free one. `say(text, level)` is told of defects. Raises RoexecError where one
+    cannot listen there.
+    """
+    import http.server
+    import socketserver
+    check_routes(ROUTES)
+    handler = type("Connection", (_Connection, http.server.BaseHTTPRequestHandler), {})
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, *_, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        kind = type("Server", (_Server, socketserver.ThreadingTCPServer),
+                    {"address_family": family})
+        server = kind(address, handler)
+    except OSError as error:
+        raise RoexecError(_why_not(error, host, port)) from None
+    server.start(store, say)
+    return server
+
+
+def _why_not(error, host, port):
+    """Why one cannot listen, and what to do about it."""
+    if error.errno == errno.EADDRINUSE:
+        return (f"port {port} on {host} is in use; choose another in the configuration (server: "
+                "{port: …}), or write --no-http")
+    return f"cannot listen on port {port} of {host}: {error.strerror}"
+
+
+# ==== 12 cli ======================================================================================
+# The command line. One table of commands drives parsing and help; each command is a small function
+# of its Session that returns the exit status. Standard output has what was asked for and nothing
+# else, standard error has what is to be said about it. Only `main` ends the program.
+
+class Usage(RoexecError):
+    """A command line that cannot be meant; the text says what to write."""
+
+
+def _say(text):
+    """Tell the person something; a standard error that cannot be written is no error."""
+    try:
+        for line in str(text).splitlines():
+            sys.stderr.write(f"roexec: {line}\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+def _here():
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise RoexecError("the current folder is gone; change to another one") from None
+
+
+def _absolute(path):
+    return os.path.normpath(path if os.path.isabs(path) else os.path.join(_here(), path))
+
+
+def _read_bytes(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise RoexecError(f"cannot read {path}: {error.strerror}") from None
+
+
+# Which configuration, and which store.
+
+def _user_folder(variable, usual):
+    """roexec's folder in a base directory of the user; a relative one is void, as XDG has it."""
+    base = os.environ.get(variable, "")
+    if not os.path.isabs(base):
+        home = os.path.expanduser("~")
+        base = os.path.join("/" if home == "~" else home, usual)
+    return os.path.join(base, "roexec")
+
+
+def _config_path(given):
+    """The path of the configuration, or None; never one that merely lies in the current folder."""
+    asked = given or os.environ.get("ROEXEC_CONFIG")
+    if asked:
+        return _absolute(asked)
+    for folder in (_user_folder("XDG_CONFIG_HOME", ".config"), "/etc/roexec"):
+        path = os.path.join(folder, "config.yml")
+        if os.access(path, os.R_OK):
+            return path
+    return None
+
+
+def _settings_of(config):
+    """What a server keeps in the store of its configuration, for every client."""
+    return {"defaults": config.defaults,
+            "scheduler": {"max_concurrent": config.scheduler.max_concurrent,
+                          "timezone": config.scheduler.timezone}}
+
+
+_HOST_STORE = "/var/lib/roexec"
+
+
+def usual_store():
+    """The store that is used where nothing names one: the host's for root and its owner."""
+    uid = os.geteuid()
+    try:
+        host = uid == 0 or os.stat(_HOST_STORE).st_uid == uid
+    except OSError:
+        host = False
+    return _HOST_STORE if host else _user_folder("XDG_STATE_HOME", ".local/state")
+
+
+def locate_store(given, config):
+    """The absolute path of the store that --store, $ROEXEC_STORE or the configuration names; None
+    where none does. Raises RoexecError."""
+    path = given or os.environ.get("ROEXEC_STORE")
+    if not path and config.store.type == "sqlite" and not config.store.path.endswith(".db"):
+        raise RoexecError(f"store.path: the name of a database file ends in .db; write for example "
+                          f"{config.store.path}.db")
+    path = path or config.store.path
+    return path and _absolute(path)
+
+
+def _store_in_use():
+    """The path of the one live server's store, which is named if it is not the usual one."""
+    usual, servers = usual_store(), live_servers()
+    if len(servers) > 1:
+        listed = ", ".join(f"{path} (process {pid})" for path, pid in servers.items())
+        raise RoexecError(f"several servers run, on {listed}; name the store with --store")
+    for path, pid in servers.items():
+        if path != usual:
+            _say(f"using the store {path} of the server that runs (process {pid})")
+        return path
+    return usual
+
+
+def _become_owner(store):
+    """Root becomes the owner of a store, so that nothing in it ever becomes root's."""
+    try:
+        state = os.stat(store.path)
+    except OSError:
+        return
+    uid, gid = state.st_uid, state.st_gid
+    if os.geteuid() != 0 or uid == 0:
+        return
+    try:
+        user = pwd.getpwuid(uid)
+        gid, groups = user.pw_gid, os.getgrouplist(user.pw_name, user.pw_gid)
+        os.environ.update(HOME=user.pw_dir, USER=user.pw_name, LOGNAME=user.pw_name)
+    except KeyError:
+        groups = [gid]
+    os.setgroups(groups)
+    os.setgid(gid)
+    os.setuid(uid)
+    if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):
+        raise RoexecError(f"cannot become {owner_name(uid)}, who owns {store.path}")
+    _say(f"working as {owner_name(uid)}, who owns {store.path}")
+
+
+# Live servers. A server holds the lock of a file that has the number of its process as its name,
+# and the path of its store as its content.
+
+def servers_folder():
+    """Where the live servers of this user are announced."""
+    if os.geteuid() == 0:
+        return "/run/roexec"
+    return os.path.join(_user_folder("XDG_STATE_HOME", ".local/state"), "servers")
+
+
+def announce_server(store):
+    """Let commands that are given no store find this one -> what `withdraw_announcement` takes."""
+    folder, before = servers_folder(), os.umask(0o077)
+    path = os.path.join(folder, str(os.getpid()))
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = open_private(path)
+        if try_lock(descriptor) and is_at(descriptor, path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, os.fsencode(store.path))
+            return path, descriptor
+        os.close(descriptor)
+        why = "another process holds it"
+    except OSError as error:
+        why = error.strerror
+    finally:
+        os.umask(before)
+    store.say(f"cannot write {path} ({why}); commands find this server by --store {store.path}")
+    return None
+
+
+def withdraw_announcement(entry):
+    """Undo `announce_server`."""
+    if entry is not None:
+        os.unlink(entry[0])
+        os.close(entry[1])
+
+
+def live_servers():
+    """{path of a store: process} of the servers of this user; what dead ones left is removed."""
+    servers, folder = {}, servers_folder()
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return servers
+    for name in names:
+        path, number = os.path.join(folder, name), name.partition(".")[0]
+        try:
+            if not number.isdigit():
+                continue
+            if lock_is_held(path):
+                with open(path, "rb") as file:
+                    servers[os.fsdecode(file.read())] = int(number)
+            else:
+                os.unlink(path)
+        except OSError:                 # its server has just ended; or it is none of ours
+            continue
+    servers.pop("", None)               # one that is just beginning
+    return servers
+
+
+# What a command works with.
+
+class Session:
+    """A command that is performed: its options, the configuration, the store it reaches."""
+
+    def __init__(self, command, options):
+        self.command, self.options = command, options
+        self._config = self._store = None
+
+    def read_config(self):
+        """Read the configuration, again if it was read before; raises RoexecError."""
+        path = _config_path(self.options.config)
+        self._config = Config() if path is None else read_config(
+            _read_bytes(path), path, os.path.dirname(path))
+
+    @property
+    def config(self):
+        """The Config."""
+        if self._config is None:
+            self.read_config()
+        return self._config
+
+    @property
+    def store(self):
+        """The Store, located at the first use; by then this process is its owner's."""
+        if self._store is None:
+            path = locate_store(self.options.store, self.config)
+            if path is None:            # a second server has a store of its own
+                path = usual_store() if self.command.name == "server" else _store_in_use()
+            self._store = Store(path, _say)
+            self.detail(f"the store is {path}")
+            _become_owner(self._store)
+        return self._store
+
+    @property
+    def settled(self):
+        """The Store, once what ended while no server ran has been taken in."""
+        settle(self.store)
+        return self.store
+
+    @property
+    def style(self):
+        """How text looks here: as for a pipe, unless standard output is a terminal."""
+        if not sys.stdout.isatty():
+            return Style()
+        color = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        width = os.get_terminal_size(sys.stdout.fileno()).columns
+        return Style(host_zone(), color, time.time(), width or None)
+
+    def detail(self, text):
+        """Say something that only --verbose asks for."""
+        if self.options.verbose:
+            _say(text)
+
+    def change(self):
+        """A transaction, which under --dry-run can only read."""
+        return self.store.read() if self.options.dry_run else self.store.write()
+
+    def in_effect(self, db=None):
+        """(defaults of all jobs, tzinfo of those that name none): those that the last server of the
+        store was configured with, else those of the configuration here."""
+        settings = (db and get_settings(db)) or _settings_of(self.config)
+        name = settings["scheduler"].get("timezone")
+        return settings["defaults"], get_zone(name) if name else host_zone()
+
+    def ids(self):
+        """The ids that were given, with --id or alone; at least one, none of them empty."""
+        ids = [*self.options.id, *self.options.ids]
+        if not ids or "" in ids:
+            raise Usage(f"say which one: roexec {self.command.name} {self.command.usage}")
+        return ids
+
+    def id(self):
+        """The only id that was given."""
+        first, *more = self.ids()
+        if more:
+            raise Usage(f"one id is enough for {self.command.name}")
+        return first
+
+    def words(self):
+        """The command behind `--`; a leading `cmd` names the command runner and may be left out."""
+        words = self.options.behind
+        if words is None:
+            raise Usage(f"write -- before the command: roexec {self.command.example}")
+        words = words[1:] if words[:1] == ["cmd"] else words
+        if not words:
+            raise Usage(f"there is no command behind --: roexec {self.command.example}")
+        return words
+
+    def give(self, payload, text):
+        """Print a payload with --json, else the text, a function of the Style."""
+        if self.options.json:
+            print(json.dumps(payload, indent=2))
+        else:
+            sys.stdout.write(text(self.style))
+
+    def report(self, changes):
+        """Tell the server and the person what has, or would have, become of ids: (id, what)."""
+        dry = self.options.dry_run
+        if not dry:
+            self.store.wake()
+        self.give({"changes": [{"id": name, "change": what} for name, what in changes],
+                   "dry_run": dry},
+                  lambda style: "".join(f"{name}: {what}{' (dry run)' * dry}\n"
+                                        for name, what in changes))
+
+
+def _job_in_effect(row, defaults):
+    return effective(Job.from_spec(json.loads(row["spec"])), defaults)
+
+
+def _job_payload(row, defaults, zone):
+    job = _job_in_effect(row, defaults)
+    return job_payload(row, job, next_run(job, time.time(), zone, row["paused"]), zone)
+
+
+def _nothing(store, what):
+    """Say where nothing was found, and whether a server runs there."""
+    there = "" if store.exists else " (there is no store there yet)"
+    _say(f"no {what} in {store.path}{there}; "
+         f"{'no' if store.server() is None else 'a'} server runs on it")
+
+
+# Job files.
+
+def _is_job_file(name):
+    return name.endswith((".yml", ".yaml", ".json")) and not name.startswith(".")
+
+
+class _JobFiles:
+    """The job files at some paths, all read: the jobs of each, and what is wrong.
+
+    `jobs` is {absolute path: [Job]} of those that could be read, `labels` {absolute path: path as
+    given} of all, `folders` the folders among the paths; `problems` and `warnings` are texts.
+    """
+
+    def __init__(self, paths, defaults):
+        self.jobs, self.labels, self.folders, self.repeated = {}, {}, set(), []
+        self.problems, self.warnings = [], []
+        for path in paths:
+            try:
+                self._expand(path)
+            except RoexecError as error:
+                self.problems.append(str(error))
+        for source, label in self.labels.items():
+            try:
+                self.jobs[source] = self._read(source, label, defaults)
+            except RoexecError as error:
+                self.problems += str(error).splitlines()
+
+    def _expand(self, path):
+        if path == "-":
+            return self._add("<stdin>", "<stdin>")
+        source = _absolute(path)
+        files = files_at(path)
+        if files != [path]:
+            self.folders.add(source)
+        for label in files:
+            self._add(_absolute(label), label)
+
+    def _add(self, source, label):
+        if source in self.labels:
+            self.repeated.append(label)
+        self.labels[source] = label
+
+    def _read(self, source, label, defaults):
+        if source == "<stdin>":
+            text, folder = sys.stdin.buffer.read(), _here()
+        else:
+            text, folder = _read_bytes(label), os.path.dirname(source)
+        file = read_job_file(text, label, folder, defaults)
+        self.warnings += map(str, file.warnings)
+        return file.jobs
+
+    def check_ids(self):
+        """Raise RoexecError if an id stands in two files."""
+        places = {}
+        for source, jobs in self.jobs.items():
+            for job in jobs:
+                other = places.setdefault(job.id, source)
+                if other != source:
+                    raise RoexecError(f'job "{job.id}" stands in {other} and in {source}; '
+                                      "remove one of them")
+
+    def sources(self, rows):
+        """{source: [Job]}, also of files that have left one of the folders; `rows` are of jobs."""
+        left = {row["source"] for row in rows if row["source"]} - self.labels.keys()
+        gone = [source for source in sorted(left) if os.path.dirname(source) in self.folders
+                and _is_job_file(os.path.basename(source))]
+        return {**dict.fromkeys(gone, ()), **self.jobs}
+
+
+def files_at(path):
+    """The paths of the job files that a path means: itself, or those in a folder, by name."""
+    try:
+        names = sorted(filter(_is_job_file, os.listdir(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return [path]                   # reading it will say what is wrong
+    except OSError as error:
+        raise RoexecError(f"cannot read {path}: {error.strerror}") from None
+    if not names:
+        raise RoexecError(f"there is no job file in {path}; one ends in .yml, .yaml or .json, "
+                          "and for no jobs says jobs: []")
+    return [os.path.join(path, name) for name in names]
+
+
+class JobFiles:
+    """The job files that a server owns; to be called each second, it follows all their changes.
+
+    Where something has changed, and then been still from one call to the next, all are applied. A
+    broken one is reported once, and its jobs stay. With `due = True` the next call applies at once.
+    """
+
+    def __init__(self, store, paths, defaults, say):
+        self.store, self.paths, self.defaults, self.say = store, paths, defaults, say
+        self.due = True
+        self._seen = self._applied = None
+        self._told, self._again = [], None
+
+    def __call__(self):
+        seen = [_look_of(path) for path in self.paths]
+        still, self._seen = seen == self._seen, seen
+        again = self._again is not None and time.monotonic() > self._again
+        if self.due or again or (still and seen != self._applied):
+            self.due, self._applied = False, seen
+            self._apply()
+
+    def _apply(self):
+        files, changes = _JobFiles(self.paths, self.defaults), []
+        told = [(text, "ERROR") for text in files.problems]
+        try:
+            files.check_ids()
+            with self.store.write() as db:
+                changes = plan_apply(db, files.sources(list_jobs(db)), prune=True)
+                perform_apply(db, changes, time.time())
+        except RoexecError as error:
+            told += [(text, "ERROR") for text in str(error).splitlines()]
+        told += [(text, "WARNING") for text in files.warnings]
+        for line in told:
+            if line not in self._told:
+                self.say(*line)
+        for change in changes:
+            if change.change != "unchanged":
+                self.say(f"Job {change.id} {change.change}")
+        # What was in the way, be it a full disk or a job of the same id, may go by itself.
+        self._told, self._again = told, time.monotonic() + 60 if told else None
+
+
+def _look_of(path):
+    """What changes where a job file at a path does."""
+    try:
+        return [(file, _stamp(file)) for file in files_at(path)]
+    except RoexecError as error:
+        return str(error)
+
+
+def _stamp(path):
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        return error.errno
+    return state.st_mtime_ns, state.st_size, state.st_ino
+
+
+# Commands about jobs.
+
+def _cmd_apply(session):
+    if not session.options.file:
+        raise Usage(f"name the job files: roexec {session.command.example}")
+    files = _JobFiles(session.options.file, session.config.defaults)
+    if files.repeated:
+        raise Usage(f"{files.repeated[0]} is given twice")
+    for text in files.warnings:
+        _say(f"warning: {text}")
+    if files.problems:
+        raise RoexecError("\n".join(files.problems))
+    files.check_ids()
+    return _register(session, files.sources, session.options.prune)
+
+
+def _cmd_add(session):
+    options, folder = session.options, _here()
+    job_id = session.id()
+    settings = [_pair(text, "--set", "KEY=VALUE") for text in options.set]
+    mapping = {"id": job_id}
+    if options.schedule:
+        mapping["schedule"] = options.schedule
+    if options.behind is not None:
+        mapping["command"] = session.words()
+    job = job_from_mapping(mapping, folder, settings)
+    if "directory" not in dict(settings):           # the user's home, not where this was written
+        job = Job({key: value for key, value in job.spec.items() if key != "directory"})
+    return _register(session, lambda rows: {None: [job]})
+
+
+def _pair(text, option, shape):
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise Usage(f'{option} {printable(text)}: write {option} {shape}')
+    return key, value
+
+
+def _register(session, sources, prune=False):
+    """Apply the jobs of sources, a function of the rows of the jobs that there are."""
+    store, dry = session.store, session.options.dry_run
+    if dry and not store.exists:
+        changes = [Change(id=job.id, change="added", job=job)
+                   for jobs in sources([]).values() for job in jobs]
+    else:
+        if not dry:
+            store.create()
+        with session.change() as db:
+            changes = plan_apply(db, sources(list_jobs(db)), prune)
+            if not dry:
+                perform_apply(db, changes, time.time())
+    session.report([(change.id, change.change) for change in changes])
+    jobs = [change.job for change in changes if change.job]
+    if any(job.schedule and job.enabled for job in jobs) and store.server() is None:
+        _say(f"scheduled jobs start when a server runs on {store.path}: roexec server")
+
+
+def _cmd_delete(session):
+    ids = session.ids()
+    with session.change() as db:
+        for job_id in ids:
+            get_job(db, job_id)
+        if not session.options.dry_run:
+            delete_jobs(db, ids, time.time())
+    session.report([(job_id, "deleted") for job_id in ids])
+
+
+def _cmd_export(session):
+    options = session.options
+    with session.store.read() as db:
+        ids = [*options.id, *options.ids] or job_ids(db)
+        specs = [json.loads(get_job(db, job_id)["spec"]) for job_id in ids]
+    # In a file a job without a folder would get that of the file.
+    jobs = [effective(Job.from_spec(spec), {"directory": "~"}) for spec in specs]
+    session.give({"jobs": [job.spec for job in jobs]}, lambda style: job_to_yaml(jobs))
+
+
+def _cmd_pause(session):
+    pausing, changes = session.command.name == "pause", []
+    words = ("paused", "already paused") if pausing else ("resumed", "not paused")
+    with session.change() as db:
+        for job_id in session.ids():
+            same = bool(get_job(db, job_id)["paused"]) == pausing
+            changes.append((job_id, words[same]))
+            if not session.options.dry_run:
+                pause_job(db, job_id, pausing)
+    session.report(changes)
+
+
+# Commands that show.
+
+def _cmd_list_jobs(session):
+    payloads = _job_payloads(session)
+    if any(payload["active"] for payload in payloads):
+        settle(session.store)           # only then there can be anything to take in
+        payloads = _job_payloads(session)
+    if not payloads:
+        _nothing(session.store, "jobs")
+    session.give(page("jobs", payloads),
+                 lambda style: jobs_table(payloads, style) if payloads else "")
+
+
+def _job_payloads(session):
+    if not session.store.exists:
+        return []
+    with session.store.read() as db:
+        defaults, zone = session.in_effect(db)
+        return [_job_payload(row, defaults, zone) for row in list_jobs(db)]
+
+
+def _cmd_list_runs(session):
+    options = session.options
+    states = _asked_states(options.state)
+    since = options.since and _since(options.since)
+    store, payloads, usual = session.settled, [], {}
+    if store.exists:
+        with store.read() as db:
+            rows = []
+            for chosen, limit in ((("queued",), -1), (("running",), -1),
+                                  (FINAL_STATES, 0 if options.active else max(0, options.limit))):
+                chosen = [state for state in chosen if state in states]
+                where = run_filter(chosen, options.job, since, steps=options.steps)
+                rows += list_runs(db, where, limit) if chosen else []
+            if not rows and options.job:
+                get_job(db, options.job)
+            payloads = run_payloads(store, db, rows)
+            usual = usual_durations(db, {row["job_id"] for row in rows
+                                         if row["state"] == "running"})
+    if not payloads:
+        _nothing(store, "runs")
+    session.give(page("runs", payloads),
+                 lambda style: runs_table(payloads, style, usual) if payloads else "")
+
+
+def _asked_states(texts):
+    states = [state for text in texts for state in text.split(",")]
+    for state in states:
+        if state not in STATES:
+            raise Usage(f'there is no state "{printable(state)}"'
+                        + (nearest(state, STATES) or f"; there are {', '.join(STATES)}"))
+    return states or list(STATES)
+
+
+def _since(text):
+    """Seconds of an instant, or of one that lies as long ago as a duration says."""
+    try:
+        return time.time() - parse_duration(text)
+    except ValueError:
+        return _instant_of(text, "neither a duration such as 2h nor an instant")
+
+
+def _instant_of(text, what="no instant"):
+    try:
+        return parse_instant(text, host_zone())
+    except ValueError:
+        raise Usage(f'"{printable(text)}" is {what}; write for example 2025-08-01T02:00:00Z or '
+                    "2025-08-01") from None
+
+
+def _cmd_show(session):
+    target, store = session.id(), session.settled
+    with store.read() as db:
+        if target in job_ids(db):
+            row = get_job(db, target)
+            payload, job = _job_payload(row, *session.in_effect(db)), _job_in_effect(row, None)
+            return session.give(payload, lambda style: job_text(payload, job, style))
+        payload, = run_payloads(store, db, [find_run(db, target)])
+        usual = usual_durations(db, [payload["job_id"]]).get(payload["job_id"])
+    log = payload["log"] and store.file(payload["log"])
+    return session.give(payload, lambda style: run_text(payload, style, usual, log))
+
+
+def _cmd_next(session):
+    options = session.options
+    after = math.ceil(_instant_of(options.from_) if options.from_ else time.time()) - 1
+    if options.cron is not None:
+        return _give_slots(session, [_job_of_cron(options)], after, session.in_effect()[1])
+    if options.timezone:
+        raise Usage("--timezone is for --cron; a job has its own")
+    ids = [session.id()] if options.id or options.ids else []
+    with session.store.read() as db:
+        defaults, zone = session.in_effect(db)
+        rows = [get_job(db, job_id) for job_id in ids] or [
+            row for row in list_jobs(db) if not row["paused"]]
+    jobs = [_job_in_effect(row, defaults) for row in rows]
+    if ids and rows[0]["paused"]:
+        _say(f'job "{ids[0]}" is paused: these slots will be skipped')
+    return _give_slots(session, jobs, after, zone)
+
+
+def _job_of_cron(options):
+    seed = (options.id + options.ids + [""])[0]
+    try:
+        Cron(options.cron, seed)
+        if options.timezone:
+            get_zone(options.timezone)
+    except ValueError as error:
+        raise Usage(str(error)) from None
+    return Job.from_spec({"id": seed or "cron", "schedule": options.cron,
+                          "timezone": options.timezone})
+
+
+def _give_slots(session, jobs, after, zone):
+    """Print the next slots of jobs, in order."""
+    def slots(job):
+        return ((slot, job.id, job) for slot in upcoming_slots(job, after, zone))
+    merged = heapq.merge(*map(slots, jobs))
+    payloads = [slot_payload(job, slot, zone)
+                for slot, _, job in itertools.islice(merged, max(0, session.options.count))]
+    if not payloads:
+        for job in jobs if len(jobs) == 1 else ():
+            why = ("is disabled" if not job.enabled else "has no further slots" if job.schedule
+                   else "has no schedule")
+            _say(f'job "{job.id}" {why}')
+    session.give({"slots": payloads},
+                 lambda style: slots_table(payloads, style) if payloads else "")
+
+
+_ANSWER_PATIENCE = 5    # seconds for a server to notice that it was woken
+
+
+def _cmd_status(session):
+    store = session.settled
+    process, health, states, jobs = store.server(), "there is no store yet", [], []
+    if store.exists:
+        health = "no server runs" if process is None else (
+            "healthy" if _answers(store) else "the server does not answer")
+        with store.read() as db:
+            states, jobs = [run["state"] for run in active_runs(db)], job_ids(db)
+            if health == "healthy":
+                health = _overdue(db, *session.in_effect(db)) or health
+    payload = {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
+               "running": states.count("running"), "queued": states.count("queued")}
+    session.give(payload, lambda style: fields(payload.items(), style))
+    return 3 if process is None else 0 if health == "healthy" else 1
+
+
+def _answers(store):
+    """Whether the server takes what wakes it from the FIFO."""
+    store.wake()
+    fifo = os.open(store.file("wake"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    poller, deadline = select.poll(), time.monotonic() + _ANSWER_PATIENCE
+    poller.register(fifo, select.POLLIN)
+    try:
+        while poller.poll(0):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
+    finally:
+        os.close(fifo)
+
+
+def _overdue(db, defaults, zone):
+    """A sentence on a slot that the server ought to have decided long ago, or None."""
+    for row in list_jobs(db):
+        job = _job_in_effect(row, defaults)
+        slot = next_slot(job, row["position"], zone) if job.enabled else None
+        if slot and slot + jitter_delay(job.id, slot, job.jitter) + ON_TIME < time.time():
+            return f'job "{job.id}" was due at {format_instant(slot)} and is still undecided'
+    return None
+
+
+# Commands about logs and the end of runs.
+
+class _Watch:
+    """A run that is looked at again and again; now and then also whether it was lost."""
+
+    def __init__(self, store, target):
+        self.store, self._settle_at = store, time.monotonic() + 1
+        with store.read() as db:
+            self.run = find_run(db, target)
+
+    def ended(self):
+        """Whether the run has ended by now."""
+        if self.run["state"] not in FINAL_STATES:
+            if time.monotonic() > self._settle_at:
+                settle(self.store)
+                self._settle_at = time.monotonic() + 1
+            with self.store.read() as db:
+                self.run = get_run(db, self.run["id"])
+        return self.run["state"] in FINAL_STATES
+
+    def log(self):
+        """Where the log lies below the store's folder; None where there is none, or not yet."""
+        running = self.run["state"] == "running"
+        log = live_log(self.store, self.run["id"]) if running else None
+        if log is None:
+            self.ended()
+        return log or self.run["log"]
+
+
+def _cmd_logs(session):
+    options, target = session.options, session.id()
+    if options.stream not in (None, "out", "err"):
+        raise Usage(f'there is no stream "{printable(options.stream)}"; write out or err')
+    watch = _Watch(session.settled, target)
+    run_id = watch.run["id"]
+    session.detail(f"run {run_id} is {watch.run['state']}")
+    while True:
+        over, log = watch.ended(), watch.log()
+        if over or log is not None or not options.follow:
+            break
+        time.sleep(0.1)
+    if log is None:
+        reason, yet = watch.run["reason"], "" if over else " yet"
+        raise RoexecError(f"run {run_id} has no log{yet}: it is {watch.run['state']}"
+                          + (f" ({reason})" if reason else ""))
+    try:
+        _print_log(session.store.file(log), options, watch.ended)
+    except FileNotFoundError:
+        raise RoexecError("the log of this run is not there (any more)") from None
+
+
+def _print_log(path, options, ended):
+    offset = 0
+    if options.tail is not None:
+        with read_log(path) as file:
+            offset = tail_offset(file, max(0, options.tail))
+    ended = ended if options.follow else lambda: True
+    sys.stdout.flush()
+    for data in follow(path, ended, offset=offset, wait=time.sleep):
+        sys.stdout.buffer.write(select_lines(data, options.raw, options.stream))
+        sys.stdout.buffer.flush()
+
+
+def _cmd_wait(session):
+    watch = _Watch(session.settled, session.id())
+    while not watch.ended():
+        time.sleep(0.1)
+    return exit_status(watch.run)
+
+
+def _cmd_cancel(session):
+    store, targets = session.settled, session.ids()
+    with store.read() as db:
+        runs = [_run_to_cancel(db, target) for target in targets]
+    changes = []
+    for run in runs:
+        state = "cancelled"
+        if not session.options.dry_run:
+            cancel_run(store, run["id"])
+            with store.read() as db:
+                state = get_run(db, run["id"])["state"]
+        changes.append((run["id"], state if state == "cancelled" else "is being cancelled"))
+    session.report(changes)
+
+
+def _run_to_cancel(db, target):
+    """The row of the run that `cancel` means: the only active one, where a job was named."""
+    active = active_runs(db, target)
+    if len(active) > 1:
+        raise RoexecError(f'job "{target}" has several active runs; name those that you mean: '
+                          + ", ".join(run["id"] for run in active))
+    if not active and target in job_ids(db):
+        raise RoexecError(f'job "{target}" has no active run')
+    run = active[0] if active else find_run(db, target)
+    if run["state"] in FINAL_STATES:
+        raise RoexecError(f"run {run['id']} has ended already: {run['state']}")
+    return run
+
+
+# Commands that run something.
+
+def _cmd_run(session):
+    options = session.options
+    env, by_name = dict(map(_given_variable, options.env)), options.name is not None
+    if by_name and (options.id or options.ids):
+        raise Usage("--name is for commands behind --, and an id for a job that is registered; "
+                    "write one of them")
+    if options.behind is not None and not by_name:
+        raise Usage("a command behind -- needs a name: roexec run --name NAME -- COMMAND")
+    if by_name:
+        job = _job_of_words(options.name, session.words())
+    else:
+        job_id = session.id()
+        with session.store.read() as db:
+            job = effective_job(db, job_id, _settings_of(session.config))
+    if options.dry_run:
+        return _would_run(session, job.command, job.id)
+    if by_name:
+        session.store.create()
+    how = {"env": env, "name": options.name, "caller": by_name, "wait": options.queue}
+    if not options.detach:
+        return run_here(session.store, job, **how)
+    return _give_run(session, run_detached(session.store, job, **how))
+
+
+def _given_variable(text):
+    name, value = _pair(text, "--env", "NAME=VALUE")
+    if not (name.isascii() and name.isidentifier()):
+        raise Usage(f"--env {printable(text)}: write --env NAME=VALUE; a name has letters, digits "
+                    "and _")
+    if name.startswith("ROEXEC_"):
+        raise Usage(f"--env {name}: names that begin with ROEXEC_ are roexec's own")
+    return name, value
+
+
+def _job_of_words(name, words):
+    """The job of a command that is run under a name and not registered."""
+    job_id = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-"
+                     for char in name).lstrip("._-")[:64]
+    if not valid_id(job_id):
+        raise Usage(f'--name "{printable(name)}" cannot be a name; write one with a letter or digit'
+                    if not job_id else f'--name {job_id} is reserved; choose another name')
+    return job_from_mapping({"id": job_id, "command": words}, _here())
+
+
+def _would_run(session, command, job_id=None):
+    """Print what a dry run does not run."""
+    text = (f"{job_id}: " if job_id else "") + f"would run {command_text(command)} (dry run)\n"
+    session.give({"job": job_id, "command": command, "dry_run": True}, lambda style: text)
+
+
+def _give_run(session, run_id):
+    session.give({"run": run_id}, lambda style: run_id + "\n")
+
+
+def _cmd_exec(session):
+    words = session.words()
+    return _would_run(session, words) if session.options.dry_run else exec_here(words)
+
+
+def _cmd_retry(session):
+    store, target = session.settled, session.id()
+    with store.read() as db:
+        run = find_run(db, target)
+        if run["state"] not in FINAL_STATES:
+            raise RoexecError(f"run {run['id']} has not ended yet: it is {run['state']}")
+        if run["name"] is not None:
+            raise RoexecError(f"run {run['id']} is of a command that is not registered; write "
+                              "roexec run --name NAME -- COMMAND again")
+        job = effective_job(db, run["job_id"], _settings_of(session.config))
+    if session.options.dry_run:
+        return _would_run(session, job.command, job.id)
+    start = run_detached if store.server() is None else request_run
+    return _give_run(session, start(store, job, env=json.loads(run["env"] or "{}"),
+                                    retry_of=run["id"], trigger="retry"))
+
+
+# The server.
+
+def _server_log(text, level="INFO"):
+    """A line of a server's own log, on standard error."""
+    try:
+        sys.stderr.write(f"{format_instant(int(time.time()))} [{level}] {printable(text)}\n")
+        sys.stderr.flush()
+    except OSError:                     # whoever read it has gone; the jobs still run
+        pass
+
+
+def _cmd_server(session):
+    options, config, store = session.options, session.config, session.store
+    files = JobFiles(store, _owned_paths(session), config.defaults, _server_log)
+    host = options.host or config.server.host
+    port = config.server.port if options.port is None else options.port
+    if options.dry_run:
+        _check_job_files(files)
+        place = "without HTTP" if options.no_http else f"on http://{host}:{port}"
+        print(f"would serve {store.path} {place} (dry run)")
+        return
+    _close_at_exec()
+    with contextlib.ExitStack() as stack:
+        launcher = start_launcher()     # first of all: it must not inherit anything
+        if not store.exists:
+            _check_job_files(files)
+        store.say = _server_log
+        stack.callback(os.close, hold_server_lock(store))
+        store.create()
+        store.keep_open()
+        stack.callback(store.close)
+        with store.write() as db:
+            set_settings(db, _settings_of(config))
+        files()
+        address = None
+        if not options.no_http:
+            http = start_http(store, host, port, _server_log)
+            stack.callback(http.close)
+            address = "http://%s:%d" % http.address[:2]
+        stack.callback(withdraw_announcement, announce_server(store))
+        scheduler = Scheduler(store, launcher, _server_log)
+        scheduler.each_second.append(files)
+        scheduler.on_reload.append(lambda: _reload(session, files))
+        _server_log(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
+        scheduler.run()
+    _server_log("Server ended; runs that are on go on by themselves")
+
+
+def _owned_paths(session):
+    return [_absolute(path) for path in session.options.jobs] or list(session.config.jobs)
+
+
+def _check_job_files(files):
+    """Say what is wrong; raise RoexecError where there are no earlier jobs that could stay."""
+    read = _JobFiles(files.paths, files.defaults)
+    if read.problems and not files.store.exists:
+        raise RoexecError("\n".join(read.problems))
+    for text in read.problems:
+        _say(text)
+    read.check_ids()
+
+
+def _close_at_exec():
+    """No program that is started inherits a descriptor that this process was given."""
+    for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else range(256):
+        try:
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
+        except OSError:                 # that of the folder itself
+            pass
+
+
+def _reload(session, files):
+    """What SIGHUP asks for; a broken configuration is reported, and the old one stays."""
+    try:
+        session.read_config()
+        with session.store.write() as db:
+            set_settings(db, _settings_of(session.config))
+    except RoexecError as error:
+        for line in str(error).splitlines():
+            _server_log(line, "ERROR")
+        return
+    files.paths, files.defaults = _owned_paths(session), session.config.defaults
+    files.due = True
+
+
+# The table of commands. An option is (flags, name of its value, None for a switch, help, default).
+# N is a whole number; a list collects, and takes several values at once if the name ends in "...".
+
+class Command:
+    """A command: its name, the function of a Session, its help, what stands behind the name, an
+    example, its options, and whether it changes something."""
+
+    def __init__(self, name, function, help, usage, example, *options, changes=False):
+        self.name, self.function, self.help, self.usage = name, function, help, usage
+        self.example, self.options, self.changes = example, (*_GLOBAL, *options), changes
+        self.takes_ids, self.takes_words = _WITH_ID in options, "-- COMMAND" in usage
+
+
+_GLOBAL = (
+    ("--config", "FILE", "the configuration", None),
+    ("--store", "PATH", "the store: a folder, or a database file that ends in .db", None),
+    ("-v --verbose", None, "say more; show where an unexpected error happened", False),
+    ("--json", None, "print JSON", False),
+    ("--dry-run", None, "say what would be done, and do nothing", False),
+)
+_WITH_ID = ("--id", "ID", "the id; it may also stand alone", [])
+
+_COMMANDS = (
+    Command("run", _cmd_run, "run a job now, or a command under a name",
+            "JOB | --name NAME -- COMMAND [ARGUMENT ...]", "run --name hello -- echo hello",
+            _WITH_ID,
+            ("--name", "NAME", "record the command behind -- under this name", None),
+            ("--env", "NAME=VALUE", "a variable for the command; may be repeated", []),
+            ("--detach", None, "do not wait for it: print the id of the run", False),
+            ("--queue", None, "wait for a run of the job that is on", False), changes=True),
+    Command("exec", _cmd_exec, "run a command and record nothing",
+            "-- COMMAND [ARGUMENT ...]", "exec -- ls -la", changes=True),
+    Command("add", _cmd_add, "register a job, or change it",
+            "ID [--schedule CRON] [--set KEY=VALUE] -- COMMAND [ARGUMENT ...]",
+            'add tidy --schedule "0 3 * * *" --set timeout=1h -- rm -rf /tmp/x', _WITH_ID,
+            ("--schedule", "CRON", "when it runs; may be repeated", []),
+            ("--set", "KEY=VALUE", "any key of a job file; may be repeated", []), changes=True),
+    Command("apply", _cmd_apply, "register the jobs of files", "-f FILE [FILE ...]",
+            "apply -f jobs.yml",
+            ("-f --file", "FILE...", "job files, folders of them, or - for standard input", []),
+            ("--prune", None, "also remove jobs that the files no longer have", False),
+            changes=True),
+    Command("delete", _cmd_delete, "remove jobs; their history stays", "JOB [JOB ...]",
+            "delete tidy", _WITH_ID, changes=True),
+    Command("export", _cmd_export, "print jobs as a job file", "[JOB ...]", "export > jobs.yml",
+            _WITH_ID),
+    Command("list jobs", _cmd_list_jobs, "list the jobs", "", "list jobs"),
+    Command("list runs", _cmd_list_runs, "list the runs that are on, then the latest that ended",
+            "", "list runs --job backup-db --state failed",
+            ("--active", None, "only queued and running ones", False),
+            ("--job", "JOB", "only those of this job", None),
+            ("--state", "STATE", "only those in this state; may be repeated", []),
+            ("--since", "TIME", "only those queued since: 2h, or an instant", None),
+            ("--limit", "N", "how many that ended (20)", 20),
+            ("--steps", None, "also the steps of pipelines", False)),
+    Command("show", _cmd_show, "show a job or a run in full", "JOB | RUN | latest", "show latest",
+            _WITH_ID),
+    Command("logs", _cmd_logs, "print the log of a run", "RUN | JOB | latest",
+            "logs backup-db --follow", _WITH_ID,
+            ("-f --follow", None, "go on until the run ends", False),
+            ("--tail", "N", "only the last N lines", None),
+            ("--raw", None, "the output as it was, without stamps", False),
+            ("--stream", "out|err", "only this stream, without stamps", None)),
+    Command("next", _cmd_next, "list the next times at which jobs are due", "[JOB]",
+            "next backup-db --count 5", _WITH_ID,
+            ("--count", "N", "how many (10)", 10),
+            ("--from", "TIME", "from this instant on, instead of now", None),
+            ("--cron", "CRON", "those of an expression; --id gives the seed of H", None),
+            ("--timezone", "ZONE", "the zone of that expression", None)),
+    Command("status", _cmd_status, "tell whether the server is healthy", "", "status"),
+    Command("pause", _cmd_pause, "stop the schedules of jobs", "JOB [JOB ...]", "pause backup-db",
+            _WITH_ID, changes=True),
+    Command("resume", _cmd_pause, "let the schedules of jobs go on", "JOB [JOB ...]",
+            "resume backup-db", _WITH_ID, changes=True),
+    Command("cancel", _cmd_cancel, "end runs, or withdraw those that are queued",
+            "RUN | JOB ...", "cancel backup-db", _WITH_ID, changes=True),
+    Command("retry", _cmd_retry, "run again what a run ran", "RUN | JOB | latest", "retry latest",
+            _WITH_ID, changes=True),
+    Command("wait", _cmd_wait, "wait for a run, and end with its exit status",
+            "RUN | JOB | latest", "wait latest", _WITH_ID),
+    Command("server", _cmd_server, "run jobs on schedule, and serve the HTTP API",
+            "[--jobs PATH]", "server --jobs jobs.yml",
+            ("--jobs", "PATH", "a job file or folder to follow; may be repeated", []),
+            ("--host", "HOST", "the address to listen on (127.0.0.1)", None),
+            ("--port", "N", "the port to listen on (8080)", None),
+            ("--no-http", None, "do without the HTTP API", False), changes=True),
+)
+_OWN_STATUS = ("run", "exec", "wait")   # they end as the command did; 125 is left for roexec
+
+
+def commands():
+    """The commands, in the order in which the overview lists them."""
+    return _COMMANDS
+
+
+# Parsing.
+
+class Options:
+    """The options of a command, at first all of them as they are when nothing is written."""
+
+    def __init__(self, command):
+        for flags, _, _, default in command.options:
+            setattr(self, _attribute(flags), default[:] if isinstance(default, list) else default)
+        if command.takes_ids:
+            self.ids = []
+
+
+def _attribute(flags):
+    """`-v --dry-run` -> dry_run."""
+    name = flags.split()[-1].strip("-").replace("-", "_")
+    return "from_" if name == "from" else name
+
+
+def _split(words):
+    """(command, its words, the words behind -- or None) of a command line."""
+    behind, before = None, []
+    if "--" in words:
+        at = words.index("--")
+        words, behind = words[:at], words[at + 1:]
+    rest = list(words)
+    while rest and rest[0].startswith("-"):
+        before.append(rest.pop(0))
+        if before[-1] in ("--store", "--config") and rest:
+            before.append(rest.pop(0))
+    if not rest:
+        raise Usage("a command is missing; see roexec --help")
+    for length in (1, 2):
+        for command in _COMMANDS:
+            if command.name == " ".join(rest[:length]):
+                return command, before + rest[length:], behind
+    raise Usage(_no_command(rest))
+
+
+def _no_command(words):
+    first, name = words[0], " ".join(words[:1] if words[1:2] and words[1][:1] == "-" else words[:2])
+    family = [command.name for command in _COMMANDS if command.name.startswith(f"{first} ")]
+    if family:
+        return f'there is no command "{printable(name)}"; there are {" and ".join(family)}'
+    near = nearest(first, {command.name.split()[0] for command in _COMMANDS})
+    return f'there is no command "{printable(first)}"' + (near or "; see roexec --help")
+
+
+def _parse(command, words, behind):
+    """The Options that a command was given; raises Usage."""
+    options = _parse_plain_words(command, words)
+    if options is None:
+        options = _parser(command).parse_intermixed_args(words)
+    options.behind = behind
+    if behind is not None and not command.takes_words:
+        raise Usage(f"nothing can stand behind -- for {command.name}")
+    if options.dry_run and not command.changes:
+        raise Usage(f"{command.name} changes nothing, so there is no --dry-run")
+    return options
+
+
+def _parse_plain_words(command, words):
+    """Options where all words are ids, switches, or texts behind their options; else None.
+
+    That is nearly always so, and argparse costs more than many commands do.
+    """
+    options, words = Options(command), iter(words)
+    known = {flag: option for option in command.options for flag in option[0].split()}
+    for word in words:
+        flags, metavar, _, default = known.get(word, ("ids", "ID", "", []))
+        if metavar is None:
+            setattr(options, _attribute(flags), True)
+            continue
+        value = word if flags == "ids" else next(words, "-")
+        if value.startswith("-") or metavar == "N" or (flags == "ids" and not command.takes_ids):
+            return None
+        if default is None:
+            setattr(options, _attribute(flags), value)
+        else:
+            getattr(options, _attribute(flags)).append(value)
+    return options
+
+
+def _parser(command):
+    """The argparse parser of a command."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            flags = [flag for option in command.options for flag in option[0].split()]
+            near = [nearest(word, flags) for word in message.split() if word.startswith("--")
+                    and message.startswith("unrecognized")]
+            raise Usage(f"{printable(message)}{''.join(near[:1])} (see roexec {command.name} "
+                        "--help)")
+
+    parser = Parser(prog=f"roexec {command.name}", usage=f"roexec {command.name} {command.usage}",
+                    description=command.help, epilog=f"example: roexec {command.example}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
+                    allow_abbrev=False)
+    for flags, metavar, text, default in command.options:
+        how = {"action": "store_true"} if metavar is None else {
+            "metavar": metavar.rstrip("."), "default": default,
+            "type": int if metavar == "N" else str}
+        if isinstance(default, list):
+            how.update({"action": "extend", "nargs": "+"} if metavar.endswith("...") else
+                       {"action": "append"})
+        if flags == "--dry-run" and not command.changes:
+            text = argparse.SUPPRESS
+        parser.add_argument(*flags.split(), dest=_attribute(flags), help=text, **how)
+    parser.add_argument("-h", "--help", action="store_true", help="show this")
+    if command.takes_ids:
+        parser.add_argument("ids", nargs="*", help=argparse.SUPPRESS, default=[])
+    return parser
+
+
+# The program.
+
+def _overview():
+    width = max(len(command.name) for command in _COMMANDS) + 2
+    listed = "".join(f"  {command.name:<{width}}{command.help}\n" for command in _COMMANDS)
+    return (f"usage: roexec COMMAND [OPTION ...]\n\n{listed}\nroexec COMMAND --help explains a "
+            "command; roexec --version prints the version.\n")
+
+
+def _perform(words):
+    """Perform a command line -> exit status."""
+    if not words:
+        sys.stderr.write(_overview())
+        return 2
+    if words[0] in ("--version", "-h", "--help"):
+        sys.stdout.write(f"roexec {__version__}\n" if words[0] == "--version" else _overview())
+        return 0
+    command, words, behind = _split(words)
+    if "-h" in words or "--help" in words:
+        sys.stdout.write(_parser(command).format_help())
+        return 0
+    options = _parse(command, words, behind)
+    return command.function(Session(command, options)) or 0
+
+
+def _open_standard_streams():
+    """Open /dev/null for a standard stream that is closed, lest a file of the store becomes it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:                 # the lowest free number is what open(2) takes
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+
+
+def _drop_output():
+    """Forget output that cannot be written, or else Python tries it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _failed(words, error):
+    """Say what went wrong -> exit status: 1 refused or failed, 2 usage, 125 beside a command's."""
+    expected = isinstance(error, (RoexecError, OSError))
+    if not isinstance(error, RoexecError) and ("-v" in words or "--verbose" in words):
+        import traceback
+        _say(traceback.format_exc())
+    if isinstance(error, OSError):
+        _say(": ".join(filter(None, (error.filename, error.strerror or str(error)))))
+    else:
+        _say(error if expected else f"unexpected {type(error).__name__}: {error}; to see where, "
+             "run it again with --verbose")
+    try:
+        if _split(words)[0].name in _OWN_STATUS:
+            return 125
+    except Usage:
+        pass
+    return 2 if isinstance(error, Usage) else 1
+
+
+def main(argv=None):
+    """Perform a command line, that of the process without one -> its exit status."""
+    _open_standard_streams()
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        status = _perform(words)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:             # as what ends by SIGPIPE does
+        status = 128 + signal.SIGPIPE
+    except Exception as error:
+        status = _failed(words, error)
+    _drop_output()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

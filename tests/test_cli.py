@@ -1,0 +1,1113 @@
+"""The command line: what is asked, which store it reaches, what is printed, the exit status."""
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import roexec
+
+NOW = 1754042400.0          # 2025-08-01T10:00:00Z
+JOBS = """
+jobs:
+  - id: hello
+    name: Say hello
+    schedule: "0 2 * * *"
+    command: echo hello
+  - id: backup
+    command: [sh, -c, "echo out; echo err >&2; exit 3"]
+    tags: [nightly]
+"""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    """A home of its own, no settings from outside, and a folder for live servers of its own."""
+    for name in list(os.environ):
+        if name.startswith(("ROEXEC_", "XDG_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setattr(roexec, "servers_folder", lambda: str(tmp_path / "servers"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store that does not exist yet."""
+    return roexec.Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def cli(store, capfd, monkeypatch):
+    """`cli("list jobs", ...)` -> (exit status, standard output, standard error)."""
+    def call(line, *more, store=store.path, stdin=None):
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        chosen = ["--store", store] if store else []
+        status = roexec.main([*chosen, *shlex.split(line), *more])
+        return (status, *capfd.readouterr())
+    return call
+
+
+@pytest.fixture
+def jobs(cli, tmp_path):
+    """The store with the two jobs of `jobs.yml`; gives that file."""
+    path = tmp_path / "jobs.yml"
+    path.write_text(JOBS)
+    assert cli("apply -f jobs.yml")[0] == 0
+    return path
+
+
+def process(store, *arguments, **options):
+    """roexec in a process of its own, finished -> CompletedProcess with text."""
+    return subprocess.run([sys.executable, roexec.__file__, "--store", store.path, *arguments],
+                          stdin=subprocess.DEVNULL, text=True, timeout=60,
+                          **{"capture_output": True, **options})
+
+
+def record(store, job_id="hello", state="succeeded", *, at=NOW, **values):
+    """Put a run into the store -> its id."""
+    ended = state in roexec.FINAL_STATES
+    row = {"id": roexec.new_run_id(), "job_id": job_id, "trigger": "manual", "queued_at": at,
+           "version": 1, "state": state, "started_at": None if state == "queued" else at,
+           "finished_at": at + 1 if ended else None, **values}
+    with store.write() as db:
+        return roexec.add_run(db, **row)
+
+
+def state_of(store, run_id):
+    with store.read() as db:
+        return roexec.get_run(db, run_id)["state"]
+
+
+def registered(store):
+    """{id: spec} of the jobs in the store."""
+    with store.read() as db:
+        return {row["id"]: json.loads(row["spec"]) for row in roexec.list_jobs(db)}
+
+
+@contextlib.contextmanager
+def a_server(store, answers=True):
+    """What a live server looks like from outside: its lock, and somebody who empties the FIFO."""
+    store.create()
+    lock = roexec.open_private(store.file("server.lock"))
+    assert roexec.try_lock(lock)
+    os.write(lock, b"4711\n")
+    fifo = os.open(store.file("wake"), os.O_RDWR)
+    reader = threading.Thread(target=os.read, args=(fifo, 100))
+    if answers:
+        reader.start()
+    try:
+        yield fifo
+    finally:
+        if answers:
+            os.write(fifo, b"end")
+            reader.join()
+        os.close(fifo)
+        os.close(lock)
+
+
+# The table of commands.
+
+COMMANDS = {command.name: command for command in roexec.commands()}
+CHANGING = {"run", "exec", "add", "apply", "delete", "pause", "resume", "cancel", "retry", "server"}
+
+
+def test_the_commands_are_those_of_the_design():
+    assert set(COMMANDS) == CHANGING | {
+        "export", "list jobs", "list runs", "show", "logs", "next", "status", "wait"}
+    assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example_that_it_understands(name, cli):
+    status, out, err = cli(f"{name} --help")
+    assert (status, err) == (0, "")
+    assert f"usage: roexec {name}" in out and f"example: roexec {COMMANDS[name].example}" in out
+    words = shlex.split(COMMANDS[name].example.partition(" >")[0])
+    command, arguments, behind = roexec._split(words)
+    assert command.name == name
+    assert roexec._parse(command, arguments, behind) is not None
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_defaults_without_the_parser_are_those_of_the_parser(name):
+    parsed = vars(roexec._parser(COMMANDS[name]).parse_intermixed_args([]))
+    assert vars(roexec.Options(COMMANDS[name])) == {
+        key: value for key, value in parsed.items() if key != "help"}
+
+
+def test_the_overview_names_every_command(cli):
+    status, out, _ = cli("--help", store=None)
+    assert status == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+
+
+@pytest.mark.parametrize("line", [
+    "--json list jobs", "list jobs --json", "-v --json list jobs"])
+def test_global_options_stand_before_or_after_the_command(line, cli, jobs):
+    status, out, _ = cli(line)
+    assert status == 0 and {job["id"] for job in json.loads(out)["jobs"]} == {"hello", "backup"}
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("lst jobs", 'there is no command "lst"'),
+    ("statsu", 'did you mean "status"?'),
+    ("list", 'there is no command "list"; there are list jobs and list runs'),
+    ("list jobz", 'there is no command "list jobz"; there are list jobs and list runs'),
+    ("--frob list jobs", "--frob"),
+    ("list runs --stat failed", 'did you mean "--state"?'),
+    ("list runs --limit many", "--limit"),
+    ("list runs --state broken", 'there is no state "broken"'),
+    ("list runs --since yesterday", '"yesterday" is neither'),
+    ("list jobs --dry-run", "list jobs changes nothing"),
+    ("--dry-run export", "export changes nothing"),
+    ("status -- x", "nothing can stand behind --"),
+    ("--store", "a command is missing"),
+    ("delete", "say which one"),
+    ("show a b", "one id is enough"),
+    ("apply", "apply -f"),
+    ("add x --set timeout -- true", "KEY=VALUE"),
+    ("next --cron '61 * * * * * * *'", ""),
+    ("next --timezone UTC", "--cron"),
+])
+def test_a_wrong_command_line_is_one_sentence_and_status_2(line, sentence, cli):
+    status, out, err = cli(line)
+    assert (status, out) == (2, "")
+    assert err.startswith("roexec: ") and err.count("\n") == 1 and sentence in err
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("run", "say which one"),
+    ("run -- true", "--name NAME"),
+    ("run --name x hello -- true", "--name is for commands"),
+    ("run --name x", "write -- before the command"),
+    ("run --name x -- cmd", "no command behind --"),
+    ("run --env A hello", "NAME=VALUE"),
+    ("run --env 1A=b hello", "NAME=VALUE"),
+    ("run --env ROEXEC_SLOT=b hello", "roexec's own"),
+    ("exec ls", "unrecognized arguments: ls"),
+    ("exec", "write -- before the command"),
+    ("wait --dry-run x", "wait changes nothing"),
+    ("wait nobody", "there is no"),
+    ("run nobody", "there is no store in "),
+])
+def test_run_exec_and_wait_answer_with_125_for_everything_of_roexecs_own(line, sentence, cli):
+    status, out, err = cli(line)
+    assert (status, out) == (125, "") and sentence in err and err.count("\n") == 1
+
+
+def test_no_command_at_all_shows_the_overview_as_an_error(cli, capfd):
+    assert roexec.main([]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("usage: roexec COMMAND")
+
+
+# What a start costs.
+
+def modules_of(*arguments):
+    """The modules that a command imports, beside those of a bare interpreter."""
+    script = ("import os, sys; sys.path.insert(0, sys.argv.pop(1)); before = set(sys.modules)\n"
+              "import roexec; status = roexec.main(sys.argv[1:])\n"
+              "print(*(set(sys.modules) - before), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", script,
+                           os.path.dirname(roexec.__file__), *arguments],
+                          capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_version_imports_nothing_at_all():
+    assert modules_of("--version") == {"roexec"}
+
+
+def test_list_jobs_imports_no_parser_and_nothing_of_the_network(jobs, store, monkeypatch):
+    monkeypatch.setenv("ROEXEC_STORE", store.path)
+    loaded = modules_of("list", "jobs")
+    assert "sqlite3" in loaded
+    assert not loaded & {"argparse", "http", "socket", "urllib", "subprocess", "email", "ssl",
+                         "shutil", "difflib", "logging", "gettext"}
+
+
+# Which store.
+
+def test_the_store_is_what_is_given_then_the_environments_then_the_configurations(
+        tmp_path, monkeypatch):
+    config = roexec.Config({"store": {"path": "/from/config"}})
+    monkeypatch.setenv("ROEXEC_STORE", "/from/environment")
+    assert roexec.locate_store("given", config) == str(tmp_path / "given")
+    assert roexec.locate_store(None, config) == "/from/environment"
+    monkeypatch.delenv("ROEXEC_STORE")
+    assert roexec.locate_store(None, config) == "/from/config"
+
+
+@pytest.mark.parametrize("uid, owner, expected", [
+    (0, None, "/var/lib/roexec"),
+    (1000, None, "HOME/.local/state/roexec"),
+    (1000, 1000, "/var/lib/roexec"),
+    (1000, 0, "HOME/.local/state/roexec"),
+])
+def test_the_usual_store_is_the_hosts_for_root_and_its_owner(uid, owner, expected, monkeypatch):
+    def host(path):
+        if owner is None:
+            raise FileNotFoundError
+        return os.stat_result((0,) * 4 + (owner,) + (0,) * 5)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr(roexec.os, "stat", host)
+    usual = roexec.usual_store()
+    monkeypatch.undo()
+    assert usual.replace(os.path.join(os.path.dirname(usual.split("/.local")[0]), "home"),
+                         "HOME") == expected
+
+
+def test_a_relative_folder_in_the_environment_is_void(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert roexec._user_folder("XDG_STATE_HOME", ".local/state") == str(
+        tmp_path / "home/.local/state/roexec")
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    assert roexec._user_folder("XDG_STATE_HOME", ".local/state") == "/state/roexec"
+
+
+@contextlib.contextmanager
+def announced(store):
+    entry = roexec.announce_server(store)
+    try:
+        yield entry
+    finally:
+        roexec.withdraw_announcement(entry)
+
+
+def test_without_a_store_that_of_the_one_live_server_is_used_and_named(cli, jobs, store):
+    with announced(store):
+        status, out, err = cli("list jobs", store=None)
+    assert status == 0 and "hello" in out
+    assert f"using the store {store.path} of the server that runs (process {os.getpid()})" in err
+
+
+def test_the_usual_store_is_used_without_a_word(cli, jobs, store, monkeypatch):
+    monkeypatch.setattr(roexec, "usual_store", lambda: store.path)
+    with announced(store):
+        assert cli("list jobs", store=None)[2] == ""
+
+
+def test_several_live_servers_are_listed_and_refused(cli, store, monkeypatch):
+    monkeypatch.setattr(roexec, "live_servers", lambda: {"/one": 7, "/two": 8})
+    status, _, err = cli("list jobs", store=None)
+    assert status == 1 and "/one (process 7), /two (process 8)" in err and "--store" in err
+
+
+def test_the_file_of_a_server_that_died_means_nothing_and_is_cleared_away(store, tmp_path):
+    with announced(store):
+        pass
+    servers = tmp_path / "servers"
+    assert list(servers.iterdir()) == []
+    (servers / "99999999").write_text("/dead\n")
+    (servers / "99999998.new").write_text("/dead\n")
+    assert roexec.live_servers() == {}
+    with announced(store):
+        assert roexec.live_servers() == {store.path: os.getpid()}
+        assert [entry.name for entry in servers.iterdir()] == [str(os.getpid())]
+        assert stat.S_IMODE(servers.stat().st_mode) == 0o700
+
+
+def test_a_server_that_cannot_announce_itself_says_what_to_write(store, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(roexec, "servers_folder", lambda: str(tmp_path / "file/servers"))
+    said = []
+    store.say = said.append
+    assert roexec.announce_server(store) is None
+    assert said and f"--store {store.path}" in said[0]
+
+
+READING = ["list jobs", "list runs", "show hello", "logs hello", "next", "status", "export",
+           "wait hello", "run hello", "delete hello", "pause hello", "cancel hello", "retry hello"]
+DRY = ["run hello", "run --name x -- true", "exec -- true", "add x -- true", "apply -f jobs.yml",
+       "delete hello", "pause hello", "resume hello", "cancel latest", "retry latest"]
+
+
+@pytest.mark.parametrize("line", READING + ["--dry-run " + line for line in DRY])
+def test_reading_and_dry_runs_never_create_a_store(line, cli, store, tmp_path):
+    (tmp_path / "jobs.yml").write_text(JOBS)
+    status, _, err = cli(line)
+    assert not os.path.exists(store.path)
+    assert status in (0, 1, 3, 125) and "Traceback" not in err
+    if status in (1, 125):
+        assert err.startswith(f"roexec: there is no store in {store.path} yet")
+
+
+@pytest.mark.parametrize("what", ["jobs", "runs"])
+def test_an_empty_list_names_the_store_and_whether_a_server_runs_on_it(what, cli, store):
+    status, out, err = cli(f"list {what}")
+    assert (status, out) == (0, "")
+    assert store.path in err and "no store there yet" in err and "no server runs" in err
+    with a_server(store):
+        assert cli(f"list {what}")[2] == f"roexec: no {what} in {store.path}; a server runs on it\n"
+
+
+def forked(arguments, uid=None):
+    """Perform a command in a fork, which keeps what is patched -> (process id, its errors)."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(theirs, 2)
+            os.close(ours)
+            os.close(theirs)
+            sys.stderr = open(2, "w", closefd=False)
+            if uid is not None:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+            os._exit(roexec.main(arguments))
+        finally:
+            os._exit(99)
+    os.close(theirs)
+    return pid, open(ours)
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user can reach (tmp_path is its owner's alone)."""
+    import shutil
+    import tempfile
+    folder = tempfile.mkdtemp()
+    os.chmod(folder, 0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@needs_root
+@pytest.mark.parametrize("line", ["list jobs", "apply -f jobs.yml", "status"])
+def test_a_store_that_one_may_not_open_says_whose_it_is(line, open_folder, tmp_path):
+    store = roexec.Store(os.path.join(open_folder, "store")).create()
+    jobs = os.path.join(open_folder, "jobs.yml")
+    with open(jobs, "w") as file:
+        file.write(JOBS)
+    os.chdir(open_folder)
+    pid, errors = forked(["--store", store.path, *line.split()], uid=65534)
+    os.chdir(tmp_path)
+    with errors:
+        err = errors.read()
+    assert exit_code(pid) == 1
+    assert err == (f"roexec: {store.path} belongs to root; run as that user, or name another store "
+                   "with --store\n")
+
+
+def executable_by_all():
+    """A Python that every user may execute, or None."""
+    for path in (sys.executable, "/usr/bin/python3"):
+        script = ("import os, sys; os.setuid(65534)\n"
+                  "sys.exit(sys.version_info < (3, 9) or not os.access(sys.executable, os.X_OK))")
+        if os.path.exists(path) and subprocess.run([path, "-c", script]).returncode == 0:
+            return path
+    return None
+
+
+@needs_root
+def test_root_becomes_the_owner_of_the_store_so_that_nothing_in_it_becomes_roots(open_folder):
+    python = executable_by_all()
+    if python is None:
+        pytest.skip("there is no Python here that another user may execute")
+    path = os.path.join(open_folder, "store")
+    os.mkdir(path, 0o700)
+    os.chown(path, 65534, 65534)
+    done = subprocess.run([python, roexec.__file__, "--store", path, "run", "--name", "who", "--",
+                           "id", "-u"], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stdout) == (0, "65534\n")
+    assert "working as" in done.stderr
+    for folder, folders, files in os.walk(path):
+        for name in [".", *folders, *files]:
+            assert os.lstat(os.path.join(folder, name)).st_uid == 65534, name
+
+
+def test_the_configuration_is_read_from_where_it_is_looked_for(cli, tmp_path, store, monkeypatch):
+    for folder in (tmp_path / "home/.config/roexec", tmp_path / "a", tmp_path / "b"):
+        folder.mkdir(parents=True)
+        (folder / "config.yml").write_text(f"store: {{path: {folder.name}-store}}\n")
+    usual = str(tmp_path / "home/.config/roexec/roexec-store")
+    assert usual in cli("list jobs", store=None)[2]
+    monkeypatch.setenv("ROEXEC_CONFIG", str(tmp_path / "a/config.yml"))
+    assert str(tmp_path / "a/a-store") in cli("list jobs", store=None)[2]
+    assert str(tmp_path / "b/b-store") in cli("list jobs --config b/config.yml", store=None)[2]
+
+
+@pytest.mark.parametrize("text, sentence", [
+    (None, "cannot read"), ("sever: {}", ":1:1: "), ("store: {type: sqlite, path: /x/y}", ".db")])
+def test_a_broken_configuration_is_told_in_its_place(text, sentence, cli, tmp_path):
+    if text:
+        (tmp_path / "config.yml").write_text(text)
+    status, out, err = cli("list jobs --config config.yml", store=None)
+    assert (status, out) == (1, "") and sentence in err and err.count("\n") == 1
+
+
+def test_a_database_file_is_a_store_as_well(cli, jobs, tmp_path):
+    path = str(tmp_path / "other.db")
+    assert cli("apply -f jobs.yml", store=path)[0] == 0
+    assert os.path.isfile(path) and os.path.isdir(path + ".d")
+    assert "hello" in cli("list jobs", store=path)[1]
+
+
+# apply, add, delete, export.
+
+def test_apply_says_what_became_of_each_job(cli, jobs, store):
+    jobs.write_text(JOBS.replace("echo hello", "echo bye") + "  - {id: new, command: x}\n")
+    assert cli("apply -f jobs.yml")[:2] == (
+        0, "hello: changed\nbackup: unchanged\nnew: added\n")
+    assert json.loads(cli("apply -f jobs.yml --json")[1]) == {
+        "changes": [{"id": name, "change": "unchanged"} for name in ("hello", "backup", "new")],
+        "dry_run": False}
+
+
+def test_apply_says_where_nobody_would_start_what_is_scheduled(cli, jobs, store):
+    assert f"when a server runs on {store.path}" in cli("apply -f jobs.yml")[2]
+    with a_server(store):
+        assert cli("apply -f jobs.yml")[2] == ""
+
+
+def test_a_dry_run_says_what_would_change_and_changes_nothing(cli, jobs, store):
+    before = registered(store)
+    jobs.write_text("jobs: [{id: new, command: x}]")
+    assert cli("apply --prune --dry-run -f jobs.yml")[:2] == (
+        0, "new: added (dry run)\nbackup: removed (dry run)\nhello: removed (dry run)\n")
+    assert registered(store) == before
+
+
+def test_only_prune_removes_what_a_file_no_longer_has(cli, jobs, store):
+    jobs.write_text("jobs: [{id: new, command: x}]")
+    cli("add other -- true")
+    cli("apply -f jobs.yml")
+    assert set(registered(store)) == {"hello", "backup", "new", "other"}
+    cli("apply --prune -f jobs.yml")
+    assert set(registered(store)) == {"new", "other"}
+
+
+def test_apply_takes_several_files_a_folder_and_standard_input(cli, store, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name, job_id in (("b.yaml", "b"), ("a.yml", "a"), ("c.json", "c"), (".hidden.yml", "h"),
+                         ("notes.txt", "n")):
+        (tmp_path / "folder" / name).write_text(f'{{"job": {{"id": "{job_id}", "command": "x"}}}}')
+    (tmp_path / "one.yml").write_text("job: {id: one, command: x}")
+    status, out, _ = cli("apply -f folder one.yml -f -", stdin="jobs: [{id: two, command: x}]")
+    assert (status, out) == (0, "a: added\nb: added\nc: added\none: added\ntwo: added\n")
+    with store.read() as db:
+        sources = {row["id"]: row["source"] for row in roexec.list_jobs(db)}
+    assert sources["a"] == str(tmp_path / "folder/a.yml") and sources["two"] == "<stdin>"
+    assert registered(store)["two"]["directory"] == str(tmp_path)
+
+
+def test_a_file_that_left_a_folder_is_pruned_with_the_folder(cli, store, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.yml").write_text(f"job: {{id: {name}, command: x}}")
+    cli("apply -f folder")
+    cli("add other -- true")
+    (folder / "a.yml").unlink()
+    assert cli("apply --prune -f folder")[1] == "a: removed\nb: unchanged\n"
+
+
+@pytest.mark.parametrize("files, sentences", [
+    ({"a.yml": "job: {id: x, command: x}", "b.yml": "job: {id: x, command: x}"},
+     ['job "x" stands in ', "a.yml and in "]),
+    ({"a.yml": "jobs:\n- id: x\n  comand: y\n- command: z\n"},
+     ['a.yml:3:3: unknown key "comand"', "a.yml:4:3: "]),
+    ({"a.yml": ""}, ["a.yml:", "empty"]),
+    ({}, ["cannot read a.yml: No such file or directory"]),
+])
+def test_a_wrong_file_changes_nothing_and_is_told_in_whole(files, sentences, cli, jobs, store):
+    before = registered(store)
+    for name, text in files.items():
+        (jobs.parent / name).write_text(text)
+    status, out, err = cli("apply -f jobs.yml a.yml " + " ".join(set(files) - {"a.yml"}))
+    assert (status, out) == (1, "")
+    for sentence in sentences:
+        assert sentence in err
+    assert all(line.startswith("roexec: ") for line in err.splitlines())
+    assert registered(store) == before
+
+
+def test_a_job_of_another_source_is_left_alone_and_both_are_named(cli, jobs, store):
+    (jobs.parent / "a.yml").write_text("jobs: [{id: fresh, command: x}, {id: hello, command: x}]")
+    status, _, err = cli("apply -f a.yml")
+    assert status == 1 and f"{jobs.parent / 'a.yml'}" in err and f"registered by {jobs}" in err
+    assert set(registered(store)) == {"hello", "backup"}
+
+
+def test_an_empty_folder_is_an_error_and_not_no_jobs(cli, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert "there is no job file in folder" in cli("apply -f folder")[2]
+
+
+def test_the_same_file_twice_is_refused(cli, jobs):
+    assert cli("apply -f jobs.yml ./jobs.yml")[0] == 2
+
+
+def test_a_change_wakes_the_server(cli, jobs, store):
+    with a_server(store, answers=False) as fifo:
+        for line in ("apply -f jobs.yml", "pause hello", "delete hello"):
+            cli(line)
+            assert os.read(fifo, 10) == b"w", line
+
+
+def test_add_registers_a_job_as_a_file_would(cli, store):
+    assert cli('add tidy --schedule "0 3 * * *" --set timeout=1h --set retries=2 '
+               '--set env="{A: b}" -- cmd rm -rf "a b"')[:2] == (0, "tidy: added\n")
+    assert registered(store)["tidy"] == {
+        "id": "tidy", "schedule": ["0 3 * * *"], "command": ["rm", "-rf", "a b"],
+        "env": {"A": "b"}, "timeout": "1h", "retries": 2}
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("add latest -- true", "latest"), ("add x", "command"),
+    ("add x --set timout=1 -- true", "timeout")])
+def test_add_refuses_what_a_file_could_not_say(line, sentence, cli, store):
+    status, _, err = cli(line)
+    assert status == 1 and sentence in err
+    assert not store.exists
+
+
+def test_delete_removes_all_or_none_and_keeps_history(cli, jobs, store):
+    run_id = record(store)
+    assert cli("delete hello nobody")[0] == 1
+    assert set(registered(store)) == {"hello", "backup"}
+    assert cli("delete --id hello backup")[:2] == (0, "hello: deleted\nbackup: deleted\n")
+    assert registered(store) == {} and state_of(store, run_id) == "succeeded"
+
+
+def test_the_nearest_id_is_named_where_there_is_none(cli, jobs):
+    assert cli("delete helo")[2] == \
+        'roexec: there is no job "helo"; did you mean "hello"?\n'
+    assert 'did you mean "hello"' in cli("show helo")[2]
+
+
+def test_what_is_exported_applies_to_the_same_jobs(cli, jobs, store, tmp_path):
+    exported = cli("export")[1]
+    other = roexec.Store(str(tmp_path / "other"))
+    assert cli("apply -f -", store=other.path, stdin=exported)[0] == 0
+    assert registered(other) == registered(store)
+    assert [job["id"] for job in json.loads(cli("export backup --json")[1])["jobs"]] == ["backup"]
+
+
+# pause, resume, list jobs, show.
+
+def test_pause_and_resume_say_whether_they_changed_anything(cli, jobs, store):
+    assert cli("pause hello")[1] == "hello: paused\n"
+    assert cli("pause hello backup --dry-run")[1] == \
+        "hello: already paused (dry run)\nbackup: paused (dry run)\n"
+    assert cli("pause --id hello")[1] == "hello: already paused\n"
+    assert " paused " in cli("list jobs")[1]
+    assert cli("resume hello")[1] == "hello: resumed\n"
+    assert cli("resume hello")[1] == "hello: not paused\n"
+
+
+def test_pausing_survives_apply(cli, jobs, store):
+    cli("pause hello")
+    jobs.write_text(JOBS.replace("echo hello", "echo bye"))
+    cli("apply -f jobs.yml")
+    assert json.loads(cli("show hello --json")[1])["paused"] is True
+
+
+def test_jobs_are_listed_by_id_with_what_comes_and_what_was(cli, jobs, store):
+    run_id = record(store, "backup", "queued")
+    with store.write() as db:
+        roexec.change_run(db, run_id, "running", started_at=NOW, boot=roexec.boot_id())
+        roexec.finish_run(db, run_id, "failed", [], reason="exit", exit_code=3, finished_at=NOW + 1)
+    lines = [re.split("  +", line) for line in cli("list jobs")[1].splitlines()]
+    assert lines[0] == ["ID", "SCHEDULE", "STATUS", "NEXT RUN", "LAST RUN", "RESULT", "NAME"]
+    assert lines[1] == ["backup", "-", "manual", "-", "2025-08-01T10:00:00Z", "failed", "-"]
+    assert lines[2][:3] == ["hello", "0 2 * * *", "scheduled"] and lines[2][3].endswith("02:00:00Z")
+
+
+def test_the_servers_settings_hold_for_every_client(cli, jobs, store, tmp_path):
+    (tmp_path / "config.yml").write_text("scheduler: {timezone: '+02:00'}\n")
+    line = "show hello --json --config config.yml"
+    assert json.loads(cli(line)[1])["timezone"] == "UTC+02:00"
+    with store.write() as db:
+        roexec.set_settings(db, {"defaults": {"enabled": False},
+                                 "scheduler": {"timezone": "+05:00"}})
+    shown = json.loads(cli(line)[1])
+    assert (shown["timezone"], shown["enabled"], shown["next_run"]) == ("UTC+05:00", False, None)
+
+
+def test_an_exact_job_id_wins_over_a_run_prefix(cli, jobs, store):
+    record(store, id="hellorun12")
+    assert cli("show hello")[1].startswith("job ")
+    assert cli("show hellor")[1].startswith("run ")
+    assert cli("show latest")[1].startswith("run ")
+
+
+@pytest.mark.parametrize("target, expected", [
+    ("r1aaaaaaaa", "r1aaaaaaaa"), ("r1aa", "r1aaaaaaaa"), ("latest", "r3aaaaaaaa"),
+    ("hello", "r1aaaaaaaa")])
+def test_a_run_is_named_by_id_prefix_job_or_latest(target, expected, cli, jobs, store):
+    record(store, id="r1aaaaaaaa")
+    record(store, "backup", id="r2aaaaaaaa")
+    record(store, "backup", id="r3aaaaaaaa")
+    with store.read() as db:
+        assert roexec.find_run(db, target)["id"] == expected
+    assert cli(f"wait {target}")[0] == 0
+
+
+def test_a_run_that_is_unknown_or_ambiguous_is_told_so(cli, jobs, store):
+    record(store, id="abcdaaaaaa")
+    record(store, id="abcdbbbbbb")
+    assert "more than one run id begins" in cli("wait abcd")[2]
+    assert "there is no run or job" in cli("wait abc")[2]
+    assert "has no runs yet" in cli("wait backup")[2]
+
+
+# list runs.
+
+def run_ids(cli, line):
+    return [run["id"] for run in json.loads(cli(line + " --json")[1])["runs"]]
+
+
+def test_what_is_on_comes_first_then_the_latest_that_ended(cli, jobs, store):
+    with a_server(store):       # it looks after the running ones
+        names = [record(store, state=state, id=f"run{number:07}", at=NOW + number)
+                 for number, state in enumerate(("queued", "running", "succeeded", "queued",
+                                                 "failed", "skipped", "running"))]
+        queued, running, ended = [3, 0], [6, 1], [5, 4, 2]
+        assert run_ids(cli, "list runs") == [names[i] for i in queued + running + ended]
+        assert run_ids(cli, "list runs --active") == [names[i] for i in queued + running]
+        assert run_ids(cli, "list runs --limit 1") == [names[i] for i in queued + running + [5]]
+        assert run_ids(cli, "list runs --state failed,queued --state skipped") == [
+            names[i] for i in queued + [5, 4]]
+
+
+def test_runs_are_chosen_by_job_time_and_step(cli, jobs, store):
+    first = record(store)
+    late = record(store, "backup", at=time.time() - 60)
+    step = record(store, step="one", parent=first)
+    assert run_ids(cli, "list runs") == [late, first]
+    assert run_ids(cli, "list runs --steps") == [step, late, first]
+    assert run_ids(cli, "list runs --job hello") == [first]
+    assert run_ids(cli, "list runs --since 2h") == [late]
+    assert run_ids(cli, "list runs --since 2025-08-01T10:00:00Z") == [late, first]
+    assert run_ids(cli, "list runs --since 2025-08-01T10:00:01Z") == [late]
+
+
+def test_twenty_ended_runs_are_listed_unless_said_otherwise(cli, jobs, store):
+    names = [record(store) for _ in range(25)]
+    assert run_ids(cli, "list runs") == names[:4:-1]
+    assert len(run_ids(cli, "list runs --limit 30")) == 25
+
+
+# logs.
+
+LOG = (b"2025-08-01T10:00:00Z [INFO] Starting run\n2025-08-01T10:00:00Z [OUT] one\n"
+       b"2025-08-01T10:00:01Z [ERR] two\n2025-08-01T10:00:01Z [OUT~] three\n")
+
+
+@pytest.fixture
+def logged(store, jobs):
+    """A run that ended, with a log."""
+    folder = os.path.join(store.folder, "logs/hello")
+    os.makedirs(folder)
+    with open(os.path.join(folder, "x.log"), "wb") as file:
+        file.write(LOG)
+    return record(store, log="logs/hello/x.log")
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("", LOG.decode()),
+    ("--tail 1", "2025-08-01T10:00:01Z [OUT~] three\n"),
+    ("--raw", "one\ntwo\nthree"),
+    ("--stream out", "one\nthree"),
+    ("--stream err", "two\n"),
+    ("--follow", LOG.decode()),
+    ("--raw --tail 2", "two\nthree"),
+])
+def test_a_log_is_printed_as_asked(options, expected, cli, logged):
+    assert cli(f"logs {logged} {options}") == (0, expected, "")
+    assert cli(f"logs hello {options}") == (0, expected, "")
+
+
+def test_a_log_that_is_not_there_is_told(cli, logged, store):
+    with store.write() as db:
+        roexec.set_log(db, logged, "logs/hello/gone.log")
+    assert cli("logs latest")[::2] == (
+        1, "roexec: the log of this run is not there (any more)\n")
+    skipped = record(store, state="skipped", reason="paused")
+    assert f"run {skipped} has no log: it is skipped (paused)" in cli(f"logs {skipped} -f")[2]
+
+
+def test_following_waits_for_a_queued_run_and_ends_with_it(cli, logged, store):
+    run_id = record(store, "backup", "queued")
+
+    def live():
+        with store.write() as db:
+            roexec.change_run(db, run_id, "running", boot=roexec.boot_id(), started_at=NOW)
+        with store.write() as db:
+            roexec.finish_run(db, run_id, "succeeded", [], finished_at=NOW, log="logs/hello/x.log")
+    with a_server(store):
+        timer = threading.Timer(0.1, live)
+        timer.start()
+        result = cli(f"logs {run_id} -f")
+        timer.join()
+    assert result == (0, LOG.decode(), "")
+
+
+# next.
+
+def test_next_lists_the_slots_of_all_jobs_in_order(cli, jobs, store):
+    cli('add noon --schedule "0 12 * * *" -- true')
+    cli('add off --schedule "0 12 * * *" --set enabled=false -- true')
+    out = cli("next --from 2025-08-01T00:00:00Z --count 3")[1]
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
+        ["2025-08-01T02:00:00Z", "hello"], ["2025-08-01T12:00:00Z", "noon"],
+        ["2025-08-02T02:00:00Z", "hello"]]
+
+
+def test_a_slot_at_the_instant_asked_from_is_among_the_next(cli, jobs):
+    slots = json.loads(cli("next hello --from 2025-08-01T02:00:00Z --count 1 --json")[1])["slots"]
+    assert slots[0]["slot"] == "2025-08-01T02:00:00Z"
+
+
+def test_next_marks_what_a_change_of_clocks_does(cli, store):
+    line = 'next --timezone Europe/Berlin --count 2 --json --cron "30 2 * * *" --from '
+    gap = json.loads(cli(line + "2025-03-30T00:00:00Z")[1])["slots"]
+    assert [(slot["slot"], slot["mark"]) for slot in gap] == [
+        ("2025-03-30T01:00:00Z", "moved from 02:30"), ("2025-03-31T00:30:00Z", None)]
+    fold = json.loads(cli(line + "2025-10-25T22:00:00Z")[1])["slots"]
+    assert [(slot["slot"], slot["mark"]) for slot in fold] == [
+        ("2025-10-26T00:30:00Z", "first of two"), ("2025-10-27T01:30:00Z", None)]
+
+
+def test_next_says_why_a_job_has_no_slots(cli, jobs, store):
+    cli("pause hello")
+    assert cli("next backup")[::2] == (0, 'roexec: job "backup" has no schedule\n')
+    status, out, err = cli("next hello")
+    assert (status, err) == (0, 'roexec: job "hello" is paused: these slots will be skipped\n')
+    assert out.count("\n") == 11
+    assert cli("next")[1] == ""
+
+
+def test_next_of_an_expression_needs_no_store_and_hashes_the_id_that_is_given(cli, store):
+    assert cli('next --cron "0 2 * * *" --count 1')[0] == 0
+    assert cli('next --cron "H 2 * * *" --count 1')[0] == 2
+    assert cli('next --cron "H 2 * * *" --count 1 --id backup')[0] == 0
+    assert not store.exists
+
+
+# status.
+
+def test_status_tells_healthy_from_stuck_and_from_not_running(cli, jobs, store):
+    assert cli("status")[0] == 3
+    with a_server(store):
+        status, out, _ = cli("status")
+        assert status == 0 and "health   healthy" in out and "process  4711" in out
+    with store.write() as db:
+        db.execute("UPDATE jobs SET position = position - 3 * 86400")
+    with a_server(store):
+        status, out, _ = cli("status --json")
+        assert status == 1
+        assert 'job "hello" was due at ' in json.loads(out)["health"]
+
+
+def test_a_server_that_does_not_answer_is_not_healthy(cli, jobs, store, monkeypatch):
+    monkeypatch.setattr(roexec, "_ANSWER_PATIENCE", 0.05)
+    with a_server(store, answers=False):
+        assert (cli("status")[0], "does not answer" in cli("status")[1]) == (1, True)
+
+
+# cancel, retry, wait.
+
+def test_a_queued_run_is_withdrawn(cli, jobs, store):
+    run_id = record(store, state="queued")
+    assert cli(f"cancel {run_id} --dry-run")[1] == f"{run_id}: cancelled (dry run)\n"
+    assert state_of(store, run_id) == "queued"
+    assert cli("cancel hello")[:2] == (0, f"{run_id}: cancelled\n")
+    assert state_of(store, run_id) == "cancelled"
+    assert "has ended already: cancelled" in cli(f"cancel {run_id}")[2]
+
+
+def test_cancelling_a_job_with_several_active_runs_lists_them_and_refuses(cli, jobs, store):
+    first, second = record(store, state="queued"), record(store, state="queued")
+    status, _, err = cli("cancel hello")
+    assert status == 1 and f"{first}, {second}" in err
+    assert cli(f"cancel {first} {second}")[0] == 0
+    assert cli("cancel hello")[2] == 'roexec: job "hello" has no active run\n'
+
+
+def test_retry_queues_a_new_run_for_the_server_and_prints_its_id(cli, jobs, store):
+    run_id = record(store, state="failed", env='{"A":"b"}')
+    with a_server(store):
+        status, out, _ = cli(f"retry {run_id}")
+    assert status == 0
+    with store.read() as db:
+        row = roexec.get_run(db, out.strip())
+    assert (row["state"], row["retry_of"], row["trigger"]) == ("queued", run_id, "retry")
+    assert json.loads(row["env"]) == {"A": "b"}
+
+
+def test_only_an_ended_run_of_a_registered_job_can_be_retried(cli, jobs, store):
+    assert "has not ended yet" in cli(f"retry {record(store, state='queued')}")[2]
+    assert 'there is no job "gone"' in cli(f"retry {record(store, 'gone')}")[2]
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({"state": "succeeded", "exit_code": 0}, 0), ({"state": "failed", "exit_code": 7}, 7),
+    ({"state": "failed", "signal": "SIGKILL"}, 137), ({"state": "timed_out"}, 124),
+    ({"state": "cancelled"}, 130), ({"state": "lost"}, 125), ({"state": "skipped"}, 0)])
+def test_wait_gives_the_exit_status_of_the_run(values, expected, cli, jobs, store):
+    assert cli(f"wait {record(store, **values)}")[0] == expected
+
+
+# Job files that a server owns.
+
+TIMES = itertools.count(1)
+
+
+def write(path, text):
+    """Write a file that cannot be taken for the one that was there before."""
+    path.write_text(text)
+    os.utime(path, (next(TIMES),) * 2)
+
+
+@pytest.fixture
+def owned(store, tmp_path):
+    """(folder of a server's job files, the function that the server calls, what it said)."""
+    folder, said = tmp_path / "folder", []
+    folder.mkdir()
+    write(folder / "a.yml", "jobs: [{id: a, command: x}, {id: aa, command: x}]")
+    write(folder / "b.yml", "job: {id: b, command: x}")
+    store.create()
+    files = roexec.JobFiles(store, [str(folder)], {}, lambda text, level="INFO": said.append(
+        f"{level} {text}"))
+    files()
+    return folder, files, said
+
+
+def test_a_server_registers_its_job_files_at_its_start(owned, store):
+    assert set(registered(store)) == {"a", "aa", "b"}
+    assert owned[2] == ["INFO Job a added", "INFO Job aa added", "INFO Job b added"]
+
+
+def test_a_changed_file_is_applied_once_it_has_been_still(owned, store):
+    folder, files, said = owned
+    said.clear()
+    write(folder / "a.yml", "jobs: [{id: a, command: y}]")
+    files()
+    assert said == [], "it may be half written"
+    write(folder / "a.yml", "jobs: [{id: a, command: z}]")
+    files()
+    assert said == [], "it has changed again"
+    files()
+    assert said == ["INFO Job a changed", "INFO Job aa removed"]
+    files()
+    assert len(said) == 2 and registered(store)["a"]["command"] == "z"
+
+
+def test_a_signal_makes_it_look_at_once(owned, store):
+    folder, files, said = owned
+    write(folder / "b.yml", "job: {id: b, command: y}")
+    files.due = True
+    files()
+    assert said[-1] == "INFO Job b changed"
+
+
+@pytest.mark.parametrize("text", ["jobs: [{id: a, comand: y}]", "", "jobs"])
+def test_a_broken_file_is_reported_once_and_its_jobs_stay(text, owned, store):
+    folder, files, said = owned
+    said.clear()
+    write(folder / "a.yml", text)
+    write(folder / "b.yml", "job: {id: b, command: y}")
+    for _ in range(4):
+        files()
+    assert len(said) == 2 and said[0].startswith(f"ERROR {folder}/a.yml:1:")
+    assert said[1] == "INFO Job b changed"
+    assert set(registered(store)) == {"a", "aa", "b"}
+
+
+def test_jobs_of_a_file_that_left_the_folder_are_removed(owned, store, cli):
+    folder, files, _ = owned
+    cli("add other -- true")
+    (folder / "a.yml").unlink()
+    files()
+    files()
+    assert set(registered(store)) == {"b", "other"}
+
+
+def test_a_folder_that_cannot_be_read_is_reported_and_its_jobs_stay(owned, store):
+    folder, files, said = owned
+    said.clear()
+    folder.rename(folder.parent / "elsewhere")
+    files()
+    files()
+    assert len(said) == 1 and said[0].startswith(f"ERROR cannot read {folder}")
+    assert set(registered(store)) == {"a", "aa", "b"}
+
+
+def test_two_files_with_one_id_are_reported_and_nothing_changes(owned, store):
+    folder, files, said = owned
+    write(folder / "b.yml", "jobs: [{id: a, command: new}]")
+    files()
+    files()
+    assert said[-1].startswith('ERROR job "a" stands in ')
+    assert set(registered(store)) == {"a", "aa", "b"}
+
+
+def test_a_first_start_with_a_broken_file_is_refused_and_later_ones_are_not(cli, jobs, tmp_path):
+    jobs.write_text("jobs: [{id: a, comand: y}]")
+    fresh = str(tmp_path / "fresh")
+    status, _, err = cli("server --dry-run --jobs jobs.yml", store=fresh)
+    assert status == 1 and f"{jobs}:1:16: " in err and not os.path.exists(fresh)
+    assert cli("server --dry-run --jobs jobs.yml")[0] == 0
+
+
+def test_a_server_serves_and_ends_when_asked(store, jobs, cli):
+    pid, log = forked(["--store", store.path, "server", "--no-http", "--jobs", "jobs.yml"])
+    with log:
+        try:
+            assert any("Server started" in line for line in iter(log.readline, ""))
+            assert cli("status", store=None)[0] == 0, "it announces its store"
+            second = process(store, "server", "--no-http")
+            assert (second.returncode, second.stderr) == (
+                1, f"roexec: a server (process {pid}) works on the store {store.path} already\n")
+            assert cli("retry " + record(store, "backup", "failed"))[0] == 0
+            assert cli("wait latest")[0] == 3
+        finally:
+            os.kill(pid, signal.SIGTERM)
+    assert exit_code(pid) == 0
+    assert cli("status")[0] == 3
+
+
+# run, exec, and how a command ends, in processes of their own.
+
+def test_run_is_silent_beside_the_command_and_gives_its_exit_status(jobs, store):
+    done = process(store, "run", "--id", "backup")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
+
+
+def test_run_under_a_name_records_and_registers_nothing(jobs, store, cli):
+    done = process(store, "run", "--name", "say it!", "--env", "A=5", "--", "cmd", "sh", "-c",
+                   "echo $A; pwd")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"5\n{os.getcwd()}\n", "")
+    run = json.loads(cli("show latest --json")[1])
+    assert (run["job_id"], run["name"], run["state"]) == ("say-it-", "say it!", "succeeded")
+    assert set(registered(store)) == {"hello", "backup"}
+
+
+def test_a_detached_run_prints_its_id_alone_and_can_be_waited_for(jobs, store):
+    done = process(store, "run", "backup", "--detach")
+    assert re.fullmatch(r"[a-z0-9]{10}\n", done.stdout) and done.returncode == 0
+    assert process(store, "wait", done.stdout.strip()).returncode == 3
+
+
+def test_retry_without_a_server_runs_at_once(jobs, store):
+    run_id = record(store, "backup", "failed")
+    done = process(store, "retry", run_id)
+    assert done.returncode == 0, done.stderr
+    assert process(store, "wait", done.stdout.strip()).returncode == 3
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (("exec", "--", "sh", "-c", "exit 5"), 5),
+    (("exec", "--", "cmd", "sh", "-c", "kill -9 $$"), 137),
+    (("exec", "--", "no-such-program"), 127),
+    (("run", "--name", "x", "--", "no-such-program"), 127),
+    (("run", "--name", "x", "--", "/etc"), 126),
+])
+def test_exit_statuses_are_those_of_shells(arguments, expected, store):
+    assert process(store, *arguments).returncode == expected
+
+
+def test_exec_records_nothing(store):
+    process(store, "exec", "--", "true")
+    assert not store.exists
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("run hello --dry-run", "hello: would run echo hello (dry run)\n"),
+    ("exec --dry-run -- ls 'a b'", "would run ls 'a b' (dry run)\n")])
+def test_a_dry_run_says_what_would_run(line, expected, cli, jobs):
+    assert cli(line)[:2] == (0, expected)
+
+
+def test_a_current_folder_that_is_gone_is_told(cli, store, tmp_path):
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = cli("add x -- true")
+    os.chdir(tmp_path)
+    assert result == (1, "", "roexec: the current folder is gone; change to another one\n")
+
+
+def test_a_reader_that_went_away_is_no_error(jobs, store):
+    for _ in range(300):
+        record(store, message="x" * 400)
+    done = subprocess.run(
+        f"{shlex.quote(sys.executable)} {shlex.quote(roexec.__file__)} --store "
+        f"{shlex.quote(store.path)} list runs --limit 300 | head -1", shell=True,
+        capture_output=True, text=True)
+    assert done.stdout.startswith("RUN ") and done.stderr == ""
+
+
+def test_output_that_cannot_be_written_is_one_sentence(jobs, store):
+    with open("/dev/full", "w") as full:
+        done = process(store, "list", "jobs", capture_output=False, stdout=full,
+                       stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "roexec: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_standard_streams_are_never_taken_for_a_file_of_the_store(closed, jobs, store):
+    redirections = " ".join(f"{number}>&-" for number in closed)
+    line = f"{shlex.quote(sys.executable)} {shlex.quote(roexec.__file__)} --store " \
+           f"{shlex.quote(store.path)} apply -f jobs.yml {redirections}"
+    assert subprocess.run(line, shell=True).returncode == 0
+    assert set(registered(store)) == {"hello", "backup"}
+
+
+def test_ctrl_c_ends_a_command_with_130_and_nothing_else(jobs, store):
+    run_id = record(store, state="queued")
+    waiting = subprocess.Popen(
+        [sys.executable, roexec.__file__, "--store", store.path, "-v", "logs", "-f", run_id],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting.stderr.readline()       # it has begun
+    waiting.send_signal(signal.SIGINT)
+    out, err = waiting.communicate(timeout=20)
+    assert (waiting.returncode, out) == (130, "") and "Traceback" not in err
+
+
+def test_the_same_output_has_colour_on_a_terminal_alone(jobs, store):
+    import pty
+
+    def shown(**variables):
+        pid, descriptor = pty.fork()
+        if pid == 0:
+            os.environ.update({"TERM": "xterm", **variables})
+            os.execv(sys.executable, [sys.executable, roexec.__file__, "--store", store.path,
+                                      "list", "jobs"])
+        output = b""
+        with contextlib.suppress(OSError):      # EIO: the other side has been closed
+            while True:
+                data = os.read(descriptor, 4096)
+                if not data:
+                    break
+                output += data
+        os.close(descriptor)
+        os.waitpid(pid, 0)
+        return output.decode()
+    assert "\x1b[1mID" in shown()
+    assert "\x1b" not in shown(NO_COLOR="1") and "\x1b" not in process(store, "list", "jobs").stdout

@@ -1,0 +1,607 @@
+"""Cron: the right instants or an error, judged by a slow oracle that knows nothing of it."""
+import calendar
+import datetime
+import functools
+import hashlib
+import os
+import random
+import zoneinfo
+
+import pytest
+
+from roexec import Cron, CronError, RoexecError, get_zone
+
+UTC = datetime.timezone.utc
+SECOND, MINUTE, DAY = (datetime.timedelta(seconds=seconds) for seconds in (1, 60, 86400))
+LONG = os.environ.get("ROEXEC_LONG") == "1"
+ZONES = sorted(zoneinfo.available_timezones() - {"localtime", "Factory"})
+needs_zones = pytest.mark.skipif(not ZONES, reason="this host has no time zone data")
+
+
+def local(text, zone="UTC"):
+    """The aware datetime of `2025-03-30 02:30`; a final `+` means the second of two."""
+    naive = datetime.datetime.fromisoformat(text.rstrip("+"))
+    return naive.replace(tzinfo=get_zone(zone), fold=text.endswith("+"))
+
+
+def shown(instant):
+    """The inverse of `local`, with seconds where there are any."""
+    text = instant.strftime("%Y-%m-%d %H:%M:%S").removesuffix(":00")
+    return text + "+" * instant.fold
+
+
+def take(count, cron, instant):
+    slots = []
+    for _ in range(count):
+        instant = cron.next(instant)
+        slots.append(instant)
+    return slots
+
+
+# The oracle: what SEMANTICS say, asked of each minute and each day anew.
+
+class Oracle:
+    """Whether a nominal local time matches, and which minutes of a stretch of time are slots."""
+
+    def __init__(self, expression):
+        fields = expression.split()
+        second, minute, hour, *self.days = fields if len(fields) == 6 else ["0", *fields]
+        self.wildcard = minute.startswith("*") or hour.startswith("*")
+        self.seconds, self.minutes = numbers(second, 0, 59), numbers(minute, 0, 59)
+        self.hours = numbers(hour, 0, 23)
+        self.date_matches = functools.lru_cache(None)(self.date_matches)
+
+    def matches(self, nominal):
+        return (nominal.minute in self.minutes and nominal.hour in self.hours
+                and nominal.second in self.seconds and self.date_matches(nominal.date()))
+
+    def date_matches(self, date):
+        dates, months, weekdays = self.days
+        by_date = any(date.day in days_of_item(item, date) for item in dates.split(","))
+        by_weekday = any(date.day in days_of_weekday(item, date) for item in weekdays.split(","))
+        both = any(field.startswith("*") or field == "?" for field in (dates, weekdays))
+        return (date.month in numbers(months, 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec")
+                and (by_date and by_weekday if both else by_date or by_weekday))
+
+    def slots(self, start, end, zone):
+        """The slots with start <= slot < end, in UTC seconds that are whole minutes."""
+        readings = {}
+        for second in range(start - 14400, end, 60):
+            instant = datetime.datetime.fromtimestamp(second, zone)
+            readings[second] = instant.replace(tzinfo=None, fold=0)
+        return [second for second in range(start, end, 60) if self.is_slot(second, readings)]
+
+    def is_slot(self, second, readings):
+        reading = readings[second]
+        if self.wildcard:
+            return self.matches(reading)
+        jump = reading - readings[second - 60] - MINUTE
+        if datetime.timedelta(0) < jump <= 180 * MINUTE:
+            lost = (reading - n * MINUTE for n in range(1, jump // MINUTE + 1))
+            if any(map(self.matches, lost)):
+                return True
+        return self.matches(reading) and not any(
+            readings[second - 60 * n] == reading for n in range(1, 181))
+
+
+def numbers(text, low, high, names=""):
+    """The numbers that a field without rules stands for."""
+    names = {name: number for number, name in enumerate(names.split(), low)}
+    found = set()
+    for item in text.lower().split(","):
+        span, _, step = item.partition("/")
+        first, _, last = span.partition("-")
+        begin = low if first in "*?" else int(names.get(first, first))
+        end = 7 if last == "sun" else int(names.get(last, last)) if last else (
+            high if step or first in "*?" else begin)
+        found.update(range(begin, end + 1, int(step or 1)))
+    return found
+
+
+def days_of_item(item, date):
+    """The days of the date's month that an item of the field day of month means."""
+    length = calendar.monthrange(date.year, date.month)[1]
+    workdays = [day for day in range(1, length + 1) if date.replace(day=day).weekday() < 5]
+    if item == "LW":
+        return {workdays[-1]}
+    if item.startswith("L"):
+        return {length - int(item[2:] or 0)}
+    if item.endswith("W"):
+        day = int(item[:-1])
+        return {min(workdays, key=lambda workday: abs(workday - day))} if day <= length else ()
+    return numbers(item, 1, 31)
+
+
+def days_of_weekday(item, date):
+    """The days of the date's month that an item of the field day of week means."""
+    length = calendar.monthrange(date.year, date.month)[1]
+
+    def days(item):
+        weekdays = {number % 7 for number in numbers(item, 0, 7, "sun mon tue wed thu fri sat")}
+        return [day for day in range(1, length + 1)
+                if date.replace(day=day).isoweekday() % 7 in weekdays]
+
+    if item.endswith("L"):
+        return days(item[:-1])[-1:]
+    if "#" in item:
+        weekday, number = item.split("#")
+        return days(weekday)[int(number) - 1:int(number)]
+    return days(item)
+
+
+# Fields.
+
+FIRES = [
+    ("* * * * *", "2025-01-01 00:00:30", ["2025-01-01 00:01", "2025-01-01 00:02"]),
+    ("*/15 * * * *", "2025-01-01 00:50", ["2025-01-01 01:00", "2025-01-01 01:15"]),
+    ("*/40 * * * *", "2025-01-01 00:00", ["2025-01-01 00:40", "2025-01-01 01:00"]),
+    ("5/20 3 * * *", "2025-01-01", ["2025-01-01 03:05", "2025-01-01 03:25", "2025-01-01 03:45"]),
+    ("1-10/4 0 * * *", "2025-01-01", ["2025-01-01 00:01", "2025-01-01 00:05", "2025-01-01 00:09"]),
+    ("0 22-23,0-1 * * *", "2025-01-01 12:00", ["2025-01-01 22:00", "2025-01-01 23:00",
+                                               "2025-01-02 00:00", "2025-01-02 01:00"]),
+    ("05 02 * * *", "2025-01-01", ["2025-01-01 02:05"]),
+    ("*/20 30 2 * * *", "2025-01-01", ["2025-01-01 02:30", "2025-01-01 02:30:20",
+                                       "2025-01-01 02:30:40", "2025-01-02 02:30"]),
+    ("59 59 23 31 12 *", "2025-01-01", ["2025-12-31 23:59:59", "2026-12-31 23:59:59"]),
+    ("0 0 * JAN,mAr sun", "2025-01-20", ["2025-01-26", "2025-03-02", "2025-03-09"]),
+    ("0 0 * * 0", "2025-01-01", ["2025-01-05", "2025-01-12"]),
+    ("0 0 * * 7", "2025-01-01", ["2025-01-05", "2025-01-12"]),
+    ("0 0 * * fri-sun", "2025-01-01", ["2025-01-03", "2025-01-04", "2025-01-05", "2025-01-10"]),
+    ("0 0 * * sat-7", "2025-01-01", ["2025-01-04", "2025-01-05", "2025-01-11"]),
+    ("0 0 * * 5/2", "2025-01-01", ["2025-01-03", "2025-01-05", "2025-01-10"]),
+    ("0 0 * * */2", "2025-01-01", ["2025-01-02", "2025-01-04", "2025-01-05", "2025-01-07"]),
+    ("0 0 * * */7", "2025-01-01", ["2025-01-05", "2025-01-12"]),
+    # The day fields: either, unless one begins with a star.
+    ("0 0 13 * 5", "2025-06-01", ["2025-06-06", "2025-06-13", "2025-06-20", "2025-06-27",
+                                  "2025-07-04", "2025-07-11", "2025-07-13"]),
+    ("0 0 */2 * 1", "2025-09-01 12:00", ["2025-09-15", "2025-09-29", "2025-10-13"]),
+    ("0 0 13 * */5", "2025-06-01", ["2025-06-13", "2025-07-13", "2026-02-13"]),
+    ("0 0 *,13 * 5", "2025-06-01", ["2025-06-06", "2025-06-13"]),
+    ("0 0 1-31 * 5", "2025-06-01", ["2025-06-02", "2025-06-03"]),
+    ("0 0 13 * ?", "2025-06-01", ["2025-06-13", "2025-07-13"]),
+    ("0 0 ? * fri", "2025-06-01", ["2025-06-06", "2025-06-13"]),
+    ("0 0 0 ? * sat#1,sat#3", "2025-06-01", ["2025-06-07", "2025-06-21"]),
+    # Rules for days.
+    ("0 0 L * *", "2025-01-15", ["2025-01-31", "2025-02-28", "2025-03-31", "2025-04-30"]),
+    ("0 0 l 2 *", "2023-03-01", ["2024-02-29", "2025-02-28"]),
+    ("0 0 L-3 * *", "2025-01-01", ["2025-01-28", "2025-02-25", "2025-03-28"]),
+    ("0 0 L-29 * *", "2025-01-01", ["2025-01-02", "2025-03-02", "2025-04-01"]),
+    ("0 0 LW * *", "2025-01-01", ["2025-01-31", "2025-02-28", "2025-03-31", "2025-04-30",
+                                  "2025-05-30", "2025-06-30", "2025-07-31", "2025-08-29"]),
+    ("0 0 15W * *", "2025-02-01", ["2025-02-14", "2025-03-14", "2025-04-15", "2025-05-15",
+                                   "2025-06-16"]),
+    ("0 0 1W * *", "2025-02-01", ["2025-02-03", "2025-03-03", "2025-04-01", "2025-05-01",
+                                  "2025-06-02"]),
+    ("0 0 31W * *", "2025-01-01", ["2025-01-31", "2025-03-31", "2025-05-30", "2025-07-31",
+                                   "2025-08-29"]),
+    ("0 0 * * 5L", "2025-01-01", ["2025-01-31", "2025-02-28", "2025-03-28"]),
+    ("0 0 * * suNL", "2025-01-01", ["2025-01-26", "2025-02-23", "2025-03-30"]),
+    ("0 0 * * 7l", "2025-01-01", ["2025-01-26"]),
+    ("0 0 * * mon#2", "2025-01-01", ["2025-01-13", "2025-02-10"]),
+    ("0 0 * * 1#5", "2025-01-01", ["2025-03-31", "2025-06-30"]),
+    ("0 0 * * mon#1,fri,3L", "2025-01-01", ["2025-01-03", "2025-01-06", "2025-01-10", "2025-01-17",
+                                           "2025-01-24", "2025-01-29", "2025-01-31"]),
+    ("0 0 L * 5", "2025-05-20", ["2025-05-23", "2025-05-30", "2025-05-31", "2025-06-06"]),
+    ("0 0 1,L * *", "2025-01-31", ["2025-02-01", "2025-02-28", "2025-03-01"]),
+    # Leap days, across 2100.
+    ("0 0 29 2 *", "2025-01-01", ["2028-02-29", "2032-02-29"]),
+    ("0 0 29 2 *", "2096-03-01", ["2104-02-29", "2108-02-29"]),
+    ("0 0 29 2 mon#5", "2025-01-01", ["2028-02-29", "2032-02-29"]),
+    ("0 0 29 2 */7", "2072-01-01", ["2088-02-29"]),
+    ("0 0 * 2 mon#5", "2025-01-01", ["2044-02-29", "2072-02-29", "2112-02-29"]),
+    # Macros.
+    ("@yearly", "2025-01-01", ["2026-01-01"]),
+    ("@annually", "2025-01-01", ["2026-01-01"]),
+    ("@monthly", "2025-01-01", ["2025-02-01"]),
+    ("@weekly", "2025-01-01", ["2025-01-05"]),
+    ("@daily", "2025-01-01", ["2025-01-02"]),
+    ("@midnight", "2025-01-01", ["2025-01-02"]),
+    ("@hourly", "2025-01-01", ["2025-01-01 01:00"]),
+    ("@every 90s", "1970-01-01", ["1970-01-01 00:01:30", "1970-01-01 00:03"]),
+    ("@every 1h30m", "2025-01-01", ["2025-01-01 01:30", "2025-01-01 03:00"]),
+    ("@every 7s", "1969-12-31 23:59:50", ["1969-12-31 23:59:53", "1970-01-01"]),
+    ("  0\t2  * * *  ", "2025-01-01", ["2025-01-01 02:00"]),
+]
+
+
+@pytest.mark.parametrize("expression, after, expected", FIRES)
+def test_an_expression_fires_when_it_says(expression, after, expected):
+    cron = Cron(expression)
+    slots = take(len(expected), cron, local(after))
+    assert slots == [local(text) for text in expected]
+    assert slots == list(cron.between(local(after) + SECOND, slots[-1] + SECOND))
+    assert slots[-2::-1] == [slot for slot in backwards(cron, slots[-1], len(slots) - 1)]
+    assert all(cron.matches(slot) for slot in slots)
+
+
+def backwards(cron, instant, count):
+    for _ in range(count):
+        instant = cron.previous(instant)
+        yield instant
+
+
+DATES = ["*", "*", "?", "*/2", "1", "13", "31", "1-7", "1,15", "L", "L-2", "LW", "15W", "1W,31W",
+         "10/9", "8-14", "30"]
+MONTHS = ["*", "*", "*/3", "2", "jan,JUN", "feb-apr", "11/2", "12"]
+WEEKDAYS = ["*", "*", "?", "mon", "0", "7", "1-5", "fri-sun", "*/2", "5/2", "5L", "sunL", "mon#2",
+            "3#5,4", "0,3L"]
+
+
+@pytest.mark.parametrize("year", [1999, 2000, 2001, 2096, 2100])
+def test_days_are_those_of_the_oracle(year):
+    chosen = random.Random(year)
+    start = datetime.date(year, 1, 1)
+    for _ in range(40):
+        expression = f"0 12 {' '.join(map(chosen.choice, (DATES, MONTHS, WEEKDAYS)))}"
+        try:
+            cron, oracle = Cron(expression), Oracle(expression)
+        except CronError as error:
+            assert "never" in str(error) and expression == "0 12 30 2 " + expression[-1]
+            continue
+        days = [start + n * DAY for n in range(366)]
+        noon = datetime.time(12, tzinfo=UTC)
+        assert list(cron.between(datetime.datetime.combine(days[0], noon),
+                                 datetime.datetime.combine(days[-1] + DAY, noon))) == [
+            datetime.datetime.combine(day, noon) for day in days if oracle.date_matches(day)
+        ], expression
+
+
+@pytest.mark.parametrize("expression", [
+    "* * * * * *", "*/7 * * * * *", "10-20/3,59 */2 5 * * *", "0 59 4/1 * * *", "30 0,30 5 * * *"])
+def test_seconds_are_those_of_the_oracle(expression):
+    oracle, start = Oracle(expression), local("2025-06-01 04:55")
+    seconds = [start + n * SECOND for n in range(4000)]
+    slots = [second for second in seconds if oracle.matches(second.replace(tzinfo=None))]
+    cron = Cron(expression)
+    assert list(cron.between(seconds[0], seconds[-1] + SECOND)) == slots
+    assert list(backwards(cron, seconds[-1] + SECOND, len(slots))) == slots[::-1]
+    assert [second for second in seconds if cron.matches(second)] == slots
+
+
+def test_a_fraction_of_a_second_is_kept_in_mind_and_not_in_the_answer():
+    cron, noon = Cron("* * * * *"), local("2025-01-01 12:00")
+    late = noon.replace(microsecond=999999)
+    assert cron.matches(noon) and not cron.matches(late)
+    assert cron.previous(late) == noon and cron.previous(noon) == noon - MINUTE
+    assert cron.next(late) == noon + MINUTE and cron.next(noon - datetime.timedelta(0, 0, 1)) == noon
+    assert list(cron.between(late, noon + MINUTE)) == []
+    assert list(cron.between(noon, late)) == [noon]
+
+
+@pytest.mark.parametrize("after", ["1970-01-01", "1969-12-31 23:59:59", "0001-06-01",
+                                   "9998-12-30 23:59:59"])
+def test_the_whole_range_of_datetime_is_served(after):
+    instant = local(after)
+    assert Cron("* * * * *").next(instant) - instant <= MINUTE
+    assert instant - Cron("* * * * *").previous(instant) <= MINUTE
+    Cron("0 0 29 2 *").next(instant), Cron("0 0 29 2 *").previous(instant)
+
+
+def test_there_is_none_after_the_end_of_time_and_none_before_its_beginning():
+    assert Cron("0 0 1 1 *").next(local("9999-06-01")) is None
+    assert Cron("0 0 1 7 *").previous(local("0001-06-01")) is None
+    assert Cron("* * * * *").next(datetime.datetime.max.replace(tzinfo=UTC)) is None
+    assert Cron("* * * * *").previous(datetime.datetime.min.replace(tzinfo=UTC)) is None
+
+
+# Changes of clocks.
+
+CHANGES = [
+    # A gap of an hour, and an hour that comes twice.
+    ("Europe/Berlin", "30 2 * * *", "2025-03-29 12:00",
+     ["2025-03-30 03:00", "2025-03-31 02:30"]),
+    ("Europe/Berlin", "30 2 * * *", "2025-10-25 12:00",
+     ["2025-10-26 02:30", "2025-10-27 02:30"]),
+    ("Europe/Berlin", "0,30 2,3 * * *", "2025-03-30",
+     ["2025-03-30 03:00", "2025-03-30 03:30", "2025-03-31 02:00"]),
+    ("Europe/Berlin", "*/30 2 * * *", "2025-03-29 12:00",
+     ["2025-03-31 02:00", "2025-03-31 02:30"]),
+    ("Europe/Berlin", "*/30 2 * * *", "2025-10-25 12:00",
+     ["2025-10-26 02:00", "2025-10-26 02:30", "2025-10-26 02:00+", "2025-10-26 02:30+",
+      "2025-10-27 02:00"]),
+    ("Europe/Berlin", "0 * * * *", "2025-10-26 01:30",
+     ["2025-10-26 02:00", "2025-10-26 02:00+", "2025-10-26 03:00"]),
+    ("Europe/Berlin", "@hourly", "2025-03-30 01:30", ["2025-03-30 03:00", "2025-03-30 04:00"]),
+    ("Europe/Berlin", "0 0-23 * * *", "2025-10-26 01:30",
+     ["2025-10-26 02:00", "2025-10-26 03:00", "2025-10-26 04:00"]),
+    ("Europe/Berlin", "0 0-23 * * *", "2025-03-30 00:30",
+     ["2025-03-30 01:00", "2025-03-30 03:00", "2025-03-30 04:00"]),
+    ("Europe/Berlin", "15 0 2 * * *", "2025-03-30", ["2025-03-30 03:00", "2025-03-31 02:00:15"]),
+    ("Europe/Berlin", "*/20 59 2 * * *", "2025-10-26 02:30",
+     ["2025-10-26 02:59", "2025-10-26 02:59:20", "2025-10-26 02:59:40", "2025-10-27 02:59"]),
+    # Asked from within the second pass.
+    ("Europe/Berlin", "45 2 * * *", "2025-10-26 02:15+", ["2025-10-27 02:45"]),
+    ("Europe/Berlin", "45 * * * *", "2025-10-26 02:15+", ["2025-10-26 02:45+", "2025-10-26 03:45"]),
+    ("Europe/Berlin", "45 * * * *", "2025-10-26 02:15", ["2025-10-26 02:45", "2025-10-26 02:45+"]),
+    # The day is that of the nominal time.
+    ("Europe/Berlin", "30 2 30 3 *", "2025-01-01", ["2025-03-30 03:00", "2026-03-30 02:30"]),
+    ("America/Sao_Paulo", "0 0 * * *", "2018-11-03 12:00",
+     ["2018-11-04 01:00", "2018-11-05 00:00"]),
+    ("America/Sao_Paulo", "30 0 4 11 *", "2018-11-01", ["2018-11-04 01:00", "2019-11-04 00:30"]),
+    ("America/Sao_Paulo", "30 23 * * *", "2018-02-17 12:00",
+     ["2018-02-17 23:30", "2018-02-18 23:30"]),
+    ("Africa/Cairo", "0 0 * * 5", "2024-04-20", ["2024-04-26 01:00", "2024-05-03 00:00"]),
+    ("Asia/Beirut", "*/30 0 * * *", "2025-03-29 12:00", ["2025-03-31 00:00", "2025-03-31 00:30"]),
+    # From 23:30 to 00:30 of the next day.
+    ("America/Scoresbysund", "0 0 * * 0", "2024-03-30",
+     ["2024-03-31 00:00", "2024-04-07 00:00"]),
+    # Thirty minutes.
+    ("Australia/Lord_Howe", "15 2 * * *", "2025-10-04 12:00",
+     ["2025-10-05 02:30", "2025-10-06 02:15"]),
+    ("Australia/Lord_Howe", "45 1 * * *", "2025-04-05 12:00",
+     ["2025-04-06 01:45", "2025-04-07 01:45"]),
+    ("Australia/Lord_Howe", "*/15 * * * *", "2025-04-06 01:15",
+     ["2025-04-06 01:30", "2025-04-06 01:45", "2025-04-06 01:30+", "2025-04-06 01:45+",
+      "2025-04-06 02:00"]),
+    # Two hours, and three.
+    ("Antarctica/Troll", "0,30 1-2 * * *", "2025-03-30",
+     ["2025-03-30 03:00", "2025-03-31 01:00"]),
+    ("Antarctica/Troll", "30 1-2 * * *", "2025-10-26",
+     ["2025-10-26 01:30", "2025-10-26 02:30", "2025-10-27 01:30"]),
+    # Winter as the exception, and Ramadan as one.
+    ("Europe/Dublin", "30 1 * * *", "2025-03-29 12:00", ["2025-03-30 02:00", "2025-03-31 01:30"]),
+    ("Europe/Dublin", "30 1 * * *", "2025-10-25 12:00", ["2025-10-26 01:30", "2025-10-27 01:30"]),
+    ("Africa/Casablanca", "30 2 * * *", "2025-02-22 12:00",
+     ["2025-02-23 02:30", "2025-02-24 02:30"]),
+    ("Africa/Casablanca", "30 2 * * *", "2025-04-05 12:00",
+     ["2025-04-06 03:00", "2025-04-07 02:30"]),
+    # Corrections: the lost day is lost, the repeated one repeated.
+    ("Pacific/Apia", "0 12 * * *", "2011-12-29", ["2011-12-29 12:00", "2011-12-31 12:00"]),
+    ("Pacific/Apia", "0 0 30 12 *", "2011-01-01", ["2012-12-30 00:00"]),
+    ("Pacific/Apia", "*/30 0 * * *", "2011-12-29 12:00", ["2011-12-31 00:00", "2011-12-31 00:30"]),
+    ("Pacific/Apia", "0 0 31 * *", "2011-12-01", ["2011-12-31 00:00", "2012-01-31 00:00"]),
+    ("Antarctica/Vostok", "30 20 31 1 *", "1994-01-01",
+     ["1994-01-31 20:30", "1994-01-31 20:30+", "1995-01-31 20:30"]),
+    ("Antarctica/Vostok", "30 2 * * *", "1994-10-31", ["1994-10-31 02:30", "1994-11-02 02:30"]),
+]
+
+
+@needs_zones
+@pytest.mark.parametrize("zone, expression, after, expected", CHANGES)
+def test_at_a_change_of_clocks(zone, expression, after, expected):
+    cron = Cron(expression)
+    slots = take(len(expected), cron, local(after, zone))
+    assert [shown(slot) for slot in slots] == [shown(local(text, zone)) for text in expected]
+    assert all(slot.tzinfo is get_zone(zone) and cron.matches(slot) for slot in slots)
+    before = slots[-1].astimezone(UTC) + SECOND
+    assert list(backwards(Cron(f"CRON_TZ={zone} {expression}"), before, len(slots))) == [
+        slot.astimezone(UTC) for slot in slots[::-1]]
+
+
+AWKWARD = ["Africa/Cairo", "Africa/Casablanca", "Africa/El_Aaiun", "America/Caracas",
+           "America/Sao_Paulo", "America/St_Johns", "Antarctica/Casey", "Antarctica/Troll",
+           "Antarctica/Vostok", "Asia/Gaza", "Asia/Kathmandu", "Asia/Pyongyang", "Asia/Tehran",
+           "Australia/Lord_Howe", "Europe/Dublin", "Pacific/Apia", "Pacific/Kiritimati",
+           "Pacific/Kwajalein"]
+AROUND = ["*/20 * * * *", "0 */2 * * *", "17 * * * *", "*/30 0-3,20-23 * * *", "0,30 0-4 * * *",
+          "59 23,0 * * *", "15 2 * * *", "0 0 * * *", "5,45 20-23,0-3 * * sun,fri", "0 0-23 * * *",
+          "30 0-2 */2 * *", "45 1-23/2 * * *"]
+
+
+def changes(zone, first, last):
+    """The instants, in UTC seconds, of each change of clocks from one year to another."""
+    def offset(second):
+        return datetime.datetime.fromtimestamp(second, zone).utcoffset()
+
+    start, end = (calendar.timegm((year, 1, 1, 0, 0, 0)) for year in (first, last + 1))
+    known = offset(start)
+    for second in range(start, end, 86400):
+        if offset(second + 86400) != known:
+            known = offset(second + 86400)
+            yield next(minute for minute in range(second, second + 86401, 60)
+                       if offset(minute) == known)
+
+
+def check_around(change, zone, expressions):
+    start, end = change - 5 * 3600, change + 5 * 3600
+    for expression in expressions:
+        cron, slots = Cron(expression), Oracle(expression).slots(start, end, zone)
+        assert list(cron.slots(start, end, zone)) == slots, (expression, zone, change)
+        previous, found = end, []
+        while (previous := cron.previous_slot(previous, zone)) >= start:
+            found.insert(0, previous)
+        assert found == slots, (expression, zone, change)
+
+
+@needs_zones
+@pytest.mark.parametrize("name", AWKWARD)
+def test_around_each_change_of_an_awkward_zone_the_slots_are_those_of_the_oracle(name):
+    chosen, zone = random.Random(name), get_zone(name)
+    for change in changes(zone, 1990, 2040):
+        check_around(change, zone, AROUND if LONG else chosen.sample(AROUND, 1))
+
+
+@needs_zones
+@pytest.mark.parametrize("part", range(20))
+def test_around_changes_of_all_zones_the_slots_are_those_of_the_oracle(part):
+    chosen = random.Random(part)
+    for name in ZONES[part::20]:
+        first, last = (1990, 2040) if LONG else (chosen.randrange(1990, 2041),) * 2
+        for change in changes(get_zone(name), first, last):
+            check_around(change, get_zone(name), chosen.sample(AROUND, 4 if LONG else 1))
+
+
+@needs_zones
+def test_no_zone_changes_its_clocks_twice_within_three_days():
+    # Cron looks for one change in each 2**18 seconds and the three hours before them.
+    for name in ZONES if LONG else AWKWARD:
+        instants = list(changes(get_zone(name), 1970, 2100))
+        assert all(later - earlier > 2 ** 18 + 3 * 3600
+                   for earlier, later in zip(instants, instants[1:])), name
+
+
+@needs_zones
+def test_next_previous_between_and_matches_agree():
+    chosen = random.Random(3)
+    minutes, hours = ["*", "*/7", "0", "30", "5-50/15", "0,59"], ["*", "*/2", "2", "0-4", "23,0", "1"]
+    for _ in range(800):
+        fields = map(chosen.choice, (minutes, hours, ["*", "*", "1-7", "L", "15W"], MONTHS, WEEKDAYS))
+        cron, zone = Cron(" ".join(fields)), get_zone(chosen.choice(AWKWARD + ZONES))
+        instant = datetime.datetime.fromtimestamp(chosen.randrange(631152000, 2240524800), zone)
+        slot = cron.next(instant)
+        second, end = int(instant.timestamp()), int(slot.timestamp())
+        assert cron.matches(slot) and slot.astimezone(UTC) > instant.astimezone(UTC)
+        assert cron.next_slot(second, zone) == end == cron.next_slot(end - 1, zone)
+        assert cron.previous_slot(end + 1, zone) == end
+        assert list(cron.slots(second + 1, end + 1, zone)) == [end]
+        assert (cron.previous_slot(end, zone) == second) == cron.matches(instant)
+        assert cron.previous_slot(end, zone) <= second
+        assert cron.next_slot(cron.previous_slot(end, zone), zone) == end
+        between = chosen.randrange(second, end + 1)
+        assert (cron.next_slot(between - 1, zone) == between) == (between == end
+                                                                 or cron.matches(instant)
+                                                                 and between == second)
+
+
+@needs_zones
+def test_a_slot_that_a_gap_has_moved_bears_its_nominal_time():
+    berlin = get_zone("Europe/Berlin")
+
+    def moved(expression, text, zone=berlin):
+        return Cron(expression).moved(int(local(text, "Europe/Berlin").timestamp()), zone)
+
+    assert moved("30 2 * * *", "2025-03-30 03:00") == "02:30"
+    assert moved("20,40 2-3 * * *", "2025-03-30 03:00") == "02:20"
+    assert moved("5 30 2 * * *", "2025-03-30 03:00") == "02:30:05"
+    assert moved("30 2 * * *", "2025-03-31 02:30") is None
+    assert moved("0 3 * * *", "2025-03-30 03:00") is None
+    assert moved("0 * * * *", "2025-03-30 03:00") is None
+    assert moved("30 2 * * *", "2025-10-26 02:30") is None
+    assert moved("CRON_TZ=UTC 0 1 * * *", "2025-03-30 03:00") is None
+    assert moved("CRON_TZ=Europe/Berlin 30 2 * * *", "2025-03-30 03:00", UTC) == "02:30"
+    assert moved("@every 1h", "2025-03-30 03:00") is None
+    assert moved("@reboot", "2025-03-30 03:00") is None
+
+
+@needs_zones
+def test_an_expression_whose_times_all_fall_into_gaps_never_fires_in_that_zone():
+    cron = Cron("*/5 2 * 3 sun#2")
+    assert cron.fires_in(UTC) and cron.fires_in(get_zone("Europe/Berlin"))
+    assert not cron.fires_in(get_zone("America/New_York"))
+    assert cron.next(local("2025-01-01", "America/New_York")) is None
+    assert Cron("5 2 * 3 sun#2").fires_in(get_zone("America/New_York"))
+    assert not Cron("CRON_TZ=America/New_York */5 2 * 3 sun#2").fires_in(UTC)
+    assert Cron("@reboot").fires_in(UTC) and Cron("@every 1h").fires_in(UTC)
+
+
+# Zones.
+
+@needs_zones
+def test_cron_tz_beats_the_zone_of_the_datetime_and_the_answer_bears_the_latter():
+    cron, new_york = Cron("CRON_TZ=Asia/Tokyo 0 9 * * *"), get_zone("America/New_York")
+    slot = cron.next(local("2025-01-01 00:00", "America/New_York"))
+    assert shown(slot) == "2025-01-01 19:00" and slot.tzinfo is new_york
+    assert str(cron.zone) == "Asia/Tokyo" and Cron("0 9 * * *").zone is None
+    assert cron.next_slot(0, new_york) == cron.next_slot(0, UTC) == 0 + 86400
+    assert cron.previous(slot + DAY) == slot
+    assert next(cron.between(slot, slot + SECOND)).tzinfo is new_york
+
+
+@pytest.mark.parametrize("prefix, hour", [("CRON_TZ=UTC", 2), ("CRON_TZ=+02:00", 0),
+                                          ("CRON_TZ=UTC-3", 5)])
+def test_offsets_need_no_zone_data(prefix, hour):
+    assert Cron(f"{prefix} 0 2 * * *").next(local("2025-01-01 12:00")) == local(
+        "2025-01-02").replace(hour=hour)
+
+
+class Hashless(datetime.tzinfo):
+    """A zone as some libraries make them: it cannot be the key of a dictionary."""
+    __hash__ = None
+
+    def utcoffset(self, instant):
+        return datetime.timedelta(hours=5, minutes=45)
+
+    def dst(self, instant):
+        return None
+
+    def tzname(self, instant):
+        return "+05:45"
+
+
+def test_any_tzinfo_will_do():
+    instant = datetime.datetime(2025, 1, 1, 12, tzinfo=Hashless())
+    slot = Cron("0 9 * * *").next(instant)
+    assert slot.isoformat() == "2025-01-02T09:00:00+05:45" and slot.tzinfo is instant.tzinfo
+
+
+def test_a_naive_datetime_is_refused():
+    naive, cron = datetime.datetime(2025, 1, 1), Cron("* * * * *")
+    for ask in (cron.next, cron.previous, cron.matches, lambda naive: list(
+            cron.between(naive, naive)), lambda naive: list(cron.between(local("2025-01-01"), naive))):
+        with pytest.raises(CronError, match="^2025-01-01T00:00:00 has no time zone"):
+            ask(naive)
+
+
+# H, @every, @reboot.
+
+def hashed(seed, field, low, high):
+    digest = hashlib.blake2b(f"{seed}{field}".encode(), digest_size=8).digest()
+    return low + int.from_bytes(digest, "big") % (high - low + 1)
+
+
+def test_h_is_a_hash_of_the_seed_and_the_name_of_the_field():
+    slot = Cron("H H H H H *", "backup").next(local("2025-01-01"))
+    assert [slot.second, slot.minute, slot.hour, slot.day, slot.month] == [
+        hashed("backup", *field) for field in (("second", 0, 59), ("minute", 0, 59),
+                                               ("hour", 0, 23), ("day of month", 1, 28),
+                                               ("month", 1, 12))]
+    slot = Cron("0 0 * * h", "backup").next(local("2025-01-01"))
+    assert slot.isoweekday() % 7 == hashed("backup", "day of week", 0, 6)
+
+
+def test_h_with_a_step_or_a_span():
+    minute = hashed("backup", "minute", 0, 59)
+    hour = local("2025-01-01")
+    end = hour + 60 * MINUTE
+    assert [slot.minute for slot in Cron("H/15 * * * *", "backup").between(hour, end)] == [
+        minute % 15 + n for n in (0, 15, 30, 45)]
+    assert [slot.minute for slot in Cron("H(10-19) * * * *", "backup").between(hour, end)] == [
+        hashed("backup", "minute", 10, 19)]
+    spread = [slot.minute for slot in Cron("H(10-39)/10,5 * * * *", "backup").between(hour, end)]
+    first = 10 + (hashed("backup", "minute", 10, 39) - 10) % 10
+    assert spread == [5, first, first + 10, first + 20]
+    days = {slot.day for slot in take(300, Cron("0 0 H/5 * *", "backup"), hour)}
+    assert days == {*range((hashed("backup", "day of month", 1, 28) - 1) % 5 + 1, 29, 5)}
+
+
+def test_h_spreads_jobs_evenly_and_a_month_has_each_of_its_days():
+    slots = [Cron("H H H * *", f"job-{n}").next(local("2025-02-01")) for n in range(2000)]
+    for values in ({slot.minute for slot in slots}, {slot.hour for slot in slots},
+                   {slot.day for slot in slots}):
+        assert len(values) in (60, 24, 28)
+
+
+def test_h_is_a_fixed_time_and_restricts_days():
+    assert [slot.day for slot in take(3, Cron("0 0 H * 1", "a"), local("2025-06-01"))] != [2, 9, 16]
+
+
+def test_reboot_has_no_slots():
+    cron, now = Cron("@reboot"), local("2025-01-01")
+    assert cron.reboot and not Cron("@daily").reboot
+    assert cron.next(now) is None and cron.previous(now) is None and not cron.matches(now)
+    assert list(cron.between(now, now + DAY)) == []
+    assert cron.next_slot(0, UTC) is None and cron.previous_slot(0, UTC) is None
+
+
+def test_every_is_the_same_in_all_zones_and_goes_both_ways():
+    cron = Cron("@every 36h")
+    assert cron.next_slot(0, get_zone("+05:00")) == 36 * 3600 == cron.next_slot(1, UTC)
+    assert cron.previous_slot(36 * 3600, UTC) == 0 and cron.previous_slot(1, UTC) == 0
+    assert cron.previous_slot(0, UTC) == -36 * 3600
+    assert list(cron.slots(0, 4 * 86400, UTC)) == [0, 36 * 3600, 72 * 3600]
+    assert cron.matches(local("1970-01-02 12:00"))
+
+
+# What is refused.
+
+ERRORS = [
+    ("0 24 * * *", 'hour: 24 is outside 0-23 in "0 24 * * *"'),
+    ("60 * * * *", 'minute: 60 is outside 0-59 in "60 * * * *"'),
+]
+
+
+@pytest.mark.parametrize("expression, text", ERRORS)
+def test_what_is_refused_says_where_and_what_to_write(expression, text):
+    with pytest.raises(CronError) as caught:
+        Cron(expression)
+    assert str(caught.value) == text

@@ -1,0 +1,120 @@
+"""The examples: each is read as a user's file would be, and each job of theirs runs."""
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import roexec
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+UTC = roexec.fixed_zone("UTC")
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    """The jobs of examples/jobs.yml by id."""
+    path = EXAMPLES / "jobs.yml"
+    found = roexec.read_job_file(path.read_text(encoding="utf-8"), str(path), str(EXAMPLES)).jobs
+    return {job.id: job for job in found}
+
+
+@pytest.fixture(scope="module")
+def config():
+    path = EXAMPLES / "config-local.yml"
+    return roexec.read_config(path.read_text(encoding="utf-8"), str(path), str(EXAMPLES))
+
+
+def test_the_examples_are_these():
+    names = sorted(path.name for path in EXAMPLES.iterdir())
+    assert names == ["config-local.yml", "jobs.yml", "roexec.service"]
+
+
+def test_the_jobs_are_those_of_the_readme(jobs):
+    assert list(jobs) == ["hello", "backup-db", "web-check", "sync", "deploy"]
+
+
+def test_hello_runs_within_a_minute(jobs):
+    now = 1754042400.0
+    assert roexec.next_slot(jobs["hello"], now, UTC) - now <= 60
+
+
+def test_the_backup_says_what_its_comments_say(jobs):
+    job = jobs["backup-db"]
+    assert roexec.next_slot(job, 1754006400, UTC) == 1754013600     # 2025-08-01 00:00, 02:00
+    assert job.env == {"DB_HOST": "db.internal", "DB_USER": "backup"}
+    assert (job.timeout, job.retries, job.backoff.delay, job.grace) == (3600, 3, 30, 10)
+    assert list(job.hooks) == ["on_failure"]
+
+
+def test_the_other_schedules_are_what_their_comments_say(jobs):
+    friday_noon = 1754049600                                        # 2025-08-01 12:00
+    assert roexec.next_slot(jobs["web-check"], friday_noon, UTC) == friday_noon + 300
+    assert roexec.next_slot(jobs["sync"], friday_noon, UTC) == friday_noon + 900
+    friday_night = friday_noon + 12 * 3600
+    assert roexec.next_slot(jobs["sync"], friday_night, UTC) == friday_night + 48 * 3600 + 900
+    assert roexec.next_slot(jobs["deploy"], friday_noon, UTC) is None
+
+
+def test_the_configuration_is_for_this_machine_alone(config):
+    assert (config.server.host, config.server.port) == ("127.0.0.1", 8080)
+    assert config.store.path == str(ROOT / "roexec-data")
+    assert config.scheduler.max_concurrent == 10
+    assert config.jobs == ()                # `apply` registers them: one id has one source
+    assert roexec.effective(roexec.Job({"id": "a", "command": "x"}), config.defaults).retries == 2
+
+
+def test_the_unit_restarts_the_server_and_no_run():
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read(EXAMPLES / "roexec.service", encoding="utf-8")
+    service = dict(unit["Service"])
+    expected = {"KillMode": "process", "Delegate": "yes", "DelegateSubgroup": "server",
+                "OOMPolicy": "continue", "TasksMax": "infinity"}
+    assert {key: service.get(key) for key in expected} == expected
+    assert re.fullmatch(r"/\S+/python3 -I /usr/local/bin/roexec server", service["ExecStart"])
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """`cli(word, ...)` runs roexec as a process of its own, on a store of its own."""
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
+
+    def call(*words):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "roexec.py"), "--store", str(tmp_path / "store"), *words],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    applied = call("apply", "-f", str(EXAMPLES / "jobs.yml"))
+    assert applied.returncode == 0, applied.stderr
+    return call
+
+
+@pytest.mark.parametrize("job, options, output", [
+    ("hello", ["--env", "KEY=VAL"], ["Hello", "from", "Roexec", "KEY is VAL"]),
+    ("backup-db", [], ["dumping from db.internal as backup", "10240"]),
+    ("sync", [], ["config-local.yml", "jobs.yml", "roexec.service"]),
+])
+def test_a_job_runs_anywhere(cli, job, options, output):
+    run = cli("run", "--id", job, *options)
+    assert (run.returncode, run.stdout.split("\n")[:-1]) == (0, output), run.stderr
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the job skips itself where there is no curl")
+def test_the_web_check_asks_its_address(cli, tmp_path):
+    there = tmp_path / "there"
+    there.write_text("there")
+    assert cli("run", "--id", "web-check", "--env", f"URL=file://{there}").returncode == 0
+
+
+def test_the_hooks_of_deploy_write_into_its_log(cli):
+    run = cli("run", "--id", "deploy", "--env", "VERSION=1.4.2")
+    assert (run.returncode, run.stdout.split("\n")[0]) == (0, "deploying"), run.stderr
+    log = cli("logs", "deploy").stdout
+    assert "version 1.4.2 is live" in log and "is not live" not in log
+    assert re.search(r"that was run [a-z0-9]{10}\n", log)

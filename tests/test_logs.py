@@ -1,0 +1,448 @@
+"""One run's log: what is written, that every byte comes back, and what a full disk does to it."""
+import errno
+import os
+import random
+import resource
+import stat
+import tracemalloc
+
+import pytest
+
+import roexec
+from roexec import LogWriter, follow, line_start, read_log, select_lines, tail_offset
+
+AT = 1754013600             # 2025-08-01T02:00:00Z
+STAMP = b"2025-08-01T02:00:00Z"
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A log that has just been begun, in the folder `tmp_path`."""
+    writer = LogWriter(str(tmp_path), "backup", AT, "abcd123456")
+    yield writer
+    writer.close(AT)
+
+
+@pytest.fixture
+def content(log, tmp_path):
+    """`content()` is what the log holds."""
+    return lambda: (tmp_path / log.path).read_bytes()
+
+
+def lines(*texts):
+    return b"".join(STAMP + b" " + text + b"\n" for text in texts)
+
+
+# The file.
+
+def test_a_log_lies_below_its_job_and_bears_the_start_of_its_run(log, tmp_path):
+    assert log.path == "logs/backup/2025-08-01T02:00:00.log"
+    assert (tmp_path / log.path).is_file()
+
+
+def test_a_second_run_in_the_same_second_gets_a_log_with_its_id(log, tmp_path):
+    second = LogWriter(str(tmp_path), "backup", AT + 0.9, "wxyz987654")
+    second.write("mine", AT)
+    second.close(AT)
+    assert second.path == "logs/backup/2025-08-01T02:00:00-wxyz987654.log"
+    assert (tmp_path / log.path).read_bytes() == b""
+    with pytest.raises(FileExistsError):
+        LogWriter(str(tmp_path), "backup", AT, "wxyz987654")
+
+
+def test_only_the_owner_may_read_a_log_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        LogWriter(str(tmp_path), "backup", AT, "a").close(AT)
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE((tmp_path / path).stat().st_mode) for path in (
+        "logs", "logs/backup", "logs/backup/2025-08-01T02:00:00.log")]
+    assert modes == [0o700, 0o700, 0o600]
+
+
+@pytest.mark.parametrize("link", [
+    "logs", "logs/backup", "logs/backup/2025-08-01T02:00:00.log"])
+def test_nothing_is_written_through_a_link(link, tmp_path):
+    (tmp_path / "elsewhere/backup").mkdir(parents=True)
+    (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    try:
+        log = LogWriter(str(tmp_path), "backup", AT, "a")
+        log.write("x", AT)
+        log.close(AT)
+        assert log.path == "logs/backup/2025-08-01T02:00:00-a.log"
+        assert link.endswith(".log"), "a link to a folder is refused"
+    except OSError as error:
+        assert error.filename == str(tmp_path / "logs/backup/2025-08-01T02:00:00.log")
+    assert list((tmp_path / "elsewhere").rglob("*")) == [tmp_path / "elsewhere/backup"]
+
+
+def test_a_link_in_place_of_a_log_is_not_read(log, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / log.path)
+    with pytest.raises(OSError, match="symbolic links"):
+        read_log(tmp_path / "link")
+    with pytest.raises(FileNotFoundError):
+        read_log(tmp_path / "gone")
+
+
+def test_no_descriptor_of_a_log_is_inherited_or_left_open(tmp_path):
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    log = LogWriter(str(tmp_path), "backup", AT, "a")
+    assert not os.get_inheritable(log._descriptor)
+    with read_log(tmp_path / log.path) as file:
+        assert not os.get_inheritable(file.fileno())
+    log.close(AT)
+    log.close(AT)
+    assert not before or os.listdir("/proc/self/fd") == before
+
+
+def test_a_log_that_was_begun_goes_on_at_its_end(log, tmp_path, content):
+    log.write("Starting run", AT)
+    with open(tmp_path / log.path, "ab") as file:
+        file.write(STAMP + b" [OUT] its writer was ki")
+    again = LogWriter(str(tmp_path), "backup", AT, "a", path=log.path)
+    again.write("Going on", AT, "ERROR")
+    again.close(AT)
+    assert content() == lines(b"[INFO] Starting run", b"[OUT] its writer was ki",
+                              b"[ERROR] Going on")
+
+
+def test_a_log_that_was_begun_and_is_gone_is_made_anew(tmp_path):
+    log = LogWriter(str(tmp_path), "backup", AT, "a", path="logs/backup/x.log")
+    log.write("Going on", AT)
+    log.close(AT)
+    assert (tmp_path / "logs/backup/x.log").read_bytes() == lines(b"[INFO] Going on")
+
+
+def test_a_log_that_was_begun_is_not_followed_through_a_link(log, tmp_path):
+    (tmp_path / "logs/backup/link.log").symlink_to(tmp_path / log.path)
+    with pytest.raises(OSError, match="symbolic links"):
+        LogWriter(str(tmp_path), "backup", AT, "a", path="logs/backup/link.log")
+
+
+# Lines and output.
+
+def test_a_log_reads_as_the_design_shows_it(log, content):
+    log.write("Starting run", AT)
+    log.write("Running /usr/local/bin/backup.sh", AT + 2.9)
+    log.output("out", b"dumping 14 tables\ndone\n", AT + 2)
+    log.output("err", b"warning: table x is empty\n", AT + 3)
+    log.write("Run wxyz987 failed, exit=1", AT + 315, "ERROR")
+    assert content() == b"""\
+2025-08-01T02:00:00Z [INFO] Starting run
+2025-08-01T02:00:02Z [INFO] Running /usr/local/bin/backup.sh
+2025-08-01T02:00:02Z [OUT] dumping 14 tables
+2025-08-01T02:00:02Z [OUT] done
+2025-08-01T02:00:03Z [ERR] warning: table x is empty
+2025-08-01T02:05:15Z [ERROR] Run wxyz987 failed, exit=1
+"""
+
+
+def test_a_line_of_roexecs_own_is_one_line_without_control_characters(log, content):
+    log.write("Running a\nb\x1b[2J \udcff ä", AT)
+    assert content() == lines("[INFO] Running a\\nb\\x1b[2J \\udcff ä".encode())
+
+
+OUT, ERR, FLUSH, WRITE = "out", "err", "flush", "write"
+
+
+@pytest.mark.parametrize("events, expected", [
+    ([(OUT, b"a"), (OUT, b"b\n")], [b"[OUT] ab"]),
+    ([(OUT, b"a\nb"), (OUT, b"c\nd\n")], [b"[OUT] a", b"[OUT] bc", b"[OUT] d"]),
+    ([(OUT, b"a"), (ERR, b"b\n"), (OUT, b"c\n")], [b"[OUT~] a", b"[ERR] b", b"[OUT] c"]),
+    ([(OUT, b"a"), (ERR, b"b")], [b"[OUT~] a"]),
+    ([(OUT, b"a"), (WRITE, "x"), (OUT, b"\n")], [b"[OUT~] a", b"[INFO] x", b"[OUT] "]),
+    ([(ERR, b"a"), (FLUSH, None), (FLUSH, None)], [b"[ERR~] a"]),
+    ([(OUT, b"\n\n")], [b"[OUT] ", b"[OUT] "]),
+    ([(OUT, b""), (FLUSH, None)], []),
+    ([(OUT, b"\r\x00\xff\n")], [b"[OUT] \r\x00\xff"]),
+])
+def test_a_piece_without_its_end_waits_until_a_line_is_needed(events, expected, log, content):
+    for what, value in events:
+        if what in (OUT, ERR):
+            log.output(what, value, AT)
+        else:
+            log.flush(AT) if what == FLUSH else log.write(value, AT)
+    assert content() == lines(*expected)
+
+
+def test_what_waits_is_counted_and_written_at_the_end(log, content):
+    log.output("err", b"one\ntwo", AT)
+    assert log.pending == 3
+    log.close(AT)
+    assert log.pending == 0 and content() == lines(b"[ERR] one", b"[ERR~] two")
+
+
+def test_no_more_than_64_kib_wait(log, content):
+    log.output("out", b"x" * 65536, AT)
+    assert log.pending == 65536 and content() == b""
+    log.output("out", b"x", AT)
+    assert log.pending == 0 and content() == lines(b"[OUT~] " + b"x" * 65537)
+
+
+def random_chunks(seed):
+    """[(stream, bytes)] with short and long lines, unfinished ones, and what looks like stamps."""
+    choose = random.Random(seed)
+    pieces = [b"\n", b"\n\n", b"a", b"text \xff\x00\r", STAMP + b" [OUT] x\n", b" [ERR~] ",
+              b"\n" + STAMP + b" [OUT~] y", b"z" * 40_000, b"\n" * 300]
+    return [(choose.choice(("out", "err")), b"".join(choose.choices(pieces, k=choose.randrange(7))))
+            for _ in range(choose.randrange(40))]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_both_streams_come_back_byte_for_byte_in_the_order_of_delivery(seed, log, content):
+    choose, chunks = random.Random(-seed - 1), random_chunks(seed)
+    for number, (stream, data) in enumerate(chunks):
+        log.output(stream, data, AT + number / 3)
+        assert log.pending <= 65536
+        if choose.random() < 0.2:
+            log.write(f"{STAMP} [OUT] of no stream", AT)
+        if choose.random() < 0.2:
+            log.flush(AT)
+    log.close(AT)
+    stored = content()
+    assert all(line.startswith(b"2025-08-01T02:00:") for line in stored.split(b"\n")[:-1])
+    assert select_lines(stored, raw=True) == b"".join(data for _, data in chunks)
+    for wanted in ("out", "err"):
+        assert select_lines(stored, stream=wanted) == b"".join(
+            data for stream, data in chunks if stream == wanted)
+
+
+def test_lines_are_selected_as_asked():
+    data = lines(b"[INFO] Starting", b"[OUT] one", b"[ERR] two", b"[OUT~] three", b"[ERROR] x")
+    assert select_lines(data) == data
+    assert select_lines(data, raw=True) == b"one\ntwo\nthree"
+    assert select_lines(data, stream="out") == select_lines(data, True, "out") == b"one\nthree"
+    assert select_lines(data, stream="err") == b"two\n"
+    assert select_lines(b"", raw=True) == b""
+
+
+# A full disk.
+
+class Disk:
+    """Stands in for the disk of a log: it takes `room` bytes more and fails with `code` then."""
+
+    def __init__(self, monkeypatch):
+        self.room, self.code, self.tries = None, errno.ENOSPC, 0
+        self.real_write, self.real_open = os.pwrite, os.open
+        monkeypatch.setattr(roexec.os, "pwrite", self.pwrite)
+        monkeypatch.setattr(roexec.os, "open", self.open)
+
+    def pwrite(self, descriptor, data, offset):
+        self.tries += 1
+        if self.room is None:
+            return self.real_write(descriptor, data, offset)
+        if not self.room:
+            raise OSError(self.code, os.strerror(self.code))
+        taken = self.real_write(descriptor, bytes(data)[:self.room], offset)
+        self.room -= taken
+        return taken
+
+    def open(self, path, flags, *arguments, **options):
+        if flags & os.O_CREAT and self.room == 0:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.real_open(path, flags, *arguments, **options)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    return Disk(monkeypatch)
+
+
+@pytest.mark.parametrize("code, words", [
+    (errno.ENOSPC, b"No space left on device"), (errno.EDQUOT, b"Disk quota exceeded"),
+    (errno.EIO, b"Input/output error"), (errno.EROFS, b"Read-only file system")])
+def test_a_failing_disk_stops_the_log_and_the_log_says_how_much_is_missing(
+        code, words, log, disk, content):
+    log.output("out", b"before\n", AT)
+    disk.room, disk.code = 0, code
+    log.output("out", b"12345\n", AT)
+    log.output("err", b"678", AT + 0.5)
+    log.write("Run failed", AT + 0.5, "ERROR")
+    assert log.lost == 9 and content() == lines(b"[OUT] before")
+    disk.room = None
+    log.output("out", b"after\n", AT + 1)
+    assert log.lost == 9
+    assert content() == lines(b"[OUT] before") + lines(
+        b"[ERROR] 9 bytes of output are missing here: " + words, b"[OUT] after",
+    ).replace(b"00Z", b"01Z")
+
+
+def test_a_full_disk_is_tried_again_each_second_and_at_the_end(log, disk, content):
+    disk.room = 0
+    for tenth in range(35):
+        log.output("out", b"x\n", AT + tenth / 10)
+    assert disk.tries == 4 and log.lost == 70
+    log.output("out", b"x\n", AT - 100)
+    assert disk.tries == 5, "a clock that was set back does not stop it"
+    disk.room = None
+    log.output("out", b"end", AT - 100)
+    log.close(AT - 100)
+    assert log.lost == 72
+    assert select_lines(content(), raw=True) == b"end"
+    assert content().count(b"72 bytes of output are missing here") == 1
+
+
+def test_each_gap_says_its_own_bytes(log, disk, content):
+    for number in (1, 2):
+        disk.room = 0
+        log.output("out", b"x" * number + b"\n", AT + 10 * number)
+        disk.room = None
+        log.output("out", b"y\n", AT + 10 * number + 1)
+    assert log.lost == 5
+    assert content().count(b" 2 bytes") == content().count(b" 3 bytes") == 1
+
+
+@pytest.mark.parametrize("room", range(0, 120, 7))
+def test_a_disk_that_fills_in_the_middle_of_a_line_leaves_whole_lines(room, log, disk, content):
+    sent = b"one\ntwo\n" + b"three\n"
+    log.write("Starting run", AT)
+    disk.room = room
+    log.output("out", sent[:8], AT)
+    log.output("out", sent[8:], AT)
+    log.output("err", b"piece", AT)
+    log.flush(AT)
+    kept = select_lines(content(), raw=True)
+    assert content().endswith(b"\n") and (sent + b"piece").startswith(kept)
+    assert log.lost == len(sent) + 5 - len(kept)
+    disk.room = None
+    log.close(AT)
+    told = b"%d bytes of output are missing here" % log.lost
+    assert (told in content()) is (log.lost > 0)
+    assert content().startswith(lines(b"[INFO] Starting run"))
+
+
+def test_a_limit_of_the_kernel_leaves_whole_lines_too(log, content):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        log.output("out", b"0123456789\n" * 20, AT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert content() == lines(b"[OUT] 0123456789") * 2 and log.lost == 18 * 11
+    log.close(AT)
+    assert content()[76:] == lines(b"[ERROR] 198 bytes of output are missing here: File too large")
+
+
+def test_a_log_for_which_there_is_no_room_yet_is_made_when_there_is(tmp_path, disk):
+    disk.room = 0
+    log = LogWriter(str(tmp_path), "backup", AT, "a")
+    log.output("out", b"one\n", AT)
+    assert (log.path, log.lost) == (None, 4)
+    disk.room = None
+    log.output("out", b"two\n", AT + 1)
+    log.close(AT + 1)
+    assert (tmp_path / log.path).read_bytes() == lines(
+        b"[ERROR] 4 bytes of output are missing here: No space left on device",
+        b"[OUT] two").replace(b"00Z", b"01Z")
+
+
+def test_a_run_without_any_room_ends_without_a_log(tmp_path, disk):
+    disk.room = 0
+    log = LogWriter(str(tmp_path), "backup", AT, "a")
+    log.output("out", b"one\ntwo", AT)
+    log.close(AT)
+    assert (log.path, log.lost) == (None, 7)
+
+
+def test_a_log_that_may_not_be_made_is_an_error(tmp_path):
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(OSError, match=str(tmp_path)):
+        LogWriter(str(tmp_path), "backup", AT, "a")
+
+
+# Reading.
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_last_lines_and_starts_of_lines_are_found_at_every_size(seed, tmp_path, monkeypatch):
+    choose = random.Random(seed)
+    monkeypatch.setattr(roexec, "_MOST_KEPT", choose.choice((1, 2, 7, 64)))
+    data = b"".join(b"x" * choose.randrange(20) + b"\n" for _ in range(choose.randrange(30)))
+    (tmp_path / "log").write_bytes(data)
+    starts = [0] + [index + 1 for index, byte in enumerate(data) if byte == 10]
+    with read_log(tmp_path / "log") as file:
+        for number in range(35):
+            expected = b"".join(data.splitlines(True)[-number:] if number else [])
+            assert data[tail_offset(file, number):] == expected
+        for offset in range(len(data) + 1):
+            assert line_start(file, offset) == min(start for start in starts if start >= offset)
+        assert line_start(file, len(data) + 5) == len(data)
+
+
+def test_a_log_that_has_ended_is_read_whole_from_an_offset(log, tmp_path, content):
+    log.output("out", b"one\ntwo\n", AT)
+
+    def read(offset):
+        return b"".join(follow(tmp_path / log.path, lambda: True, offset=offset, wait=None))
+    assert read(0) == content()
+    assert read(1) == read(30) == lines(b"[OUT] two"), "what is no start means the next line"
+    assert read(60) == read(1000) == b""
+
+
+def test_following_gives_each_line_once_and_ends_after_the_last(log, tmp_path, content):
+    script = iter([
+        lambda: log.output("out", b"one\n", AT),
+        lambda: log.output("err", b"two\nthr", AT),
+        lambda: None,
+        lambda: log.output("err", b"ee\n", AT)])
+    over = []
+
+    def wait(seconds):
+        assert 0 < seconds <= 0.2
+        next(script)()
+
+    def ended():
+        if b"three" in content() and not over:
+            log.write("Completed, exit=0", AT)      # between the look for lines and this answer
+            over.append(True)
+        return bool(over)
+
+    chunks = list(follow(tmp_path / log.path, ended, wait=wait))
+    assert chunks == [lines(b"[OUT] one"), lines(b"[ERR] two"), lines(b"[ERR] three"),
+                      lines(b"[INFO] Completed, exit=0")]
+
+
+def test_a_line_is_given_when_it_is_whole_and_at_the_end_in_any_case(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntw")
+    steps = [b"one\ntwo\nth"]
+    chunks = follow(path, lambda: not steps, wait=lambda seconds: path.write_bytes(steps.pop()))
+    assert list(chunks) == [b"one\n", b"two\n", b"th"]
+
+
+def test_a_large_log_is_read_in_chunks_of_whole_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(roexec, "_READ_BLOCK", 1000)
+    data = b"".join(b"%d\n" % number for number in range(5000)) + b"y" * 2500 + b"\nz\n"
+    (tmp_path / "log").write_bytes(data)
+    chunks = []
+
+    def ended():
+        assert b"".join(chunks) == data, "nobody is asked before all has been read"
+        return True
+
+    for chunk in follow(tmp_path / "log", ended, wait=None):
+        chunks.append(chunk)
+    assert b"".join(chunks) == data and max(map(len, chunks)) <= 1000
+    assert all(chunk.endswith(b"\n") for chunk in chunks[:20])
+
+
+def test_the_longest_line_that_is_written_is_read_as_one(log, tmp_path):
+    log.output("out", b"x" * 65536, AT)
+    log.output("out", b"y" * ((1 << 20) - 1) + b"\n", AT)
+    chunks = list(follow(tmp_path / log.path, lambda: True, wait=None))
+    assert len(chunks) == 1 and chunks[0].count(b"\n") == 1
+
+
+def test_memory_does_not_grow_with_the_log(log, tmp_path):
+    chunks = [b"x" * (1 << 20), b"y" * 59 + b"\n", (b"z" * 59 + b"\n") * 10_000]
+    tracemalloc.start()
+    try:
+        for number in range(24):
+            log.output("out", chunks[number % 3], AT)
+        read = sum(len(select_lines(chunk, raw=True)) for chunk in follow(
+            tmp_path / log.path, lambda: True, wait=None))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert read == 8 * sum(map(len, chunks)) and peak < 12 << 20

@@ -1,0 +1,278 @@
+"""Payloads (what --json and the API give) and the text that people and pipes see."""
+import datetime
+import json
+
+import pytest
+
+import roexec
+from roexec import Job, Style, job_payload, jobs_table, run_payload, run_text, runs_table, table
+
+UTC = datetime.timezone.utc
+BERLIN = datetime.timezone(datetime.timedelta(hours=2), "CEST")
+NOON = 1754042400           # 2025-08-01T10:00:00Z
+
+RUN = {"seq": 1, "id": "abcd123456", "job_id": "backup", "name": None, "version": 1, "spec": None,
+       "step": None, "parent": None, "retry_of": None, "trigger": "schedule", "slot": NOON,
+       "last_slot": None, "count": 1, "state": "succeeded", "reason": None, "message": None,
+       "cancel": None, "owner": None, "env": '{"SECRET":"x"}', "priority": 0,
+       "queued_at": NOON + 0.25, "started_at": NOON + 0.5, "finished_at": NOON + 10.5,
+       "exit_code": 0, "signal": None, "boot": "b", "node": None, "log": "logs/backup/1.log"}
+ATTEMPT = {"run_id": "abcd123456", "number": 1, "started_at": NOON + 0.5,
+           "finished_at": NOON + 3.0, "exit_code": 0, "signal": None, "cpu_seconds": 0.5,
+           "max_rss_bytes": 2_000_000, "output_bytes": 12}
+SPEC = {"id": "backup", "name": "Back up", "schedule": "0 2 * * *", "command": "true",
+        "tags": ["nightly"]}
+JOB_ROW = {"id": "backup", "spec": json.dumps(SPEC), "version": 3, "source": "/etc/jobs.yml",
+           "paused": 0, "active": None, "last_id": None, "last_state": None,
+           "last_started_at": None, "last_finished_at": None}
+
+
+def run(**changes):
+    attempts = changes.pop("attempts", [ATTEMPT])
+    return run_payload({**RUN, **changes}, attempts)
+
+
+def job(row=(), spec=(), next_run=None, zone=UTC):
+    spec = {**SPEC, **dict(spec)}
+    row = {**JOB_ROW, "spec": json.dumps(spec), **dict(row)}
+    return job_payload(row, Job.from_spec(spec), next_run, zone)
+
+
+def cells(text):
+    """The cells of a table's lines."""
+    return [[cell.strip() for cell in line.split("  ") if cell] for line in text.splitlines()]
+
+
+# Payloads.
+
+def test_a_run_has_exactly_the_members_that_the_design_lists():
+    assert list(run()) == [
+        "id", "job_id", "step", "parent", "retry_of", "name", "trigger", "slot", "last_slot",
+        "count", "state", "reason", "message", "queued_at", "started_at", "finished_at",
+        "duration", "exit_code", "signal", "attempts", "retry_at", "progress", "node", "log"]
+    assert list(run()["attempts"][0]) == [
+        "number", "started_at", "finished_at", "exit_code", "signal", "cpu_seconds",
+        "max_rss_bytes", "output_bytes"]
+
+
+def test_a_run_never_shows_the_values_of_its_variables():
+    assert "SECRET" not in json.dumps(run())
+
+
+def test_instants_of_a_run_are_utc_text_with_fractions_where_known():
+    payload = run()
+    assert payload["slot"] == "2025-08-01T10:00:00Z"
+    assert payload["queued_at"] == "2025-08-01T10:00:00.25Z"
+    assert payload["attempts"][0]["finished_at"] == "2025-08-01T10:00:03Z"
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, 2.5),
+    ({"attempts": [ATTEMPT, {**ATTEMPT, "number": 2, "started_at": NOON + 5,
+                             "finished_at": NOON + 9}]}, 8.5),
+    ({"attempts": []}, 10.0),
+    ({"attempts": [{**ATTEMPT, "finished_at": None}], "state": "lost"}, 10.0),
+    ({"finished_at": None, "state": "running"}, None),
+    ({"started_at": None, "state": "skipped", "attempts": []}, None),
+])
+def test_the_duration_is_from_the_first_attempts_start_to_the_last_ones_end(changes, expected):
+    assert run(**changes)["duration"] == expected
+
+
+def test_an_attempt_that_is_on_has_null_for_what_is_unknown():
+    attempt = run(attempts=[{"number": 1, "started_at": NOON}])["attempts"][0]
+    assert attempt == {"number": 1, "started_at": "2025-08-01T10:00:00Z", "finished_at": None,
+                       "exit_code": None, "signal": None, "cpu_seconds": None,
+                       "max_rss_bytes": None, "output_bytes": None}
+
+
+def test_a_job_has_the_members_of_the_design():
+    payload = job({"last_id": "r1", "last_state": "failed", "last_started_at": NOON,
+                   "last_finished_at": NOON + 1}, next_run=NOON)
+    assert payload == {
+        "id": "backup", "name": "Back up", "schedule": ["0 2 * * *"], "timezone": "UTC",
+        "enabled": True, "paused": False, "next_run": "2025-08-01T10:00:00Z",
+        "last_run": {"id": "r1", "state": "failed", "started_at": "2025-08-01T10:00:00Z",
+                     "finished_at": "2025-08-01T10:00:01Z"},
+        "tags": ["nightly"], "source": "/etc/jobs.yml", "spec": SPEC, "version": 3,
+        "active": None}
+
+
+def test_a_job_without_runs_and_slots_has_null_there():
+    payload = job()
+    assert payload["last_run"] is None and payload["next_run"] is None
+
+
+def test_the_spec_of_a_job_is_as_written_and_the_rest_as_it_is_in_effect():
+    row = {**JOB_ROW, "spec": json.dumps(SPEC)}
+    in_effect = Job.from_spec({**SPEC, "timezone": "+05:00", "enabled": False})
+    payload = job_payload(row, in_effect, None, UTC)
+    assert (payload["timezone"], payload["enabled"]) == ("+05:00", False)
+    assert payload["spec"] == SPEC
+
+
+def test_a_page_says_what_it_lists_and_where_the_next_one_begins():
+    assert roexec.page("jobs", [1], "c") == {"jobs": [1], "next": "c"}
+    assert roexec.page("runs", []) == {"runs": [], "next": None}
+
+
+# What comes next.
+
+class Hourly:
+    """A schedule with a slot at each full hour; 02:00 of the day was moved from 01:30."""
+    reboot, zone = False, None
+
+    def next_slot(self, after, zone):
+        return (after // 3600 + 1) * 3600
+
+    def moved(self, slot, zone):
+        return "01:30" if slot % 86400 == 7200 else None
+
+
+@pytest.fixture
+def hourly(monkeypatch):
+    monkeypatch.setattr(Job, "crons", lambda self: (Hourly(),) if self.schedule else ())
+    return lambda **spec: Job.from_spec({**SPEC, **spec})
+
+
+def take(count, slots):
+    return [slot for slot, _ in zip(slots, range(count))]
+
+
+def test_slots_outside_the_window_do_not_come(hourly):
+    windowed = hourly(window={"start": "2025-08-01T12:00:00Z", "end": "2025-08-01T14:00:00Z"})
+    assert take(9, roexec.upcoming_slots(windowed, NOON, UTC)) == [
+        NOON + 7200, NOON + 10800, NOON + 14400]
+
+
+@pytest.mark.parametrize("spec", [{"enabled": False}, {"schedule": []}])
+def test_a_job_that_is_disabled_or_has_no_schedule_has_no_next_run(hourly, spec):
+    assert roexec.next_run(hourly(**spec), NOON, UTC) is None
+
+
+def test_a_paused_job_has_no_next_run(hourly):
+    assert roexec.next_run(hourly(), NOON, UTC, paused=True) is None
+    assert roexec.next_run(hourly(), NOON, UTC) == NOON + 3600
+
+
+def test_the_next_run_is_the_slot_and_its_jitter(hourly):
+    jittered = hourly(jitter="10m")
+    delay = roexec.jitter_delay("backup", NOON + 3600, 600)
+    assert roexec.next_run(jittered, NOON, UTC) == NOON + 3600 + delay
+
+
+def test_a_coming_slot_says_what_a_change_of_clocks_does_to_it(hourly):
+    zone = roexec.get_zone("Europe/Berlin")
+    fold = 1761436800       # 2025-10-26T00:00:00Z, when 02:00 comes for the first time
+    assert [roexec.slot_payload(hourly(), slot, zone)["mark"] for slot in (
+        fold, fold + 3600, fold + 7200, fold + 10800)] == [
+        "first of two", "second of two", "moved from 01:30", None]
+    assert roexec.slot_payload(hourly(), NOON, BERLIN)["local"] == "2025-08-01T12:00:00+02:00"
+
+
+# Text.
+
+def test_columns_are_aligned_and_what_is_missing_is_a_dash():
+    assert table(("A", "BB"), [("xxx", None), ("", 0)], Style()) == (
+        "A    BB\nxxx  -\n-    0\n")
+
+
+def test_a_pipe_gets_no_colour_and_a_terminal_does():
+    assert "\x1b" not in runs_table([run()], Style())
+    assert "\x1b[32msucceeded\x1b[0m" in runs_table([run()], Style(UTC, color=True, now=NOON))
+
+
+def test_colour_does_not_move_columns():
+    plain = runs_table([run(), run(state="failed")], Style(UTC, now=NOON))
+    coloured = runs_table([run(), run(state="failed")], Style(UTC, color=True, now=NOON))
+    for code in ("\x1b[0m", "\x1b[1m", "\x1b[31m", "\x1b[32m"):
+        coloured = coloured.replace(code, "")
+    assert coloured == plain
+
+
+def test_people_see_local_time_and_pipes_see_utc():
+    assert "2025-08-01 12:00:00" in runs_table([run()], Style(BERLIN, now=NOON))
+    assert "2025-08-01T10:00:00Z" in runs_table([run()], Style())
+
+
+def test_a_pipe_sees_nothing_that_changes_by_itself():
+    running = run(state="running", finished_at=None)
+    assert cells(runs_table([running], Style()))[1][5] == "-"
+    assert cells(runs_table([running], Style(UTC, now=NOON + 60)))[1][5] == "1m"
+    assert "ago" not in run_text(run(), Style())
+
+
+def test_of_a_run_that_is_on_people_see_how_long_it_usually_takes():
+    running = run(state="running", finished_at=None)
+    style = Style(UTC, now=NOON + 60)
+    assert cells(runs_table([running], style, {"backup": 300}))[1][5] == "1m of about 5m"
+    assert "1m of about 5m" in run_text(running, style, usual=300)
+    assert cells(runs_table([running], Style(), {"backup": 300}))[1][5] == "-"
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"state": "skipped", "reason": "paused", "count": 3, "last_slot": NOON + 60, "attempts": []},
+     "paused (3 slots until 2025-08-01T10:01:00Z)"),
+    ({"state": "failed", "reason": "start", "message": "no such program"},
+     "start; no such program"),
+    ({"attempts": [ATTEMPT, {**ATTEMPT, "number": 2}]}, "2 attempts"),
+    ({"message": "one\ntwo\x1b[2J"}, "one\\ntwo\\x1b[2J"),
+])
+def test_the_note_of_a_run_says_why(changes, expected):
+    assert cells(runs_table([run(**changes)], Style()))[1][-1] == expected
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"exit_code": 0}, "0"), ({"exit_code": 7}, "7"),
+    ({"exit_code": None, "signal": "SIGKILL"}, "SIGKILL"), ({"exit_code": None}, "-")])
+def test_a_run_shows_its_exit_code_or_its_signal(changes, expected):
+    assert cells(runs_table([run(**changes)], Style()))[1][6] == expected
+
+
+def test_the_run_of_a_step_names_its_step():
+    assert cells(runs_table([run(step="unpack")], Style()))[1][1] == "backup/unpack"
+
+
+def test_only_the_last_column_is_cut_and_only_where_there_is_a_width():
+    rows = [("identifier", "a long sentence about it")]
+    assert table(("ID", "NOTE"), rows, Style(width=26)).splitlines()[1] == \
+        "identifier  a long sent..."
+    assert table(("ID", "NOTE"), rows, Style()).splitlines()[1].endswith("about it")
+
+
+@pytest.mark.parametrize("row, spec, expected", [
+    ({}, {}, "scheduled"),
+    ({}, {"schedule": []}, "manual"),
+    ({}, {"enabled": False}, "disabled"),
+    ({"paused": 1}, {}, "paused"),
+    ({"active": "running"}, {}, "running"),
+    ({"active": "queued", "paused": 1}, {}, "queued (paused)"),
+])
+def test_a_job_says_in_a_word_what_it_is_up_to(row, spec, expected):
+    assert roexec.job_status(job(row, spec)) == expected
+    assert expected in jobs_table([job(row, spec)], Style())
+
+
+def test_control_characters_of_names_never_reach_a_terminal():
+    assert roexec.printable("a\x1b]0;x\x07\u202eb ä") == "a\\x1b]0;x\\x07\\u202eb ä"
+
+
+def test_a_run_is_shown_with_its_attempts_and_where_its_log_lies():
+    text = run_text(run(reason="exit", state="failed"), Style(), log="/store/logs/backup/1.log")
+    assert "state     failed  (exit)" in text
+    assert "log       /store/logs/backup/1.log" in text
+    assert cells(text)[-1] == ["1", "2025-08-01T10:00:00Z", "2.5s", "0", "0.5s", "2.0 MB", "12 B"]
+
+
+def test_a_moment_says_for_people_how_far_away_it_is():
+    style = Style(BERLIN, now=NOON)
+    assert style.moment("2025-08-01T11:30:00Z") == "2025-08-01 13:30:00 CEST (in 1h30m)"
+    assert style.moment("2025-08-01T09:59:00.5Z") == "2025-08-01 11:59:00 CEST (1m ago)"
+    assert Style().moment("2025-08-01T11:30:00Z") == "2025-08-01T11:30:00Z"
+
+
+def test_a_job_is_shown_with_its_definition_as_a_job_file():
+    text = roexec.job_text(job(), Job.from_spec(SPEC), Style())
+    head, definition = text.split("\n\n", 1)
+    assert "source    /etc/jobs.yml" in head and "version   3" in head
+    assert roexec.load_yaml(definition) == {"jobs": [SPEC]}

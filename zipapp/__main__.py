@@ -1,0 +1,41 @@
+"""Starts roexec from its archive: from the bytecode for this Python, else from the source.
+
+The import system would compile a module in an archive twice at every start, and never looks at
+`__pycache__` there. Old Pythons, 2.7 included, must be able to read this file. It imports only
+what is loaded by then.
+"""
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit("roexec needs Python 3.9 or newer; this is %d.%d." % sys.version_info[:2])
+
+import gc
+import marshal
+from importlib.util import MAGIC_NUMBER
+
+
+def code_of(archive):
+    """The compiled roexec.py of the archive (a zipimporter)."""
+    try:
+        data = archive.get_data("bytecode/" + str(sys.implementation.cache_tag) + ".pyc")
+    except OSError:
+        data = b""
+    if data[:4] == MAGIC_NUMBER:
+        return marshal.loads(memoryview(data)[16:])
+    return compile(archive.get_data("roexec.py"), "roexec.pyz/roexec.py", "exec", dont_inherit=True)
+
+
+def load(archive):
+    """The module `roexec` of the archive, entered where `import` finds it."""
+    gc.disable()
+    module = sys.modules["roexec"] = type(sys)("roexec")
+    module.__file__ = archive.archive + "/roexec.py"
+    module.__loader__ = archive         # by which tracebacks find the source lines
+    exec(code_of(archive), module.__dict__)
+    gc.freeze()                         # it lives to the end: a tenth of a start is saved
+    gc.enable()
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(load(__loader__).main())
