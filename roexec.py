@@ -44,12 +44,12 @@ class _Module:
         return getattr(module, attribute)
 
 
-(array, bisect, calendar, collections, contextlib, datetime, errno, fcntl, hashlib, heapq,
- itertools, json, math, pwd, re, select, shlex, signal, socket, stat, struct, threading, types,
- zoneinfo) = map(_Module, (
-    "array bisect calendar collections contextlib datetime errno fcntl hashlib heapq "
-    "itertools json math pwd re select shlex signal socket stat struct threading types "
-    "zoneinfo").split())
+(array, binascii, bisect, calendar, collections, contextlib, datetime, errno, fcntl, hashlib,
+ heapq, itertools, json, math, pwd, re, select, shlex, signal, socket, stat, struct, threading,
+ types, zoneinfo) = map(_Module, (
+    "array binascii bisect calendar collections contextlib datetime errno fcntl hashlib "
+    "heapq itertools json math pwd re select shlex signal socket stat struct threading "
+    "types zoneinfo").split())
 
 
 # ==== 1 basics (pure) =============================================================================
@@ -125,9 +125,9 @@ def _escape(char):
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = Pattern(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?")
-_NUMBER = Pattern(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)|inf|nan")
-_LOOSE = Pattern(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hr|hour|d|day|w|week|second|minute)s?\b[\s,]*",
-                 "i")
+_AMOUNT = Pattern(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)|inf|nan")
+_LOOSE = Pattern(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w|(?:sec|min|hr|hour|day|week|second|minute)s?)\b"
+                 r"[\s,]*", "i")
 _CLOCK = Pattern(r"(\d{1,3}):(\d\d)(?::(\d\d))?")
 LONGEST = 100 * 366 * 86400             # seconds; no duration is longer
 
@@ -138,7 +138,7 @@ def parse_duration(written):
     Raises ValueError that says what to write instead.
     """
     text = written if isinstance(written, str) else _shown(written)
-    if not isinstance(written, bool) and _NUMBER.fullmatch(text):
+    if not isinstance(written, bool) and _AMOUNT.fullmatch(text):
         seconds = float(text)
     else:
         found = _DURATION.fullmatch(text)
@@ -160,26 +160,25 @@ def _instead(text):
     """What to write for a text that looks like a duration."""
     clock = _CLOCK.fullmatch(text)
     if clock and clock[3] is None:
-        hours = format_duration(int(clock[1]) * 3600 + int(clock[2]) * 60)
-        minutes = format_duration(int(clock[1]) * 60 + int(clock[2]))
+        hours = _exactly(int(clock[1]) * 3600 + int(clock[2]) * 60)
+        minutes = _exactly(int(clock[1]) * 60 + int(clock[2]))
         return f"{hours} for hours and minutes, {minutes} for minutes and seconds"
     if clock:
         return _exactly(int(clock[1]) * 3600 + int(clock[2]) * 60 + int(clock[3]))
     parts = _LOOSE.findall(text.strip())
     if parts and not _LOOSE.sub("", text.strip()):
         factors = {**_UNITS, "w": 7 * 86400}
-        return _exactly(int(sum(float(number) * factors[unit[0].lower()]
-                                for number, unit in parts)))
+        return _exactly(sum(float(number) * factors[unit[0].lower()] for number, unit in parts))
     return "for example 90s, 5m, 1h30m or 2d"
 
 
 def _exactly(seconds):
     """A duration in all its units: 12h30m5s."""
     text = ""
-    for unit in "dhms":
+    for unit in "dhm":
         number, seconds = divmod(seconds, _UNITS[unit])
-        text += f"{number}{unit}" if number else ""
-    return text or "0s"
+        text += f"{int(number)}{unit}" if number else ""
+    return text + f"{seconds:g}s" if seconds or not text else text
 
 
 def format_duration(seconds):
@@ -188,10 +187,13 @@ def format_duration(seconds):
         return f"{math.ceil(seconds * 1000)}ms"
     if seconds < 9.95:
         return f"{seconds:.1f}".removesuffix(".0") + "s"
-    seconds = round(seconds)
+    minutes, seconds = round(seconds / 60) * 60, round(seconds)
+    if minutes >= 86400:                # 23h59m59s is 1d
+        seconds = round(seconds / 3600) * 3600
+    elif seconds >= 3600:
+        seconds = minutes
     for large, small in (("d", "h"), ("h", "m"), ("m", "s")):
         if seconds >= _UNITS[large]:
-            seconds = round(seconds / _UNITS[small]) * _UNITS[small]
             number, rest = divmod(seconds, _UNITS[large])
             rest //= _UNITS[small]
             return f"{number}{large}" + (f"{rest}{small}" if rest else "")
@@ -232,6 +234,8 @@ def parse_instant(text, zone):
             raise ValueError
         read = datetime.datetime.fromisoformat(f"{found[1]}T{found[2] or '00:00'}")
         zone = fixed_zone(found[4].upper()) if found[4] else zone
+        if zone is None:                # the offset is out of range
+            raise ValueError
         return read.replace(tzinfo=zone).timestamp() + float(found[3] or 0)
     except (ValueError, OverflowError):
         raise ValueError(f'"{text}" is no instant; write for example 2025-08-01T02:00:00Z, '
@@ -268,11 +272,11 @@ def get_zone(name):
 # ==== 2 yaml (pure) ===============================================================================
 # YAML 1.2.2 as configuration uses it: one document, no tags, the core schema. The right value, or
 # an error that says where and why. One recursive descent over the text: a method begins at self.at,
-# reads one thing there and leaves self.at behind it; those of block styles leave it at the next line
-# that has something on it, whose indentation is then self.indent (-1 at the end). Numbers in round
-# brackets are chapters of the specification. `n` is the column of the block collection around, -1
-# without one: what belongs to it is indented by more. Inside quotes and brackets `columns` is the
-# least indentation of further lines.
+# reads one thing there and leaves self.at behind it; one of a block style leaves it at the next
+# line that has something, whose indentation is then self.indent (-1 at the end). `n` is the column
+# of the block collection around, -1 without one: what belongs to it is indented by more. Inside
+# quotes and brackets `columns` is the least indentation of further lines. Numbers in round brackets
+# are chapters of the specification.
 
 _DEEPEST = 100                          # collections inside one another
 _MOST_COPIES = 100_000                  # values that aliases may add to a document
@@ -287,7 +291,7 @@ _LINE_END = Pattern(r"[ \t]*(?:(?<=[ \t\n])#[^\n]*)?\n(?:[ \t\n]*\n)?( *)(?:\t[ 
 _MARKER = Pattern(r"(?:---|\.\.\.)(?=[ \t\n])|\0")                                      # (9.1)
 _DIRECTIVE = Pattern(r"%(?:YAML[ \t]+1\.([0-9]+)|(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*)")  # (6.8)
 _COLON = Pattern(r"[ \t]*:(?=[ \t\n])")
-_NAME = Pattern(r"[&*]([^ \t\n,\[\]{}]+)(?![\[{])[ \t]*")                               # (6.9.2)
+_NAME = Pattern(r"[&*]([^ \t\n,\[\]{}]+)(?=[ \t\n,\]}])[ \t]*")                         # (6.9.2)
 _FOLD = Pattern(r"\n((?:[ \t\n]*\n)?)( *)[ \t]*")                                       # (6.5)
 _SINGLE = Pattern(r"([^'\n]*)(''|['\n])")                                               # (7.3.2)
 _DOUBLE = Pattern(r'([^"\\\n]*)(["\n]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|'
@@ -379,15 +383,13 @@ class _Scalars:
         self.old = False                # whether the document says %YAML 1.1
         self.noting, self.note = noting, None       # the Note is that of the value read last
         self.lines = [match.start() for match in re.finditer("\n", self.text)] if noting else ()
-        self.anchors = {}               # name -> (value, Note, number of values); None before its end
+        self.anchors = {}               # name -> (value, Note, how many values); None until its end
         self.brackets = []              # where those stand that are open
         self.suspects = {match.start() + 1 for match in _NOT_PRINTABLE.finditer(text)}
 
     def error(self, at, problem):
-        return YamlError(self.line(at), at - self.text.rfind("\n", 0, at), problem)
-
-    def line(self, at):
-        return self.text.count("\n", 0, at)
+        text = self.text
+        return YamlError(text.count("\n", 0, at), at - text.rfind("\n", 0, at), problem)
 
     def shown(self, at):
         """The rest of a line, for an error."""
@@ -426,7 +428,7 @@ class _Scalars:
     def resolve(self, written, at):
         """The value of a plain scalar."""
         if self.old and _OTHER_IN_1_1.fullmatch(written):
-            raise self.error(at, f'"{self.shown(at)}" differs between YAML 1.1 and 1.2; quote a text')
+            raise self.error(at, f'"{self.shown(at)}" differs between YAML 1.1 and 1.2; quote it')
         number = _NUMBER.fullmatch(written) if written[0] in "0123456789+-." else None
         if not number:
             return _WORDS.get(written, written)
@@ -436,35 +438,28 @@ class _Scalars:
                 return value
         raise self.error(at, "a number this large is not read; put a text in quotes")
 
-    def plain(self, match, n):
-        """The plain scalar outside of brackets whose first line is matched."""
-        start, written = match.start(1), match[1].rstrip(" \t")
+    def plain(self, match, n, further):
+        """The plain scalar whose first line is matched, with its further lines (6.5, 7.3.3)."""
+        text, start, pieces = self.text, match.start(1), [match[1].rstrip(" \t")]
         self.at = match.end()
-        self.next_line()
-        if self.indent > n:
-            self.at = match.end()
-            written = self.further_lines(start, n, _PLAIN_LINE)
-        if self.noting:
-            self.noted(start, written, True)
-        return self.resolve(written, start)
-
-    def further_lines(self, start, n, pattern):
-        """A plain scalar with its first line, which ends here, and those that follow (6.5)."""
-        text, pieces = self.text, [self.text[start:self.at].rstrip(" \t")]
         while text[self.at] in " \t\n":
             end = self.at
             self.next_line()
-            line = pattern.match(text, self.at) if self.indent > n else None
+            line = further.match(text, self.at) if self.indent > n else None
             if not line:
-                return "".join(pieces)
+                break
             if text.find("#", end, self.at) >= 0:
                 raise self.error(self.at, "a comment has ended the value above; put it in quotes")
             self.refuse_tabs(end, self.at, n + 1)
             pieces += "\n" * (text.count("\n", end, self.at) - 1) or " ", line[0].rstrip(" \t")
             self.at = line.end()
-        if pattern is _PLAIN_LINE:
-            raise self.colon_inside()
-        return "".join(pieces)
+        else:
+            if further is _PLAIN_LINE:
+                raise self.colon_inside()
+        written = pieces[0] if len(pieces) == 1 else "".join(pieces)
+        if self.noting:
+            self.noted(start, written, True)
+        return self.resolve(written, start)
 
     def refuse_tabs(self, start, end, columns):
         """Blank lines inside a scalar are indented as it is, or have nothing but blanks (6.4)."""
@@ -512,12 +507,12 @@ class _Scalars:
         return match.end(), "\n" * match[1].count("\n")
 
     def escaped(self, written, end):
-        try:                            # two halves of a surrogate pair are one character, as in JSON
+        try:                            # two halves of a surrogate pair are a character, as in JSON
             return _ESCAPES.get(written) or written.encode().decode("unicode_escape" * (
                 len(written) > 2)).encode("utf-16", "surrogatepass").decode("utf-16")
         except (UnicodeError, LookupError):
-            raise self.error(end - len(written), f"{printable(written)} is no escape; write \\\\ for "
-                                                 "a backslash, or use single quotes") from None
+            raise self.error(end - len(written), f"{printable(written)} is no escape; write \\\\ "
+                             "for a backslash, or use single quotes") from None
 
     def block_scalar(self, n):
         """A literal or folded scalar (8.1)."""
@@ -598,8 +593,8 @@ class _Nodes(_Scalars):
 
     def star(self, at):
         value = self.shown(at).split(" #")[0].rstrip()
-        return self.error(at, 'a value that begins with "*" is an alias, and nothing has this name; '
-                              f'put the schedule in quotes: "{value}"')
+        return self.error(at, 'a value that begins with "*" is an alias, and nothing has this '
+                              f'name; put the schedule in quotes: "{value}"')
 
     def content(self, columns):
         """A node in quotes or brackets, or an alias."""
@@ -607,9 +602,9 @@ class _Nodes(_Scalars):
         if kind == "*":
             return self.alias()
         if kind not in "'\"[{":
-            problem = "tags are not read" if kind == "!" else (
-                f'"{printable(kind)}" cannot begin a value here')
-            raise self.error(self.at, problem + "; put a text that begins so in quotes")
+            raise self.error(self.at, ("tags are not read" if kind == "!" else
+                                       f'"{printable(kind)}" cannot begin a value here')
+                             + "; put a text that begins so in quotes")
         value = self.quoted(columns) if kind in "'\"" else self.flow(columns)
         self.json_like = True
         return value
@@ -620,14 +615,14 @@ class _Nodes(_Scalars):
         if anchor and pattern is _FLOW_PLAIN:
             self.gap(columns)
         self.json_like, match = False, pattern.match(self.text, self.at)
-        if match:
+        if match and pattern is _PLAIN:
             start, self.at, written = self.at, match.end(), match[1].rstrip(" \t")
-            if pattern is _FLOW_PLAIN and self.text[self.at] in " \t\n":
-                written = self.further_lines(start, columns - 1, _FLOW_LINE)
-                self.refuse_outside(match.end(), columns)
             if self.noting:
                 self.noted(start, written, True)
             value = self.resolve(written, start)
+        elif match:
+            value = self.plain(match, columns - 1, _FLOW_LINE)
+            self.refuse_outside(match.end(), columns)
         elif self.text[self.at] in ",]}" or self.is_colon():
             value = self.nothing()
         else:
@@ -649,13 +644,12 @@ class _Nodes(_Scalars):
             if closing == "}":
                 self.pair(columns, value, notes)
             else:
-                value.append(self.item(columns))
+                value.append(self.pair(columns))
                 notes[len(value)] = self.note
             if text[self.at] == ",":
                 self.gap(columns, 1)
             elif text[self.at] != closing:
-                raise self.error(self.at, f'"," or "{closing}" is missing here, in the '
-                                          f'"{text[start]}" of line {self.line(start)}')
+                raise self.error(self.at, f'"," or "{closing}" is missing here')
         self.at += 1
         self.brackets.pop()
         return self.complete(start, value, notes)
@@ -675,9 +669,10 @@ class _Nodes(_Scalars):
 
     def refuse_outside(self, start, columns):
         """Lines inside brackets are indented; a closing bracket may stand below its key."""
-        if self.indent < columns - (self.text[self.at] in "]}") and "\n" in self.text[start:self.at]:
-            opened = self.brackets[-1]
+        least = columns - (self.text[self.at] in "]}")
+        if self.indent < least and "\n" in self.text[start:self.at]:
             if self.indent < 0:
+                opened = self.brackets[-1]
                 raise self.error(opened, f'this "{self.text[opened]}" is not closed')
             raise self.error(self.at, "a line inside brackets is indented too little")
 
@@ -686,52 +681,47 @@ class _Nodes(_Scalars):
         return self.text[self.at] == ":" and (
             self.json_like or self.text[self.at + 1] in " \t\n,[]{}")
 
-    def item(self, columns):
-        """A value in a list; a single pair is a mapping without braces (7.4.1)."""
-        start, mapping, notes, explicit = self.at, {}, {}, self.is_indicator("?")
-        if not explicit:
-            key = self.atom(columns, _FLOW_PLAIN), self.note
-            self.gap(columns)
-            if not self.is_colon():
-                return key[0]
+    def pair(self, columns, mapping=None, notes=None):
+        """A pair of a mapping in braces; in a list, a value, or a mapping of one pair (7.4)."""
+        start, in_list, explicit = self.at, mapping is None, self.is_indicator("?")
+        if explicit:
+            self.gap(columns, 1)
+        key, key_note, value = self.atom(columns, _FLOW_PLAIN), self.note, None
+        self.gap(columns)
+        is_pair = self.is_colon()
+        if in_list and not explicit:
+            if not is_pair:
+                return key
             self.refuse_long_key(start)
-        self.pair(columns, mapping, notes, start, None if explicit else key)
-        self.depth += 1
-        return self.complete(start, mapping, notes)
-
-    def pair(self, columns, mapping, notes, start=None, key=None):
-        """A pair of a mapping in braces, or the rest of one whose key is read (7.4.2)."""
-        start = start or self.at
-        if not key:
-            if self.is_indicator("?"):
-                self.gap(columns, 1)
-            key = self.atom(columns, _FLOW_PLAIN), self.note
-            self.gap(columns)
-        if self.is_colon():
+        if is_pair:
             self.gap(columns, 1)
             value = self.atom(columns, _FLOW_PLAIN)
             self.gap(columns)
         else:
-            value = self.nothing()
-        self.store(mapping, notes, start, key, value)
+            self.nothing()
+        if not in_list:
+            return self.store(mapping, notes, start, key, key_note, value)
+        mapping, notes = {}, {}
+        self.store(mapping, notes, start, key, key_note, value)
+        self.depth += 1
+        return self.complete(start, mapping, notes)
 
     def refuse_long_key(self, start):
         if self.at - start > _LONGEST_KEY or self.text.find("\n", start, self.at) >= 0:
             raise self.error(start, "a key is on one line, with its colon, and at most "
                                     f"{_LONGEST_KEY} characters long")
 
-    def store(self, mapping, notes, start, key_and_note, value):
+    def store(self, mapping, notes, start, key, key_note, value):
         """Put a pair into its mapping, if its key is a scalar and new there."""
-        key, key_note = key_and_note
         if key is _MERGE_KEY:
             key, value = _MERGE, (start, value)
         if isinstance(key, (dict, list)):
             raise self.error(start, "a list or mapping cannot be a key; put a text in quotes")
         if key in mapping:
-            here, there = [printable(json.dumps("<<" if name is _MERGE else name, ensure_ascii=False))
-                           for name in (key, next(name for name in mapping if name in (key,)))]
-            also = "" if here == there else f", as {there}"
-            raise self.error(start, f"the key {here} is there already{also}")
+            same = next(name for name in mapping if name in (key,))
+            names = [json.dumps("<<" if name is _MERGE else name) for name in (key, same)]
+            raise self.error(start, f"the key {names[0]} is there already" + (
+                "" if names[0] == names[1] else f", as {names[1]}"))
         mapping[key], notes[key] = value, (key_note, self.note)
 
     def complete(self, start, value, notes):
@@ -751,12 +741,10 @@ class _Nodes(_Scalars):
 
     def merge(self, mapping, notes, at, sources):
         """Take over what << names: own keys win, then earlier sources."""
-        note = notes[_MERGE][1]
-        if not isinstance(sources, list):
-            sources, source_notes = [sources], [note]
-        else:
-            source_notes = note.items if note else [None] * len(sources)
-        for source, note in zip(sources, source_notes):
+        note, is_list = notes[_MERGE][1], isinstance(sources, list)
+        pairs = itertools.zip_longest(sources, note.items if note else ()) if is_list else [
+            (sources, note)]
+        for source, note in pairs:
             if not isinstance(source, dict):
                 raise self.error(at, "<< takes mappings; put it in quotes if it is a name")
             for key in source:
@@ -856,7 +844,7 @@ class _Document(_Nodes):
         """
         text, match = self.text, _PLAIN.match(self.text, self.at)
         if match and text[match.end()] != ":":
-            return self.plain(match, n)
+            return self.plain(match, n, _PLAIN_LINE)
         start = self.at = match.start(1) if match else _BLANKS.match(text, self.at).end()
         kind = text[start]
         if match:
@@ -910,20 +898,27 @@ class _Document(_Nodes):
     def block_pair(self, indent, mapping, notes):
         start, text = self.at, self.text
         if text[start] != "?" or not self.is_indicator("?"):
-            key, colon = (self.atom(0, _PLAIN), self.note), _COLON.match(text, self.at)
-            if not colon:
-                raise self.error(start, f'"{self.shown(start)}" stands where "key: value" is needed')
-            self.at = colon.end() - 1
-            self.refuse_long_key(start)
+            key, key_note = self.atom(0, _PLAIN), self.note
+            if not self.is_indicator(":") or self.at - start > _LONGEST_KEY or (
+                    text.find("\n", start, self.at) >= 0):
+                self.find_colon(start)
             self.at += 1
             value = self.inline(indent, True)
         else:
-            key, value = (self.entry(indent, True), self.note), None
+            key, key_note, value = self.entry(indent, True), self.note, None
             if self.indent == indent and not self.tabbed and self.is_indicator(":"):
                 value = self.entry(indent, True)
             else:
                 self.nothing()
-        self.store(mapping, notes, start, key, value)
+        self.store(mapping, notes, start, key, key_note, value)
+
+    def find_colon(self, start):
+        """Go to the colon that stands behind blanks, or is not there."""
+        match = _COLON.match(self.text, self.at)
+        if not match:
+            raise self.error(start, f'"{self.shown(start)}" stands where "key: value" should')
+        self.at = match.end() - 1
+        self.refuse_long_key(start)
 
 
 # ==== 3 cron (pure) ===============================================================================
@@ -987,6 +982,8 @@ def _read_field(text, field, seed):
     """The set of numbers and the list of rules of a field."""
     if text == "*" or text == "?" and field[0].startswith("day"):
         return _span(field[1], field[2]), []
+    if text.isdigit() and text.isascii():
+        return 1 << _within(text, field[1], field[2]), []
     numbers, rules = 0, []
     for item in text.split(","):
         found = _ITEM.fullmatch(item)
@@ -1159,28 +1156,30 @@ class _Times:
         return self.years.setdefault((leap, first), days)
 
 
-# Changes of clocks. They are looked for in chunks of 2**18 seconds, 3 days: no zone has ever
-# changed its clocks twice within that (Freetown 1939: 4 days), so a chunk has one change at most.
+# Changes of clocks. They are looked for in chunks of 3 days: no zone has ever changed its clocks
+# twice within that and 3 hours (Freetown 1939: 4 days), so a chunk has one change at most.
 
-_CHUNK = 18
+_CHUNK = 3 * 86400
 _LARGEST_SHIFT = 3 * 3600                       # a larger change is a correction: cron(8)
 
 
 def _change_near(chunk, zone):
     """(instant, offset before, offset after) of a change in the chunk, or an instant before it."""
-    low = (chunk << _CHUNK) - _LARGEST_SHIFT - 1    # the end of an earlier fold may be in the chunk
-    high = (chunk + 1 << _CHUNK) - 1
-    before, after = _offset(low, zone), _offset(high, zone)
-    while before != after and high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _offset(middle, zone) == before else (low, middle)
-    return low if before == after else high, before, after
+    def offset(second):
+        return datetime.datetime.fromtimestamp(second, zone).utcoffset()
 
-
-def _offset(second, zone):
-    """Seconds that local time is ahead of UTC."""
-    offset = datetime.datetime.fromtimestamp(second, zone).utcoffset()
-    return offset.days * 86400 + offset.seconds
+    low = chunk * _CHUNK - _LARGEST_SHIFT       # the end of an earlier fold may be in the chunk
+    high = (chunk + 1) * _CHUNK
+    before, after = offset(low), offset(high)
+    instant = high if before != after else low
+    while before != after and instant - low > 1:
+        middle = (low + instant) // 2
+        if instant - low > 3600:                # most changes are at a full hour
+            middle = (low + instant) // 7200 * 3600
+        elif instant % 3600 == 0:
+            middle = instant - 1
+        low, instant = (middle, instant) if offset(middle) == before else (low, middle)
+    return instant, before.days * 86400 + before.seconds, after.days * 86400 + after.seconds
 
 
 # Schedules.
@@ -1191,7 +1190,7 @@ _MACROS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 
 _HORIZON = 60 * 366 * 86400
 _FIRST, _LAST = -62135164800, 253401868800      # a few days within the years 1 and 9999 of datetime
 _SAMPLE = 1735689600                            # 2025: what fires at all, fires within 60 years
-_NEAR = 2 * 86400                               # two offsets differ by less
+_NEAR = 27 * 3600                              # two offsets of a zone differ by 26 hours at most
 
 
 class Cron:
@@ -1303,14 +1302,14 @@ class Cron:
         Its slots are the nominal times from `floor` on and before end + offset, less the offset,
         but not before `begin`, to which a gap moves its times.
         """
-        chunk, known = second >> _CHUNK, self._known
+        chunk, known = second // _CHUNK, self._known
         if known[0] != chunk or known[1] is not zone:
             known = self._known = (chunk, zone, *_change_near(chunk, zone))
         _, _, change, before, after = known
-        begin = chunk << _CHUNK
+        begin = chunk * _CHUNK
         if second < change:
             return begin, change, before, begin + before
-        end = begin + (1 << _CHUNK)
+        end = begin + _CHUNK
         begin = max(begin, change)
         floor = begin + after
         if self._times.fixed and abs(after - before) <= _LARGEST_SHIFT:
@@ -1363,17 +1362,17 @@ def _clock(times):
     seconds, minutes, hours = map(_members, (times.seconds, times.minutes, times.hours))
     each_hour, scattered = len(minutes) * len(seconds), len(_runs(hours, str, "")) > 1
     few = each_hour * len(hours) <= 4 or each_hour == 1 and scattered
-    if few and not (len(hours) > 2 and _step(hours, 24)):
+    if few and (len(hours) < 3 or hours != [*range(0, 24, 24 // len(hours))]):
         return "at " + _listed([f"{hour:02}:{minute:02}" + f":{second:02}" * (seconds != [0])
                                 for hour in hours for minute in minutes for second in seconds])
     parts = []
     units = (seconds, 60, "second"), (minutes, 60, "minute"), (hours, 24, "hour")
     for numbers, size, unit in units:
-        step, runs = _step(numbers, size), _runs(numbers, str, " to ")
-        if step == 1:
+        step, runs = size // len(numbers), _runs(numbers, str, " to ")
+        if len(numbers) == size:
             parts.append(f"every {unit}" if not parts else
                          f"of every {unit}" * parts[-1].startswith("at"))
-        elif 1 < step < size:
+        elif len(numbers) > 1 and numbers == [*range(0, size, step)]:
             parts.append(f"of every {_ordinal(step)} {unit}" if parts else f"every {step} {unit}s")
         elif unit == "hour" and len(runs) == 1:
             parts.append("every hour " * (not parts) + f"from {hours[0]:02}:{minutes[0]:02} "
@@ -1381,11 +1380,6 @@ def _clock(times):
         elif parts or numbers != [0]:
             parts.append(f"at {unit}{'s' * (len(numbers) > 1)} {_listed(runs)}")
     return " ".join(filter(None, parts))
-
-
-def _step(numbers, size):
-    step = size // len(numbers)
-    return step if numbers == [*range(0, size, step)] else 0
 
 
 def _days(times):
@@ -2507,7 +2501,7 @@ REASONS = {                             # a state -> its reasons; nothing else i
 ON_TIME = 60            # seconds; a slot seen no later than this is simply started
 MOST_CAUGHT_UP = 1000   # slots of one job
 MOST_QUEUED = 10_000    # runs
-MOST_COUNTED = 100_000  # slots of one row; beyond that the row says "more than"
+MOST_COUNTED = 10_000   # slots of one row; beyond that the row says "more than"
 
 
 # Slots.
@@ -2516,8 +2510,7 @@ def jitter_delay(job_id, slot, jitter):
     """Seconds by which the start of a slot is delayed: the same on each host and at each try."""
     if not jitter:
         return 0
-    digest = hashlib.blake2b(f"{job_id} {slot}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % max(int(jitter), 1)
+    return binascii.crc32(f"{job_id} {slot}".encode()) % max(int(jitter), 1)
 
 
 def next_slot(job, after, zone):
@@ -2544,10 +2537,17 @@ def upcoming_slots(job, after, zone):
         slot = next_slot(job, slot, zone)
 
 
-def next_run(job, now, zone, paused=False):
-    """When a job starts next: its next slot and the jitter of that; None if it will not."""
-    slot = None if paused else next(upcoming_slots(job, now, zone), None)
-    return None if slot is None else slot + jitter_delay(job.id, slot, job.jitter)
+def next_run(job, now, zone, paused=False, position=None):
+    """When a job starts next: its next slot and the jitter of that; None if it will not.
+
+    With the job's `position` a slot counts that has passed and is still delayed by its jitter.
+    """
+    after = now if position is None else max(position, now - job.jitter)
+    for slot in () if paused else upcoming_slots(job, after, zone):
+        start = slot + jitter_delay(job.id, slot, job.jitter)
+        if slot > now or start > now:
+            return start
+    return None
 
 
 class SlotRow(Value):
@@ -2562,47 +2562,100 @@ def decide_slots(job, position, now, zone, paused=False):
     """What becomes of the slots of a job that are due -> ([SlotRow], the new position).
 
     `position` is where an earlier decision ended (UTC seconds): no slot at or before it is
-    considered. Slots are decided in order, so that one delayed by jitter holds up later ones.
+    considered. Slots are decided in order: one delayed by jitter holds up later ones, which are
+    late only from then on.
     """
     if not job.enabled:
         return [], max(position, now)
-    window, rows, late = job.window_instants(zone), [], []
-    position, passed = _pass_over(job, position, now, zone, paused)
-    rows += passed
+    rows, position = _pass_over(job, position, _too_old(job, position, now, zone), zone, paused)
+    window, fates, due = job.window_instants(zone), {}, -math.inf
     slot = next_slot(job, position, zone)
-    while slot is not None and slot + jitter_delay(job.id, slot, job.jitter) <= now:
-        position = slot
-        if paused:
-            _skip(rows, slot, "paused")
-        elif not _inside(slot, window):
-            _skip(rows, slot, "window")
-        elif now - slot - jitter_delay(job.id, slot, job.jitter) <= ON_TIME:
-            rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger="schedule"))
-        else:
-            late.append(slot)
+    while slot is not None:
+        due = max(due, slot + jitter_delay(job.id, slot, job.jitter))
+        if due > now:
+            break
+        position, fates[slot] = slot, _fate(job, slot, now - due, window, paused)
         slot = next_slot(job, slot, zone)
-    on_time = any(row.reason is None for row in rows)
-    return sorted(rows + _catch_up(job, late, on_time), key=lambda row: row.slot), position
+    _catch_up(job, fates)
+    for slot, fate in fates.items():
+        _add_row(rows, slot, fate)
+    return rows, position
 
 
-def _pass_over(job, position, now, zone, paused):
-    """Skip at once what is too old to be caught up, however much it is."""
-    too_old = now - max(job.catch_up_window, ON_TIME) - job.jitter
-    first = next_slot(job, position, zone)
-    if first is None or first >= too_old:
-        return position, []
-    slot, count = first, 0
-    for slot in iter_slots(job, first, too_old, zone):
-        count += 1
+def _fate(job, slot, lateness, window, paused):
+    """The trigger with which a slot that is due starts, or the reason for which it does not."""
+    start, end = window
+    if paused:
+        return "paused"
+    if start is not None and slot < start or end is not None and slot > end:
+        return "window"
+    if lateness <= ON_TIME:
+        return "schedule"
+    return "catch_up" if lateness <= job.catch_up_window else "missed"
+
+
+def _catch_up(job, fates):
+    """Let those slots be missed that `catch_up` gives up.
+
+    Under `latest` a slot that is on time is the latest: none is caught up beside it.
+    """
+    keep = {"all": MOST_CAUGHT_UP, "latest": 0 if "schedule" in fates.values() else 1,
+            "none": 0}[job.catch_up]
+    late = [slot for slot, fate in fates.items() if fate == "catch_up"]
+    for slot in late[:max(len(late) - keep, 0)]:
+        fates[slot] = "missed"
+
+
+def _add_row(rows, slot, fate):
+    """Add a slot to the last row if that is skipped for the same reason, else a row."""
+    if fate in ("schedule", "catch_up"):
+        rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger=fate))
+    elif rows and rows[-1].reason == fate:
+        rows[-1] = SlotRow(slot=rows[-1].slot, last_slot=slot, count=rows[-1].count + 1,
+                           trigger="schedule", reason=fate, message=rows[-1].message)
+    else:
+        rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger="schedule", reason=fate))
+
+
+def _too_old(job, position, now, zone):
+    """The instant before which no slot can be caught up, nor need be looked at by itself."""
+    oldest = now - max(job.catch_up_window, ON_TIME) - job.jitter
+    begin = max(oldest, position)
+    if now - begin <= MOST_COUNTED:
+        return oldest
+    slot = now
+    for _ in range(MOST_COUNTED):
+        slot = last_slot(job, slot, zone)
+        if slot is None or slot <= begin:
+            return oldest
+    return slot
+
+
+def _pass_over(job, position, before, zone, paused):
+    """The rows of the slots > `position` and < `before`, however many, and the new position."""
+    start, end = job.window_instants(zone)
+    spans = ((-math.inf if start is None else start, "window"),
+             (math.inf if end is None else math.floor(end) + 1, "missed"), (math.inf, "window"))
+    rows = []
+    for until, reason in ((math.inf, "paused"),) if paused else spans:
+        until = min(until, before)
+        first = next_slot(job, position, zone) if position < until else None
+        if first is not None and first < until:
+            rows.append(_row_of_many(job, first, until, zone, reason))
+            position = rows[-1].last_slot
+        if until == before:
+            break
+    return rows, position
+
+
+def _row_of_many(job, first, until, zone, reason):
+    """The row of the slots from `first` on and < `until`; they are counted up to a bound."""
+    for count, slot in enumerate(iter_slots(job, first, until, zone), 1):
         if count == MOST_COUNTED:
             break
-    last = last_slot(job, too_old, zone)
-    message = None if last == slot else f"more than {count} slots"
-    window = job.window_instants(zone)
-    outside = not _inside(first, window) and not _inside(last, window)
-    reason = "paused" if paused else "window" if outside else "missed"
-    return last, [SlotRow(slot=first, last_slot=last, count=count, trigger="schedule",
-                          reason=reason, message=message)]
+    last = last_slot(job, until, zone)
+    return SlotRow(slot=first, last_slot=last, count=count, trigger="schedule", reason=reason,
+                   message=None if last == slot else f"more than {count} slots")
 
 
 def iter_slots(job, start, end, zone):
@@ -2619,35 +2672,6 @@ def last_slot(job, before, zone):
     slots = [cron.previous_slot(math.ceil(before), zone) for cron in job.crons()
              if not cron.reboot]
     return max((slot for slot in slots if slot is not None), default=None)
-
-
-def _inside(slot, window):
-    start, end = window
-    return (start is None or start <= slot) and (end is None or slot <= end)
-
-
-def _skip(rows, slot, reason):
-    """Add a slot to the last row if that is of the same reason, else a row."""
-    if rows and rows[-1].reason == reason:
-        rows[-1] = SlotRow(slot=rows[-1].slot, last_slot=slot, count=rows[-1].count + 1,
-                           trigger="schedule", reason=reason, message=rows[-1].message)
-    else:
-        rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger="schedule", reason=reason))
-
-
-def _catch_up(job, late, on_time):
-    """The rows of slots that are late, by the job's `catch_up`.
-
-    Under `latest` a slot that is on time is the latest: none is caught up beside it.
-    """
-    keep = {"all": MOST_CAUGHT_UP, "latest": 0 if on_time else 1, "none": 0}[job.catch_up]
-    rows, first_kept = [], max(len(late) - keep, 0)
-    for number, slot in enumerate(late):
-        if number < first_kept:
-            _skip(rows, slot, "missed")
-        else:
-            rows.append(SlotRow(slot=slot, last_slot=slot, count=1, trigger="catch_up"))
-    return rows
 
 
 # Places.
@@ -2685,6 +2709,8 @@ def admit(queued, running, limits, max_concurrent, paused=()):
         if free < 1:
             break
         job_id, limit = run["job_id"], limits.get(run["job_id"])
+        if run["trigger"] == "catch_up":
+            limit = 1                   # they wait for one another, whatever the job's limit
         if job_id in paused and run["slot"] is not None:
             continue
         if limit and counts.get(job_id, 0) >= limit:
@@ -2750,7 +2776,7 @@ def backoff_delay(backoff, number):
     try:
         return min(backoff.delay * backoff.factor ** (number - 1), longest)
     except OverflowError:
-        return longest
+        return longest if backoff.delay else 0
 
 
 # ==== 6 render (pure) =============================================================================
@@ -3051,23 +3077,26 @@ def open_private(path, flags=os.O_RDWR | os.O_CREAT):
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def try_lock(descriptor):
-    """Take the flock(2) of an open file; False where somebody else has it."""
+def try_lock(descriptor, kind=None):
+    """Take the flock(2) of an open file, an exclusive one; False where somebody else has it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (kind or fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
 
 
 def lock_is_held(path):
-    """Whether some live process holds the flock of a file; one that is not there is free."""
+    """Whether some live process holds the flock of a file; one that is not there is free.
+
+    It is tried as a shared lock, so that two who ask do not take each other for the holder.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        return not try_lock(descriptor)
+        return not try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
@@ -3233,7 +3262,6 @@ class Store:
         self.folder = path + ".d" if one_file else path
         self.database = path if one_file else os.path.join(path, "roexec.db")
         self.say = say or (lambda text: None)
-        self.mutex = threading.Lock()
         self.kept = None                # where `keep_open` was called
 
     @property
@@ -3254,9 +3282,7 @@ class Store:
         """Make what is missing, and bring an older database up to date -> self."""
         make_private_folder(self.folder, self.say)
         if self.database == self.path:
-            parent = os.path.dirname(os.path.abspath(self.path))
-            if not os.access(parent, os.W_OK):
-                raise RoexecError(f"cannot write into {parent}; name another store with --store")
+            self._check_database_file()
         kind = file_system(self.folder)
         if kind in _NETWORK_FILE_SYSTEMS:
             raise RoexecError(f"{self.folder} lies on a network file system ({kind}), where locks "
@@ -3271,6 +3297,23 @@ class Store:
         except OSError as error:
             raise RoexecError(f"cannot write into {self.folder}: {error.strerror}") from None
         return self
+
+    def _check_database_file(self):
+        """See to it that a database outside of the private folder is its owner's alone too."""
+        parent = os.path.dirname(os.path.abspath(self.path))
+        if not os.access(parent, os.W_OK):
+            raise RoexecError(f"cannot write into {parent}; name another store with --store")
+        try:
+            state = os.stat(self.path, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(state.st_mode):
+            raise RoexecError(f"{self.path} is no file; name another store with --store")
+        if state.st_uid != os.geteuid():
+            raise self.refusal()
+        if state.st_mode & 0o077:
+            os.chmod(self.path, 0o600)
+            self.say(f"{self.path} could be read by others; it is private now (mode 0600)")
 
     def write(self):
         """A context: the connection within a transaction that is committed at its end.
@@ -3297,13 +3340,17 @@ class Store:
 
     def checkpoint(self):
         """Move the write-ahead log into the database where it has become large."""
+        import sqlite3
         try:
             size = os.stat(self.database + "-wal").st_size
         except FileNotFoundError:
             return
         if size > _LARGE_LOG:
-            with self.lock():
-                self.kept.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            try:
+                with self.lock():
+                    self.kept.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            except sqlite3.Error as error:          # a full disk: it has only become no smaller
+                raise self.failure(error) from None
 
     def wake(self):
         """Tell the server, if one is there, that something has changed."""
@@ -3328,7 +3375,7 @@ class Store:
 
     def refusal(self):
         """The error for a store that one may not open: whose it is."""
-        path = self.folder
+        path = os.path.abspath(self.folder)
         while True:
             try:
                 owner = owner_name(os.stat(path).st_uid)
@@ -3370,12 +3417,15 @@ class Store:
         db = self.connect("rwc")
         try:
             version = check_version(self, db)
+            if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise RoexecError(f"{self.database} is a database of something else; name another "
+                                  "store with --store")
             if version == 0:
                 db.execute("PRAGMA journal_mode = WAL").close()
             elif version < len(_MIGRATIONS):
                 copy = Store(f"{self.database}.version-{version}.db").connect("rwc")
-                db.backup(copy)
-                copy.close()
+                with contextlib.closing(copy):
+                    db.backup(copy)
             for number, script in enumerate(_MIGRATIONS[version:], version + 1):
                 db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; "
                                  "COMMIT")
@@ -3387,8 +3437,9 @@ class Store:
 
 
 def _quoted(path):
-    """A path for SQLite's URIs."""
-    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    """A path for SQLite's URIs; its name may be any bytes."""
+    return "".join(f"%{byte:02x}" if byte in b"%?#" or byte > 126 else chr(byte)
+                   for byte in os.fsencode(path))
 
 
 def check_version(store, db):
@@ -3401,22 +3452,21 @@ def check_version(store, db):
 
 
 class _StoreLock:
-    """`store.lock`: a lock among threads and a flock(2) among processes, with signals held back.
+    """The flock(2) of `store.lock`, with signals held back.
 
-    SQLite up to 3.51.2 can corrupt a WAL database when two connections write or checkpoint at the
-    same instant (sqlite.org/wal.html, "the WAL-reset bug"); and a holder that Ctrl-Z stops would
-    stop every start of a run.
+    It is of an open file of its own, and so excludes threads of one process as well. SQLite up
+    to 3.51.2 can corrupt a WAL database when two connections write or checkpoint at the same
+    instant (sqlite.org/wal.html, "the WAL-reset bug"). A holder that Ctrl-Z stops would stop every
+    start of a run.
     """
 
     def __init__(self, store):
         self.store = store
 
     def __enter__(self):
-        self.store.mutex.acquire()
         try:
             self.file = open_private(self.store.file("store.lock"))
         except OSError as error:
-            self.store.mutex.release()
             if isinstance(error, PermissionError):
                 raise self.store.refusal() from None
             raise RoexecError(f"cannot open {self.store.file('store.lock')}: "
@@ -3425,7 +3475,6 @@ class _StoreLock:
             self._wait()
         except BaseException:
             os.close(self.file)
-            self.store.mutex.release()
             raise
         os.pwrite(self.file, b"%-10d\n" % os.getpid(), 0)
 
@@ -3446,7 +3495,6 @@ class _StoreLock:
 
     def __exit__(self, *_):
         os.close(self.file)             # which gives the lock back
-        self.store.mutex.release()
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
 
 
@@ -3500,8 +3548,10 @@ class _Transaction:
     def __exit__(self, kind, error, _):
         import sqlite3
         try:
-            if self.mode == "rw":
-                self.db.execute("ROLLBACK" if kind else "COMMIT").close()
+            if self.mode == "rw" and not kind:
+                self.db.execute("COMMIT").close()
+            elif self.db.in_transaction:        # after some errors, SQLite has rolled back itself
+                self.db.execute("ROLLBACK").close()
         except sqlite3.Error as problem:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK").close()
@@ -3513,10 +3563,12 @@ class _Transaction:
 
     def _close(self):
         db = getattr(self, "db", None)
-        if db is not None and db is not self.store.kept:
-            db.close()
-        if self.mode == "rw":
-            self.lock.__exit__()
+        try:
+            if db is not None and db is not self.store.kept:
+                db.close()
+        finally:
+            if self.mode == "rw":
+                self.lock.__exit__()
 
 
 # Facts about the whole store.
@@ -3566,11 +3618,10 @@ def _next_change(db):
 
 _JOBS = """
 SELECT jobs.*, last.id AS last_id, last.state AS last_state, last.started_at AS last_started_at,
-       last.finished_at AS last_finished_at, on_now.state AS active
+       last.finished_at AS last_finished_at,
+       (SELECT MAX(state) FROM runs INDEXED BY runs_active WHERE job_id = jobs.id AND
+        state IN ('queued', 'running') AND parent IS NULL) AS active
 FROM jobs LEFT JOIN runs AS last ON last.id = jobs.last_run
-LEFT JOIN (SELECT job_id, MAX(state) AS state FROM runs
-           WHERE state IN ('queued', 'running') AND parent IS NULL GROUP BY job_id) AS on_now
-       ON on_now.job_id = jobs.id
 """
 
 
@@ -3783,9 +3834,9 @@ def get_attempts(db, run_id):
 
 def active_runs(db, job_id=None):
     """Rows of the queued and running runs that are no steps, of one job or of all, oldest first."""
-    chosen, values = ("AND job_id = ?", (job_id,)) if job_id else ("", ())
-    return db.execute("SELECT * FROM runs WHERE state IN ('queued', 'running') "
-                      f"AND parent IS NULL {chosen} ORDER BY seq", values).fetchall()
+    chosen, values = ("", ()) if job_id is None else ("AND job_id = ?", (job_id,))
+    return db.execute("SELECT * FROM runs INDEXED BY runs_active WHERE state IN ('queued', "
+                      f"'running') AND parent IS NULL {chosen} ORDER BY seq", values).fetchall()
 
 
 def queued_runs(db):
@@ -3824,10 +3875,12 @@ def find_run(db, target):
 
 
 def newest_run(db, job_id):
-    """The row of a job's active run, else of its newest; None without runs."""
+    """The row of a job's active run, else of its newest, of one that was not skipped if there is
+    any; None without runs."""
+    newest = "SELECT * FROM runs WHERE job_id = ? AND parent IS NULL {} ORDER BY seq DESC LIMIT 1"
     return next(iter(active_runs(db, job_id)), None) or db.execute(
-        "SELECT * FROM runs WHERE job_id = ? AND parent IS NULL ORDER BY seq DESC LIMIT 1",
-        (job_id,)).fetchone()
+        newest.format("AND state != 'skipped'"), (job_id,)).fetchone() or db.execute(
+        newest.format(""), (job_id,)).fetchone()
 
 
 def _run_by_prefix(db, target):
@@ -3858,8 +3911,9 @@ def list_runs(db, where=(), limit=50, before=None):
 def run_filter(states=None, job_id=None, since=None, until=None, steps=False):
     """The conditions of `list_runs`; `since` and `until` (UTC seconds) mean `queued_at`."""
     where = [] if steps else [("parent IS NULL",)]
-    if states:
-        where.append((f"state IN ({', '.join('?' * len(states))})", *states))
+    if states:              # `+` keeps off the index of states where it would cost a long sort
+        plus = "+" if job_id is not None or "succeeded" in states and len(states) > 1 else ""
+        where.append((f"{plus}state IN ({', '.join('?' * len(states))})", *states))
     if job_id is not None:
         where.append(("job_id = ?", job_id))
     if since is not None:
@@ -3874,11 +3928,17 @@ def usual_durations(db, job_ids):
     usual = {}
     for job_id in job_ids:
         rows = db.execute("SELECT finished_at - started_at FROM runs WHERE job_id = ? AND "
-                          "state = 'succeeded' AND started_at IS NOT NULL "
+                          "+state = 'succeeded' AND started_at IS NOT NULL "
                           "ORDER BY seq DESC LIMIT 10", (job_id,)).fetchall()
         if rows:
             usual[job_id] = sorted(row[0] for row in rows)[len(rows) // 2]
     return usual
+
+
+def paused_in_queue(db):
+    """The ids of paused jobs that have queued runs."""
+    return {row[0] for row in db.execute("SELECT DISTINCT job_id FROM runs JOIN jobs ON jobs.id = "
+                                         "job_id WHERE state = 'queued' AND paused")}
 
 
 # ==== 8 logs ======================================================================================
@@ -4174,13 +4234,14 @@ class Journal:
     def create(cls, folder, header):
         """A new, locked journal in a folder, whole from the instant at which it has its name."""
         path = os.path.join(folder, header["run"])
-        descriptor = open_private(path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        descriptor = open_private(path + ".new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             data = json.dumps(header).encode() + b"\n"
             os.pwrite(descriptor, data + bytes(_ROOM), 0)
             os.rename(path + ".new", path)
         except BaseException:
+            os.unlink(path + ".new")
             os.close(descriptor)
             raise
         return cls(path, descriptor, data)
@@ -4240,17 +4301,19 @@ class Journal:
         supervisor = Progress(now.events).supervisor
         if supervisor and process_start(supervisor["pid"]) == supervisor["start"]:
             if lock_is_held(self.path):
-                os.kill(supervisor["pid"], signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(supervisor["pid"], signal.SIGTERM)
 
     def close(self):
         """Give the lock back."""
         os.close(self.descriptor)
 
     def remove(self):
-        """Remove the files of the journal."""
-        for path in (self.path, self.path + ".cancel"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        """Remove the files of the journal, unless another one has its name by now."""
+        if is_at(self.descriptor, self.path):
+            for path in (self.path, self.path + ".cancel"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
 
 
 def _read_all(descriptor):
@@ -4317,7 +4380,7 @@ class Progress:
         self.outcome = event
 
     def _finished(self, event):
-        self.finished = event
+        self.finished, self.log = event, event.get("log") or self.log
 
 
 # Processes.
@@ -4452,6 +4515,11 @@ def _job_environment(job, header, base):
     return environment
 
 
+def own_identity():
+    """What tells this process from every other: boot id, pid, start time."""
+    return f"{boot_id()} {os.getpid()} {process_start(os.getpid())}"
+
+
 class CannotStart(RoexecError):
     """A command that could not be started; `exit_code` is what a shell gives: 126 or 127."""
 
@@ -4535,7 +4603,7 @@ def exit_status(run):
     if run["state"] in special:
         return special[run["state"]]
     if run["signal"]:
-        return 128 + signal.Signals[run["signal"]]
+        return 128 + _signal_number(run["signal"])
     if run["exit_code"] is None:
         return 0 if run["state"] == "succeeded" else 125
     return run["exit_code"]
@@ -4584,6 +4652,11 @@ class Signals:
             signal.signal(number, handler)
         os.close(self.descriptor)
         os.close(self._writer)
+
+
+def _milliseconds(seconds):
+    """What poll(2) takes: an int of C, where a negative one would mean for ever."""
+    return min(max(0, math.ceil(min(seconds, LONGEST) * 1000)), (1 << 31) - 1)
 
 
 def quiet_pipe():
@@ -4636,15 +4709,14 @@ class RunningCommand:
         self._read(min(seconds, self.sink.patience()))
         self.sink.tick()
 
-    def _read(self, seconds):
+    def _read(self, seconds, most_waiting=0):
         poller = select.poll()
         poller.register(self.signals.descriptor, select.POLLIN)
         busy = self.console is not None and self.console.register(poller)
-        if not busy:
+        if not busy or len(self.console.backlog) < most_waiting:
             for descriptor in self.streams:
                 poller.register(descriptor, select.POLLIN)
-        milliseconds = None if seconds == math.inf else max(0, math.ceil(seconds * 1000))
-        for descriptor, _ in poller.poll(milliseconds):
+        for descriptor, _ in poller.poll(_milliseconds(seconds)):
             if descriptor == self.signals.descriptor:
                 self.signals.drain()
             elif descriptor in self.streams:
@@ -4695,7 +4767,7 @@ class RunningCommand:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            self._read(left)
+            self._read(left, 64)        # also what the console's reader does not take yet
         self.refused = bool(self.streams)
         self.close()
 
@@ -4720,8 +4792,8 @@ class RunningCommand:
 
     def _pause(self, seconds):
         """Read for some seconds, or until the command ends."""
-        deadline = time.monotonic() + seconds
-        while not (self._has_ended() and self.streams) and time.monotonic() < deadline:
+        deadline, before = time.monotonic() + seconds, self.ended
+        while self._has_ended() == before and time.monotonic() < deadline:
             self._read(deadline - time.monotonic())
 
     def _left(self):
@@ -4770,6 +4842,10 @@ def _signal_name(number):
         return f"SIG{number}"           # a real-time signal
 
 
+def _signal_number(name):
+    return int(name[3:]) if name[3:].isdigit() else signal.Signals[name]
+
+
 class Console:
     """The caller's terminal or pipes of a run in the foreground.
 
@@ -4802,6 +4878,8 @@ class Console:
         _, data = self.backlog.popleft()
         try:
             written = os.write(descriptor, data[:select.PIPE_BUF])
+        except BlockingIOError:         # somebody else made it so, and has filled it
+            written = 0
         except OSError:                 # EPIPE, EIO: its reader has gone
             self._gone.add(descriptor)
             self.backlog = collections.deque(
@@ -4817,6 +4895,9 @@ class Console:
     def flush(self):
         """Write what is left, waiting for the reader."""
         while self.backlog:
+            poller = select.poll()
+            self.register(poller)
+            poller.poll()
             self.write_on(self.backlog[0][0])
 
     def give_terminal(self, group=None):
@@ -4829,14 +4910,26 @@ class Console:
 
     def follow_stops(self, pid):
         """Stop with a command that Ctrl-Z stopped, and let it go on when we do."""
-        if not self.terminal or not os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG):
+        stopped = None
+        with contextlib.suppress(ChildProcessError):        # it has ended this instant
+            stopped = self.terminal and os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+        if not stopped:
             return
-        self.give_terminal()
-        os.killpg(self._group, signal.SIGSTOP)
-        # Here again: a shell has sent SIGCONT, by `fg` with the terminal, by `bg` without.
-        if os.tcgetpgrp(0) == self._group:
-            self.give_terminal(pid)
-        os.killpg(pid, signal.SIGCONT)
+        # One that wanted the terminal before it had it was stopped, and only has to go on.
+        if stopped.si_status not in (signal.SIGTTIN, signal.SIGTTOU) or self._owner() != pid:
+            self.give_terminal()
+            os.killpg(self._group, signal.SIGSTOP)
+            # Here again: a shell has sent SIGCONT, by `fg` with the terminal, by `bg` without.
+            if self._owner() == self._group:
+                self.give_terminal(pid)
+        _signal_group(pid, signal.SIGCONT)
+
+    def _owner(self):
+        """The process group that has the terminal; None where that is lost."""
+        try:
+            return os.tcgetpgrp(0)
+        except OSError:
+            return None
 
 
 # A run.
@@ -4859,8 +4952,9 @@ class _Execution:
         self.progress.apply(self.journal.note(event, **values))
 
     def info(self, text, level="INFO"):
-        """Write a line of roexec's own into the log."""
-        self.log.write(text, time.time(), level)
+        """Write a line of roexec's own into the log, if there is one."""
+        if self.log is not None:
+            self.log.write(text, time.time(), level)
 
     # What `RunningCommand` asks of its sink.
 
@@ -4896,7 +4990,7 @@ class _Execution:
             return ended
         self.note("started", pid=running.pid, start=process_start(running.pid))
         deadlines = self._deadlines(timeout, attempt)
-        cancelled = self.is_cancelled if what != "post_run" else _never
+        cancelled = _never if what.startswith("post_run") else self.is_cancelled
         ended = running.wait(deadlines, self._grace, cancelled,
                              self.job.leftovers if attempt else "leave")
         if self.console is not None and attempt:
@@ -5008,56 +5102,74 @@ class Supervision(_Execution):
 
         Where the header says `only`, the hooks of that name are all there is to do.
         """
+        try:
+            self._perform()
+        except Exception as error:      # of this host, or ours: it must not be tried for ever
+            self._end_remnants()
+            if self.progress.outcome is None:
+                self.note("outcome", state="lost", reason="supervisor",
+                          message=f"its supervisor failed: {error}")
+            self.note("finished")
+            raise
+
+    def _perform(self):
+        earlier, number = self.progress.supervisor, len(self.progress.attempts)
         self.note("supervisor", pid=os.getpid(), start=self.signals.start,
                   log=self._open_log())
         self.environment = _job_environment(self.job, self.header, self.base)
         self.environment["ROEXEC_LOG"] = os.path.join(self.folder, self.log.path or "")
+        self.environment["ROEXEC_ATTEMPT"] = str(number)
         if self.header.get("only"):
-            self._hooks(self.header["only"])
+            if earlier is None:
+                self._tell_hooks("skipped", "missed", None)
+                self._hooks(self.header["only"])
         elif self.progress.outcome is None:
-            self.note("outcome", **self._outcome())
+            self.note("outcome", **self._outcome(number))
             self._end_hooks(self.progress.outcome)
+        else:
+            self._end_remnants()        # of a hook: those that were not begun are lost
         self.log.close(time.time())
-        self.note("finished")
+        self.note("finished", log=self.log.path)
 
     def _open_log(self):
         earlier = self.progress.log
-        self.log = LogWriter(self.folder, self.header["job"], time.time(), self.header["run"],
+        started = max(time.time(), self.header.get("not_before") or 0)
+        self.log = LogWriter(self.folder, self.header["job"], started, self.header["run"],
                              path=earlier)
-        self.info("Going on after the loss of a supervisor" if earlier else "Starting run")
+        self.log.write("Going on after the loss of a supervisor" if earlier else "Starting run",
+                       started)
         return self.log.path
 
     # The order of things (SEMANTICS, "The life of a run").
 
-    def _outcome(self):
-        """The values of the event `outcome`."""
+    def _outcome(self, number):
+        """The values of the event `outcome`, where `number` attempts were begun before."""
+        lost = self.progress.open is not None and self.progress.open["what"] != "on_retry" \
+            or self.header["boot"] != boot_id() \
+            or number == 0 and (bool(self.progress.done) or self._belongs_to_another())
+        self._end_remnants()
         if self.journal.cancelled() is not None or self.is_cancelled():
-            self._end_remnants()
             return self._cancelled()
-        number = len(self.progress.attempts)
-        if self.progress.open and self.progress.open["what"] == "attempt":
-            self._end_remnants()
-            ended = Ended(lost=True)
-        elif self.progress.open or number == 0:
-            self._end_remnants()
-            refused = self._before_attempts()
-            if refused:
-                return refused
-            return self._attempt_until_done(0)
-        else:
-            ended = Ended(**{name: self.progress.attempts[-1].get(name)
-                             for name in Ended.__slots__})
+        if number == 0:
+            return self._decided(Ended(lost=True)) if lost else \
+                self._before_attempts() or self._attempt_until_done(0)
+        ended = Ended(lost=True) if lost else Ended(
+            **{name: self.progress.attempts[-1].get(name) for name in Ended.__slots__})
         delay = self._delay_before_next(ended, number)
         if delay is None:
             return self._decided(ended)
         return self._attempt_until_done(number, delay)
+
+    def _belongs_to_another(self):
+        """Whether only a process that has ended could start the run, with its environment."""
+        return self.header.get("owner") not in (None, own_identity())
 
     def _end_remnants(self):
         """Kill what a lost supervisor has left of this run."""
         left = self.progress.open
         if left is None:
             return
-        if self.header["boot"] == boot_id():
+        if self.header["boot"] == boot_id():    # else its numbers are those of other processes
             killed = kill_remnants(self.journal.run_id, left["pid"], left["start"], self.job.grace)
             if killed:
                 self.info(f"Killed {killed} processes that were left")
@@ -5103,6 +5215,8 @@ class Supervision(_Execution):
 
     def _attempt(self, number):
         self.environment["ROEXEC_ATTEMPT"] = str(number)
+        for name in ("ROEXEC_STATUS", "ROEXEC_REASON", "ROEXEC_EXIT_CODE"):
+            self.environment.pop(name, None)            # what on_retry was told
         self.info(f"Attempt {number}")
         self.info(f"Running {command_text(self.job.command)}")
         return self._run("attempt", self.job.command, self.job.timeout)
@@ -5117,9 +5231,11 @@ class Supervision(_Execution):
             return None
         if self.progress.retry is not None:         # decided by an earlier supervisor
             return max(0, self.progress.retry["until"] - time.time())
-        state, _ = outcome(self.job, ended)
-        self.info(f"Attempt {number} {state}, {_ending(ended)}", "ERROR")
-        self._hooks("on_retry")
+        if self.progress.done[-1] == "attempt":     # else an earlier supervisor has begun them
+            state, reason = outcome(self.job, ended)
+            self.info(f"Attempt {number} {state}, {_ending(ended)}", "ERROR")
+            self._tell_hooks(state, reason, ended.exit_code)
+            self._hooks("on_retry")
         self.note("retry", until=time.time() + delay)
         self.info(f"Retrying ({number}/{max(self.job.retries, 1)}) after backoff "
                   f"{format_duration(delay)}")
@@ -5131,7 +5247,7 @@ class Supervision(_Execution):
         poller = select.poll()
         poller.register(self.signals.descriptor, select.POLLIN)
         while not self.is_cancelled() and time.monotonic() < deadline:
-            poller.poll(math.ceil((deadline - time.monotonic()) * 1000))
+            poller.poll(_milliseconds(deadline - time.monotonic()))
             self.signals.drain()
         return not self.is_cancelled()
 
@@ -5155,7 +5271,7 @@ class Supervision(_Execution):
     def _cancelled(self):
         reason, _ = self.journal.cancelled() or (
             "user" if self.console is not None else "shutdown", None)
-        self.info(f"Run {self.journal.run_id} cancelled, reason={reason}", "ERROR")
+        self.info(f"Run {self.journal.run_id} cancelled, reason={reason}")
         return {"state": "cancelled", "reason": reason}
 
     # Hooks.
@@ -5165,7 +5281,8 @@ class Supervision(_Execution):
         succeeded = True
         for hook in self.job.hooks.get(name, ()):
             data = self._printed() if name != "pre_run" else None
-            if hook.condition and self._run(name + " condition", hook.condition, 60).exit_code:
+            if hook.condition and \
+                    self._run(name + " condition", hook.condition, 60).exit_code != 0:
                 continue
             self.info(f"Hook {name}: running {command_text(hook.command)}")
             result = self._run(name, hook.command, hook.timeout, data)
@@ -5174,11 +5291,13 @@ class Supervision(_Execution):
                 self.info(f"Hook {name} failed, {_ending(result)}", "ERROR")
         return succeeded
 
+    def _tell_hooks(self, state, reason, exit_code):
+        self.environment.update(ROEXEC_STATUS=state, ROEXEC_REASON=reason or "",
+                                ROEXEC_EXIT_CODE="" if exit_code is None else str(exit_code))
+
     def _end_hooks(self, decided):
         """The hooks at the end. (A supervisor that is lost after the decision loses them.)"""
-        self.environment.update(
-            ROEXEC_STATUS=decided["state"], ROEXEC_REASON=decided["reason"] or "",
-            ROEXEC_EXIT_CODE="" if decided.get("exit_code") is None else str(decided["exit_code"]))
+        self._tell_hooks(decided["state"], decided["reason"], decided.get("exit_code"))
         if decided["state"] == "skipped":
             return
         if decided["state"] == "succeeded":
@@ -5332,7 +5451,7 @@ def exec_here(words):
         console.give_terminal()
         console.flush()
         signals.close()
-    return ended.exit_code if ended.signal is None else 128 + signal.Signals[ended.signal]
+    return ended.exit_code if ended.signal is None else 128 + _signal_number(ended.signal)
 
 
 # ==== 10 scheduler ================================================================================
@@ -5393,14 +5512,9 @@ def _replace(db, run):
         ask_to_cancel(db, run["id"], "replaced")
 
 
-def own_identity():
-    """What tells this process from every other: boot id, pid, start time."""
-    return f"{boot_id()} {os.getpid()} {process_start(os.getpid())}"
-
-
 def _is_alive(identity):
     boot, pid, start = identity.split()
-    return boot == boot_id() and process_start(int(pid)) == int(start)
+    return boot == boot_id() and str(process_start(int(pid))) == start
 
 
 def claim(db, folder, jobs, max_concurrent, wanted):
@@ -5417,7 +5531,7 @@ def claim(db, folder, jobs, max_concurrent, wanted):
               else known[row["id"]].max_concurrent for row in queued}
     journals, now = [], time.time()
     try:
-        for row in admit(queued, count_running(db), limits, max_concurrent):
+        for row in admit(queued, count_running(db), limits, max_concurrent, paused_in_queue(db)):
             if wanted(row) and known[row["id"]] is not None:
                 journals.append(_make_journal(db, folder, row, known[row["id"]], now,
                                               boot=boot))
@@ -5432,7 +5546,7 @@ def _make_journal(db, folder, row, job, now, **more):
     return Journal.create(folder, {
         "run": row["id"], "job": row["job_id"], "spec": job.spec, "trigger": row["trigger"],
         "slot": row["slot"], "env": json.loads(row["env"] or "{}"), "store": store_id(db),
-        "claimed_at": now, "not_before": None if row["slot"] is None else
+        "owner": row["owner"], "claimed_at": now, "not_before": None if row["slot"] is None else
         row["slot"] + jitter_delay(job.id, row["slot"], job.jitter), **more})
 
 
@@ -5495,9 +5609,12 @@ def lose_without_journal(db, store):
     """End the running rows that have no journal: a power cut took it, or somebody removed it."""
     for row in active_runs(db):
         if row["state"] == "running" and not os.path.exists(store.file(f"active/{row['id']}")):
-            reason = "supervisor" if row["boot"] == boot_id() else "power"
-            finish_run(db, row["id"], "lost", [], reason=reason, finished_at=time.time(),
-                       message="its journal is gone")
+            _lose(db, row, "its journal is gone")
+
+
+def _lose(db, row, message):
+    reason = "supervisor" if row["boot"] == boot_id() else "power"
+    finish_run(db, row["id"], "lost", [], reason=reason, finished_at=time.time(), message=message)
 
 
 def withdraw_orphans(db):
@@ -5515,9 +5632,9 @@ def found_journals(store, known=()):
         path = store.file(f"active/{name}")
         if "." in name:                 # .new, .cancel: of a crash, unless the journal is there
             base = name.partition(".")[0]
-            old = time.time() - os.stat(path).st_mtime > 60
-            if old and not os.path.exists(store.file(f"active/{base}")):
-                with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                old = time.time() - os.stat(path).st_mtime > 60
+                if old and not os.path.exists(store.file(f"active/{base}")):
                     os.unlink(path)
             continue
         journal = None if name in known else Journal.find(path)
@@ -5538,7 +5655,12 @@ def sort_journals(db, journals, say):
         elif not running or Progress(journal.events).finished:
             journal.taken = take_in(db, journal)
             done.append(journal)
+        elif not journal.header:        # as a power cut leaves it
+            _lose(db, row, "its journal cannot be read")
+            done.append(journal)
         else:
+            if row["cancel"] and journal.cancelled() is None:
+                journal.cancel(row["cancel"])       # whoever asked for it could not tell
             unfinished.append(journal)
     return done, unfinished
 
@@ -5569,8 +5691,10 @@ def settle(store, wait=False):
             lose_without_journal(db, store)
             withdraw_orphans(db)
         discard(done)
-        for journal in unfinished:
-            children.append(_fork(lambda: _finish_alone(store, journal, lock)))
+        while unfinished:
+            journal = unfinished.pop()
+            others = [lock, *(other.descriptor for other in unfinished)]
+            children.append(_fork(lambda: _finish_alone(store, journal, others)))
             journal.close()
     finally:
         os.close(lock)
@@ -5580,8 +5704,9 @@ def settle(store, wait=False):
         settle(store)
 
 
-def _finish_alone(store, journal, lock):
-    os.close(lock)
+def _finish_alone(store, journal, others):
+    for descriptor in others:           # locks that are not ours
+        os.close(descriptor)
     _detach()
     become_subreaper()
     Supervision(journal, store.folder, Signals()).perform()
@@ -5760,7 +5885,10 @@ def _launch(ours, channel):
         folder, descriptor = receive_descriptor(channel)
         if folder is None:
             return
-        _fork(lambda: _become_supervisor(channel, folder, descriptor))
+        try:
+            _fork(lambda: _become_supervisor(channel, folder, descriptor))
+        except OSError:                 # too many processes; the server asks again at once
+            time.sleep(0.1)
         os.close(descriptor)
 
 
@@ -5866,8 +5994,9 @@ class _Supervisors:
             self.idle.append(supervisor)
         elif word == "":
             self._forget(supervisor)
-        if "Traceback" in text:
+        if "Traceback" in text:         # its journal is found at the next look
             self.say(f"A supervisor has failed, run {text}", "ERROR")
+            return []
         journal = run and Journal.find(self.store.file(f"active/{run}"))
         return [journal] if journal else []
 
@@ -5919,7 +6048,7 @@ class _Timetable:
         while self.heap and self.heap[0][0] <= now and len(due) < _BATCH:
             instant, job_id = heapq.heappop(self.heap)
             entry = self.entries.get(job_id)
-            if entry is not None and entry.due == instant:
+            if entry is not None and entry.due == instant and job_id not in due:
                 due.append(job_id)
         return due
 
@@ -5989,8 +6118,9 @@ class _Timetable:
             return
         set_meta(db, "boot", boot)
         for entry in self.entries.values():
+            start, end = entry.job.window_instants(self.zone)
             if any(cron.reboot for cron in entry.job.crons()) and entry.job.enabled \
-                    and not entry.paused:
+                    and not entry.paused and (start or 0) <= time.time() <= (end or math.inf):
                 self._add(db, entry, "schedule", time.time())
 
     def decide(self, db, job_id, now, replaced, started):
@@ -5999,7 +6129,7 @@ class _Timetable:
         Ids of runs to be replaced and journals of hooks to be run are added to the lists.
         """
         entry = self.entries.get(job_id)
-        if entry is None:
+        if entry is None or entry.due is None or entry.due > now:   # it is another one since
             return None
         job = entry.job
         if now < entry.instant and active_runs(db, job_id):     # it may have ended until then
@@ -6079,7 +6209,7 @@ class Scheduler:
                 ended = self._sleep(0 if more else self._seconds())
                 try:
                     more = self._turn(ended, time.time())
-                except RoexecError as error:        # a full disk, say: tried again
+                except (RoexecError, OSError) as error:     # a full disk, say: tried again
                     self.say(str(error), "ERROR")
                     more = False
                     time.sleep(1)
@@ -6184,6 +6314,7 @@ class Scheduler:
         """The launcher has died: become a new server, as every restart does."""
         self.say("The launcher has ended; starting again", "ERROR")
         self.store.close()
+        _reap_all()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv")
                  else [sys.executable, *sys.argv])
 
@@ -6216,14 +6347,15 @@ class Scheduler:
 
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
-        before, self.offset = self.offset, now - time.monotonic()
-        if self.offset < before - 1:
-            self.say(f"The clock was set back by {format_duration(before - self.offset)}")
-            if self.offset < before - _CORRECTION:
+        before, offset = self.offset, now - time.monotonic()
+        if offset < before - 1:
+            self.say(f"The clock was set back by {format_duration(before - offset)}")
+            if offset < before - _CORRECTION:
                 with self.store.write() as db:
                     self.timetable.correct(db, now)
             for job_id in self.timetable.entries:
                 self.timetable.plan(job_id)
+        self.offset = offset
 
     def _take_in(self, journals, due, now, looking):
         """One transaction: take ends in, decide slots, give places. Then the runs are started."""
@@ -6284,7 +6416,8 @@ class Scheduler:
             how = f"signal={row['signal']}"
         elif row.get("exit_code") is not None:
             how = f"exit={row['exit_code']}"
-        self.say(f"Run {row['id']} {row['state']}, {how}, job={row['job_id']}", "ERROR")
+        self.say(f"Run {row['id']} {row['state']}, {how}, job={row['job_id']}",
+                 "INFO" if row["state"] in ("cancelled", "skipped") else "ERROR")
 
 
 _LAST_GRACE = 5         # seconds between SIGTERM and SIGKILL where the host ends with us
@@ -6956,6 +7089,11 @@ class _Connection:
         self.buffer = bytearray()       # what was received and belongs to no request yet
         self.owned = None               # found out once
 
+    def finish(self):
+        for file in (self.wfile, self.rfile):
+            with contextlib.suppress(OSError):      # what is left to be sent, nobody reads
+                file.close()
+
     def is_owned(self):
         """Whether the server's owner is at the other end."""
         if self.owned is None:
@@ -7028,8 +7166,6 @@ class _Connection:
         try:
             self.connection.settimeout(_IDLE_TIME)
             chunked = response.stream is not None and request.version == 1
-            self.close_connection = self.close_connection or (
-                response.stream is not None and not chunked)
             self.send_head(response, chunked)
             if request is None or request.method != "HEAD":
                 self.send_content(request, response, chunked)
@@ -7399,7 +7535,8 @@ class Session:
             if path is None:            # a second server has a store of its own
                 path = usual_store() if self.command.name == "server" else _store_in_use()
             self._store = Store(path, _say)
-            self.detail(f"the store is {path}")
+            if self.options.verbose:
+                _say(f"the store is {path}")
             _become_owner(self._store)
         return self._store
 
@@ -7417,11 +7554,6 @@ class Session:
         color = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         width = os.get_terminal_size(sys.stdout.fileno()).columns
         return Style(host_zone(), color, time.time(), width or None)
-
-    def detail(self, text):
-        """Say something that only --verbose asks for."""
-        if self.options.verbose:
-            _say(text)
 
     def change(self):
         """A transaction, which under --dry-run can only read."""
@@ -7597,7 +7729,7 @@ class JobFiles:
             self._apply()
 
     def _apply(self):
-        files, changes = _JobFiles(self.paths, self.defaults), []
+        files = _JobFiles(self.paths, self.defaults)
         told = [(text, "ERROR") for text in files.problems]
         try:
             files.check_ids()
@@ -7605,6 +7737,7 @@ class JobFiles:
                 changes = plan_apply(db, files.sources(list_jobs(db)), prune=True)
                 perform_apply(db, changes, time.time())
         except RoexecError as error:
+            changes = []
             told += [(text, "ERROR") for text in str(error).splitlines()]
         told += [(text, "WARNING") for text in files.warnings]
         for line in told:
@@ -7619,18 +7752,16 @@ class JobFiles:
 
 def _look_of(path):
     """What changes where a job file at a path does."""
+    look = []
     try:
-        return [(file, _stamp(file)) for file in files_at(path)]
-    except RoexecError as error:
-        return str(error)
-
-
-def _stamp(path):
-    try:
-        state = os.stat(path)
-    except OSError as error:
-        return error.errno
-    return state.st_mtime_ns, state.st_size, state.st_ino
+        for file in files_at(path):
+            look.append(file)
+            if os.path.exists(file):
+                state = os.stat(file)
+                look += state.st_mtime_ns, state.st_size, state.st_ino
+    except (OSError, RoexecError) as error:
+        look.append(str(error))
+    return look
 
 
 # Commands about jobs.
@@ -7930,8 +8061,6 @@ def _cmd_logs(session):
     if options.stream not in (None, "out", "err"):
         raise Usage(f'there is no stream "{printable(options.stream)}"; write out or err')
     watch = _Watch(session.settled, target)
-    run_id = watch.run["id"]
-    session.detail(f"run {run_id} is {watch.run['state']}")
     while True:
         over, log = watch.ended(), watch.log()
         if over or log is not None or not options.follow:
@@ -7939,7 +8068,7 @@ def _cmd_logs(session):
         time.sleep(0.1)
     if log is None:
         reason, yet = watch.run["reason"], "" if over else " yet"
-        raise RoexecError(f"run {run_id} has no log{yet}: it is {watch.run['state']}"
+        raise RoexecError(f"run {watch.run['id']} has no log{yet}: it is {watch.run['state']}"
                           + (f" ({reason})" if reason else ""))
     try:
         _print_log(session.store.file(log), options, watch.ended)
@@ -8157,6 +8286,7 @@ def _reload(session, files):
         return
     files.paths, files.defaults = _owned_paths(session), session.config.defaults
     files.due = True
+    _server_log("Configuration read again")
 
 
 # The table of commands. An option is (flags, name of its value, None for a switch, help, default).
@@ -8348,10 +8478,10 @@ def _parser(command):
             raise Usage(f"{printable(message)}{''.join(near[:1])} (see roexec {command.name} "
                         "--help)")
 
-    parser = Parser(prog=f"roexec {command.name}", usage=f"roexec {command.name} {command.usage}",
-                    description=command.help, epilog=f"example: roexec {command.example}",
-                    formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False,
-                    allow_abbrev=False)
+    name = f"roexec {command.name}"
+    parser = Parser(prog=name, usage=f"{name} {command.usage}".rstrip(), description=command.help,
+                    epilog=f"example: roexec {command.example}", add_help=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for flags, metavar, text, default in command.options:
         how = {"action": "store_true"} if metavar is None else {
             "metavar": metavar.rstrip("."), "default": default,
@@ -8402,6 +8532,8 @@ def _open_standard_streams():
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    if hasattr(sys.stdout, "reconfigure"):      # job files and logs are UTF-8 in every locale
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _drop_output():

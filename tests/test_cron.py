@@ -38,6 +38,9 @@ def take(count, cron, instant):
     return slots
 
 
+MONTH_NAMES = "jan feb mar apr may jun jul aug sep oct nov dec"
+
+
 # The oracle: what SEMANTICS say, asked of each minute and each day anew.
 
 class Oracle:
@@ -60,8 +63,9 @@ class Oracle:
         by_date = any(date.day in days_of_item(item, date) for item in dates.split(","))
         by_weekday = any(date.day in days_of_weekday(item, date) for item in weekdays.split(","))
         both = any(field.startswith("*") or field == "?" for field in (dates, weekdays))
-        return (date.month in numbers(months, 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec")
-                and (by_date and by_weekday if both else by_date or by_weekday))
+        if date.month not in numbers(months, 1, 12, MONTH_NAMES):
+            return False
+        return by_date and by_weekday if both else by_date or by_weekday
 
     def slots(self, start, end, zone):
         """The slots with start <= slot < end, in UTC seconds that are whole minutes."""
@@ -84,6 +88,7 @@ class Oracle:
             readings[second - 60 * n] == reading for n in range(1, 181))
 
 
+@functools.lru_cache(None)
 def numbers(text, low, high, names=""):
     """The numbers that a field without rules stands for."""
     names = {name: number for number, name in enumerate(names.split(), low)}
@@ -227,17 +232,15 @@ WEEKDAYS = ["*", "*", "?", "mon", "0", "7", "1-5", "fri-sun", "*/2", "5/2", "5L"
             "3#5,4", "0,3L"]
 
 
-@pytest.mark.parametrize("year", [1999, 2000, 2001, 2096, 2100])
+@pytest.mark.parametrize("year", [1999, 2000, 2096, 2100])
 def test_days_are_those_of_the_oracle(year):
     chosen = random.Random(year)
     start = datetime.date(year, 1, 1)
     for _ in range(40):
         expression = f"0 12 {' '.join(map(chosen.choice, (DATES, MONTHS, WEEKDAYS)))}"
-        try:
-            cron, oracle = Cron(expression), Oracle(expression)
-        except CronError as error:
-            assert "never" in str(error) and expression == "0 12 30 2 " + expression[-1]
-            continue
+        if expression[:9] in ("0 12 30 2", "0 12 31 2") and expression[-1] in "*?":
+            continue                    # never: refused
+        cron, oracle = Cron(expression), Oracle(expression)
         days = [start + n * DAY for n in range(366)]
         noon = datetime.time(12, tzinfo=UTC)
         assert list(cron.between(datetime.datetime.combine(days[0], noon),
@@ -263,7 +266,7 @@ def test_a_fraction_of_a_second_is_kept_in_mind_and_not_in_the_answer():
     late = noon.replace(microsecond=999999)
     assert cron.matches(noon) and not cron.matches(late)
     assert cron.previous(late) == noon and cron.previous(noon) == noon - MINUTE
-    assert cron.next(late) == noon + MINUTE and cron.next(noon - datetime.timedelta(0, 0, 1)) == noon
+    assert cron.next(late) == noon + MINUTE and cron.next(late - SECOND) == noon
     assert list(cron.between(late, noon + MINUTE)) == []
     assert list(cron.between(noon, late)) == [noon]
 
@@ -384,12 +387,15 @@ def changes(zone, first, last):
         return datetime.datetime.fromtimestamp(second, zone).utcoffset()
 
     start, end = (calendar.timegm((year, 1, 1, 0, 0, 0)) for year in (first, last + 1))
-    known = offset(start)
+    known, last = offset(start), 0
     for second in range(start, end, 86400):
         if offset(second + 86400) != known:
             known = offset(second + 86400)
-            yield next(minute for minute in range(second, second + 86401, 60)
-                       if offset(minute) == known)
+            change = next(minute for minute in range(second, second + 86401, 60)
+                          if offset(minute) == known)
+            assert change - last > 3 * 86400 + 3 * 3600     # Cron takes it for granted
+            yield change
+            last = change
 
 
 def check_around(change, zone, expressions):
@@ -422,20 +428,12 @@ def test_around_changes_of_all_zones_the_slots_are_those_of_the_oracle(part):
 
 
 @needs_zones
-def test_no_zone_changes_its_clocks_twice_within_three_days():
-    # Cron looks for one change in each 2**18 seconds and the three hours before them.
-    for name in ZONES if LONG else AWKWARD:
-        instants = list(changes(get_zone(name), 1970, 2100))
-        assert all(later - earlier > 2 ** 18 + 3 * 3600
-                   for earlier, later in zip(instants, instants[1:])), name
-
-
-@needs_zones
 def test_next_previous_between_and_matches_agree():
     chosen = random.Random(3)
-    minutes, hours = ["*", "*/7", "0", "30", "5-50/15", "0,59"], ["*", "*/2", "2", "0-4", "23,0", "1"]
+    choices = (["*", "*/7", "0", "30", "5-50/15", "0,59"], ["*", "*/2", "2", "0-4", "23,0", "1"],
+               ["*", "*", "1-7", "L", "15W"], MONTHS, WEEKDAYS)
     for _ in range(800):
-        fields = map(chosen.choice, (minutes, hours, ["*", "*", "1-7", "L", "15W"], MONTHS, WEEKDAYS))
+        fields = map(chosen.choice, choices)
         cron, zone = Cron(" ".join(fields)), get_zone(chosen.choice(AWKWARD + ZONES))
         instant = datetime.datetime.fromtimestamp(chosen.randrange(631152000, 2240524800), zone)
         slot = cron.next(instant)
@@ -512,7 +510,7 @@ class Hashless(datetime.tzinfo):
         return datetime.timedelta(hours=5, minutes=45)
 
     def dst(self, instant):
-        return None
+        return datetime.timedelta(0)
 
     def tzname(self, instant):
         return "+05:45"
@@ -526,8 +524,9 @@ def test_any_tzinfo_will_do():
 
 def test_a_naive_datetime_is_refused():
     naive, cron = datetime.datetime(2025, 1, 1), Cron("* * * * *")
-    for ask in (cron.next, cron.previous, cron.matches, lambda naive: list(
-            cron.between(naive, naive)), lambda naive: list(cron.between(local("2025-01-01"), naive))):
+    for ask in (cron.next, cron.previous, cron.matches,
+                lambda naive: list(cron.between(naive, naive)),
+                lambda naive: list(cron.between(local("2025-01-01"), naive))):
         with pytest.raises(CronError, match="^2025-01-01T00:00:00 has no time zone"):
             ask(naive)
 
@@ -571,8 +570,23 @@ def test_h_spreads_jobs_evenly_and_a_month_has_each_of_its_days():
         assert len(values) in (60, 24, 28)
 
 
-def test_h_is_a_fixed_time_and_restricts_days():
-    assert [slot.day for slot in take(3, Cron("0 0 H * 1", "a"), local("2025-06-01"))] != [2, 9, 16]
+@needs_zones
+def test_h_is_a_fixed_time():
+    second, third = hashed("a", "minute", 0, 59), local("2025-03-30 03:00", "Europe/Berlin")
+    cron = Cron("H 2 * * *", "a")
+    assert cron.matches(third)
+    assert cron.moved(int(third.timestamp()), third.tzinfo) == f"02:{second:02}"
+
+
+def test_h_restricts_days():
+    mondays, hashed_day = {2, 9, 16, 23, 30}, hashed("a", "day of month", 1, 28)
+    june = Cron("0 0 H * 1", "a").between(local("2025-06-01"), local("2025-07-01"))
+    assert {slot.day for slot in june} == mondays | {hashed_day}
+
+
+def test_h_without_a_seed_is_refused():
+    with pytest.raises(CronError, match="^hour: H is chosen by the id of a job"):
+        Cron("0 H * * *")
 
 
 def test_reboot_has_no_slots():
@@ -595,13 +609,180 @@ def test_every_is_the_same_in_all_zones_and_goes_both_ways():
 # What is refused.
 
 ERRORS = [
+    ("", '0 fields in ""; write five: minute, hour, day of month, month, day of week; or six, with '
+         'seconds first'),
+    ("5", '1 field in "5"; write five: …'),
+    ("0 2 * *", '4 fields in "0 2 * *"; write five: …'),
+    ("0 0 12 * * 1 2025", '7 fields in "0 0 12 * * 1 2025"; write five: …'),
+    ("CRON_TZ=UTC", '0 fields in "CRON_TZ=UTC"; …'),
+    # Bounds.
     ("0 24 * * *", 'hour: 24 is outside 0-23 in "0 24 * * *"'),
     ("60 * * * *", 'minute: 60 is outside 0-59 in "60 * * * *"'),
+    ("60 * * * * *", 'second: 60 is outside 0-59 in "60 * * * * *"'),
+    ("0 0 0 * *", 'day of month: 0 is outside 1-31 in "0 0 0 * *"'),
+    ("0 0 30-32 * *", 'day of month: 32 is outside 1-31 in "0 0 30-32 * *"'),
+    ("0 0 * 13 *", 'month: 13 is outside 1-12 in "0 0 * 13 *"'),
+    ("0 0 * * 8", 'day of week: 8 is outside 0-7 in "0 0 * * 8"'),
+    ("0 0 * * 8L", 'day of week: 8 is outside 0-7 in "0 0 * * 8L"'),
+    ("0 0 * * mon#6", 'day of week: mon#6 is outside 1-5 in "0 0 * * mon#6"'),
+    ("0 0 * * 1#0", 'day of week: 1#0 is outside 1-5 in "0 0 * * 1#0"'),
+    ("0 0 L-31 * *", 'day of month: L-31 is outside 1-30 in "0 0 L-31 * *"'),
+    ("0 0 L-0 * *", 'day of month: L-0 is outside 1-30 in "0 0 L-0 * *"'),
+    ("0 0 32W * *", 'day of month: 32 is outside 1-31 in "0 0 32W * *"'),
+    ("007 * * * *", 'minute: 007 is outside 0-59 in "007 * * * *"'),
+    ("9" * 5000 + " * * * *", "minute: 999…"),
+    # Steps.
+    ("*/0 * * * *", 'minute: the step 0 is outside 1-59 in "*/0 * * * *"'),
+    ("*/60 * * * *", 'minute: the step 60 is outside 1-59 in "*/60 * * * *"'),
+    ("0 1-5/24 * * *", 'hour: the step 24 is outside 1-23 in "0 1-5/24 * * *"'),
+    ("H/60 * * * *", 'minute: the step 60 is outside 1-59 in "H/60 * * * *"'),
+    # Ranges that go round.
+    ("0 22-4 * * *", 'hour: 22-4 runs backwards in "0 22-4 * * *"; write 22-23,0-4'),
+    ("59-0 * * * *", 'minute: 59-0 runs backwards in "59-0 * * * *"; write 59,0'),
+    ("0 22-4/2 * * *", 'hour: 22-4/2 runs backwards in "0 22-4/2 * * *"; write 22,0,2,4'),
+    ("0 0 * nov-feb *", 'month: nov-feb runs backwards in "0 0 * nov-feb *"; write 11-12,1-2'),
+    ("0 0 * * fri-mon", 'day of week: fri-mon runs backwards in "0 0 * * fri-mon"; write 5-7,1'),
+    ("0 0 * * 5-0", 'day of week: 5-0 runs backwards in "0 0 * * 5-0"; write 5-7'),
+    ("0 0 * * 7-2", 'day of week: 7-2 runs backwards in "0 0 * * 7-2"; write 7,1-2'),
+    ("H(30-10) * * * *", 'minute: 10 is outside 30-59 in "H(30-10) * * * *"'),
+    # What means nothing, careless cron's own among it.
+    *[(f"{minute} * * * *",
+       f'minute: "{minute}" is not understood in "{minute} * * * *"; write a number 0-59, '
+       'a list 1,3, a range 1-5, or a step */2')
+      for minute in ("5*", "*5", "**", "*/5/2", "*-5", "1-", "-1", "+1", "1.5", "1-2-3", "/5", "?",
+                     "x", "jan", "L", "5W", "1#2", "\u0663", "\u00b2", "1_0", "0x1", "H5", "H()",
+                     "H(5)", "H-5", "(5)", "~")],
+    ("1,,2 * * * *", 'minute: "" is not understood in "1,,2 * * * *"; write a number 0-59, …'),
+    ("1, * * * *", 'minute: "" is not understood in "1, * * * *"; write a number 0-59, …'),
+    ("0 0 * jann *", 'month: "jann" is not understood in "0 0 * jann *"; write jan'),
+    ("0 0 * * Monday", 'day of week: "Monday" is not understood in "0 0 * * Monday"; write mon'),
+    ("0 0 * * xyz", 'day of week: "xyz" is not understood in "0 0 * * xyz"; '
+                    "write a number 0-7 or sun-sat, a list 1,3, a range 1-5, or a step */2"),
+    ("0 0 * * mon-xyz", 'day of week: "xyz" is not understood in "0 0 * * mon-xyz"; …'),
+    ("0 0 * mon *", 'month: "mon" is not understood in "0 0 * mon *"; write a number 1-12 or …'),
+    ("0 0 * * L", 'day of week: "L" is not understood in "0 0 * * L"; …'),
+    *[(f"0 0 {dates} * *", f'day of month: "{dates}" is not understood in "0 0 {dates} * *"; …')
+      for dates in ("L/2", "15W/2", "1-15W", "1-L", "L-3W", "W", "?/2", "5L", "mon", "LL", "L-")],
+    *[(f"0 0 * * {days}", f'day of week: "{days}" is not understood in "0 0 * * {days}"; …')
+      for days in ("mon#2/2", "1-5L", "mon#", "#2", "?5", "5W", "LW", "1#2#3", "mon#-1")],
+    # Quartz counts the days of the week from 1.
+    ("0 0 12 ? * 2-6", 'day of week: 2-6 beside ? may count from 0 or from 1 in "0 0 12 ? * 2-6"; '
+                       "write names, such as mon-fri"),
+    ("0 0 12 ? * 2#1", "day of week: 2#1 beside ? may count from 0 or from 1 in …"),
+    ("0 0 12 ? * mon,6L", "day of week: mon,6L beside ? may count from 0 or from 1 in …"),
+    # Never.
+    *[(f"0 0 {days}", f'a day that never comes in "0 0 {days}"')
+      for days in ("30 2 *", "31 4,6,9,11 *", "30W 2 *", "L-29 2 *", "31 feb */2", "30-31/1 2 ?",
+                   "L-30 apr,jun,sep,nov *", "30,31 2 */7")],
+    # @ and CRON_TZ=.
+    ("@dayly", '"@dayly" is no macro in "@dayly"; did you mean "@daily"?'),
+    ("@daily x", '"@daily x" is no macro in "@daily x"; did you mean "@daily"?'),
+    ("@", '"@" is no macro in "@"'),
+    ("@every", '"" is not a duration in "@every"; write for example 90s, 5m, 1h30m or 2d'),
+    ("@every 90 s", '"90 s" is not a duration in "@every 90 s"; write 1m30s'),
+    *[(f"@every {written}",
+       f"@every: {written} is not 1s to 366d in whole seconds and with a unit in "
+       f'"@every {written}"')
+      for written in ("90", "1.5s", "0s", "367d", "60.0")],
+    ("@every -5s", '"-5s" is not a duration in "@every -5s"; …'),
+    ("CRON_TZ=Mars/Base 0 2 * * *",
+     '"Mars/Base" is no time zone in "CRON_TZ=Mars/Base 0 2 * * *"; write for example '
+     "Europe/Berlin, UTC or +02:00" if ZONES else '"Mars/Base" cannot be looked up…'),
+    ("CRON_TZ= 0 2 * * *", '"" …'),
+    ("CRON_TZ=../../etc/passwd 0 2 * * *", '"../../etc/passwd" …'),
 ]
 
 
 @pytest.mark.parametrize("expression, text", ERRORS)
 def test_what_is_refused_says_where_and_what_to_write(expression, text):
     with pytest.raises(CronError) as caught:
-        Cron(expression)
-    assert str(caught.value) == text
+        Cron(expression, "seed")
+    said = str(caught.value)
+    assert said.startswith(text[:-1]) if text.endswith("…") else said == text
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, RoexecError)
+
+
+def test_errors_are_on_one_line_and_steer_no_terminal():
+    with pytest.raises(CronError) as caught:
+        Cron("\x1b[2J\n* * * *")
+    assert str(caught.value).startswith(
+        r'minute: "\x1b[2J" is not understood in "\x1b[2J\n* * * *"; ')
+
+
+# What a person would say.
+
+SENTENCES = [
+    ("0 2 * * 1-5", "at 02:00 on weekdays"),
+    ("0 2 * * *", "at 02:00 every day"),
+    ("@daily", "at 00:00 every day"),
+    ("@weekly", "at 00:00 on Sundays"),
+    ("@yearly", "at 00:00 on the 1st of January"),
+    ("@hourly", "every hour"),
+    ("@reboot", "at boot"),
+    ("@every 1h30m", "every 1h30m"),
+    ("* * * * *", "every minute"),
+    ("* * * * * *", "every second"),
+    ("*/15 * * * *", "every 15 minutes"),
+    ("0,15,30,45 * * * *", "every 15 minutes"),
+    ("*/40 * * * *", "at minutes 0 and 40 of every hour"),
+    ("*/10 * * * * *", "every 10 seconds"),
+    ("30 * * * * *", "at second 30 of every minute"),
+    ("30 */15 * * * *", "at second 30 of every 15th minute"),
+    ("*/10 0-4 * * * *", "every 10 seconds at minutes 0 to 4 of every hour"),
+    ("5 * * * *", "at minute 5 of every hour"),
+    ("5,35 * * * *", "at minutes 5 and 35 of every hour"),
+    ("3-59/5 * * * *", "at minutes 3, 8, … and 58 of every hour"),
+    ("0 */2 * * *", "every 2 hours"),
+    ("30 */2 * * *", "at minute 30 of every 2nd hour"),
+    ("*/5 */3 * * *", "every 5 minutes of every 3rd hour"),
+    ("0 2,14 * * *", "at 02:00 and 14:00 every day"),
+    ("0,30 9,17 * * *", "at 09:00, 09:30, 17:00 and 17:30 every day"),
+    ("30 0 2 * * *", "at 02:00:30 every day"),
+    ("0 8-18/2 * * *", "at 08:00, 10:00, 12:00, 14:00, 16:00 and 18:00 every day"),
+    ("0 9-17 * * 1-5", "every hour from 09:00 to 17:00 on weekdays"),
+    ("*/15 9-17 * * mon-fri", "every 15 minutes from 09:00 to 17:45 on weekdays"),
+    ("* 2 * * *", "every minute from 02:00 to 02:59"),
+    ("*/5 2,5 * * *", "every 5 minutes at hours 2 and 5"),
+    ("0 0 * * 0,6", "at 00:00 on weekends"),
+    ("0 0 * * mon,wed,fri", "at 00:00 on Mondays, Wednesdays and Fridays"),
+    ("0 0 * * mon-sat", "at 00:00 on Mondays to Saturdays"),
+    ("0 0 1 * *", "at 00:00 on the 1st of the month"),
+    ("0 0 1,22,23 * *", "at 00:00 on the 1st and 22nd to 23rd of the month"),
+    ("0 0 11,12,13 * *", "at 00:00 on the 11th to 13th of the month"),
+    ("0 0 29 2 *", "at 00:00 on the 29th of February"),
+    ("0 0 L * *", "at 00:00 on the last day of the month"),
+    ("0 0 L-3 * *", "at 00:00 on the 4th-last day of the month"),
+    ("0 0 LW 12 *", "at 00:00 on the last weekday of December"),
+    ("0 0 15W * *", "at 00:00 on the weekday nearest the 15th of the month"),
+    ("0 0 * * 5L", "at 00:00 on the last Friday of the month"),
+    ("0 0 * * mon#2", "at 00:00 on the 2nd Monday of the month"),
+    ("0 12 * jan,jul *", "at 12:00 every day in January and July"),
+    ("0 12 * jun-aug 1-5", "at 12:00 on weekdays in June to August"),
+    ("0 0 1,15 * 5", "at 00:00 on the 1st and 15th of the month and on Fridays"),
+    ("0 0 */2 * 1", "at 00:00 on Mondays that are the 1st, 3rd, … and 31st of the month"),
+    ("0 0 1-31 * 5", "at 00:00 every day"),
+    ("CRON_TZ=UTC 0 2 * * 1-5", "at 02:00 on weekdays (UTC)"),
+    ("CRON_TZ=UTC @every 5m", "every 5m (UTC)"),
+]
+
+
+@pytest.mark.parametrize("expression, sentence", SENTENCES)
+def test_an_expression_is_described_as_a_person_would(expression, sentence):
+    assert Cron(expression).describe() == sentence
+
+
+def test_h_is_described_by_the_time_it_stands_for():
+    minute, hour = hashed("a", "minute", 0, 59), hashed("a", "hour", 0, 23)
+    assert Cron("H H * * *", "a").describe() == f"at {hour:02}:{minute:02} every day"
+
+
+def test_whatever_can_be_written_can_be_described():
+    chosen = random.Random(6)
+    times = ["*", "*/2", "*/7", "0", "5", "0,20", "1-5", "1,2,9", "0-23/5", "H"]
+    for _ in range(1000):
+        fields = [*(chosen.choice(times) for _ in range(3)), chosen.choice(DATES),
+                  chosen.choice(MONTHS[:2]), chosen.choice(WEEKDAYS[3:])]
+        expression = " ".join(fields).replace("?", "*")
+        sentence = Cron(expression, "a").describe()
+        assert "  " not in sentence and sentence == sentence.strip(), expression
+        assert sentence.startswith(("at ", "every ")), expression

@@ -287,6 +287,7 @@ READ = {
         ("[a, [b, {c: d}], e]", ["a", ["b", {"c": "d"}], "e"]),
         ("{a: [b, c], d: {e: , f}}", {"a": ["b", "c"], "d": {"e": None, "f": None}}),
         ("[a, ? b : c, ? , : ]", ["a", {"b": "c"}, {None: None}, {None: None}]),
+        ("[&a, &b ]", [None, None]), ("{&a, b: *a}", {None: None, "b": None}),
         ("[&a b: c, *a : d]", [{"b": "c"}, {"b": "d"}]),
         ("{\"a\":1,\"b\":[2,3],\"c\":{}}", {"a": 1, "b": [2, 3], "c": {}}),
         ("{a: b #c\n #d\n}", {"a": "b"}),
@@ -324,7 +325,9 @@ REFUSED = {
         ("&a\n&b c", "2:1"), ("&a\n&b\nc: d", "2:1"), ("a: &x *x", "1:4"),
         ("- &x a\n- &y\n  *x", "3:3"), ("&a - b", "1:4"), ("a: &x - b", "1:7"),
         ("a: &x b: c", "1:8"), ("a: & b", "1:4"), ("[&a &b c]", "1:2"), ("&a,b", "1:3"),
-        ("&a[b]", "1:1"), ("[&a{}]", "1:2"), ("a:\n&x\n- b", "2:3"), ("- &x a\n- *x b", "2:3"),
+        ("&a[b]", "1:1"), ("[&a{}]", "1:2"), ("&ab{ c: d", "1:1"), ("a: &bc[d]", "1:4"),
+        ("- &x a\n- *xy[b]", "2:3"), ("- &xy a\n- *xyz", "2:3"), ("a:\n&x\n- b", "2:3"),
+        ("- &x a\n- *x b", "2:3"),
     ],
     "block structure (8.2)": [
         ("a: - b", "1:4"), ("a: -", "1:4"), ("a: ? b", "1:4"), ("a: b: c", "1:5"),
@@ -634,8 +637,8 @@ def test_yaml_as_people_write_it(text, value):
 IN_QUOTES = "; put a text that begins so in quotes"
 PROBLEMS = [
     ('on_failure: curl -H "Content-Type: application/json" http://x', '1:34: ": " inside a plain '
-     "value; put the whole value in quotes, or below |"),
-    ("- a\n- b\n  c: d", '3:4: ": " inside a plain value; put the whole value in quotes, or below |'),
+     "value; put the value in quotes, or below |"),
+    ("- a\n- b\n  c: d", '3:4: ": " inside a plain value; put the value in quotes, or below |'),
     ("schedule: * * * * *", '1:11: a value that begins with "*" is an alias, and nothing has this '
      'name; put the schedule in quotes: "* * * * *"'),
     ("schedule: */5 * * * * # often", '1:11: a value that begins with "*" is an alias, and nothing '
@@ -646,7 +649,7 @@ PROBLEMS = [
     ("a: !b c", "1:4: tags are not read" + IN_QUOTES),
     ("a: 'b' c", '1:8: "c" is left over; put the whole value in quotes'),
     ("a: 'b'#c", '1:7: a "#" needs a blank before it'),
-    ("a: b\nc", '2:1: "c" stands where "key: value" is needed'),
+    ("a: b\nc", '2:1: "c" stands where "key: value" should'),
     ("a:\n  b: c\n d: e", '3:2: "d: e" belongs to nothing above; check its indentation'),
     ("a: b\na: c", '2:1: the key "a" is there already'),
     ("{1: a, 1.0: b}", "1:8: the key 1.0 is there already, as 1"),
@@ -656,7 +659,7 @@ PROBLEMS = [
     ("a: |\n    \n  b", "3:3: this line is indented less than the blank lines above it"),
     ("a: [b, c\nd: e", "2:1: a line inside brackets is indented too little"),
     ("a: [b c\n", '1:4: this "[" is not closed'),
-    ("[a b\n c d}", '2:5: "," or "]" is missing here, in the "[" of line 1'),
+    ("[a b\n c d}", '2:5: "," or "]" is missing here'),
     ('"\\d"', "1:2: \\d is no escape; write \\\\ for a backslash, or use single quotes"),
 ]
 
@@ -680,7 +683,8 @@ def test_an_error_shows_no_control_characters_and_no_long_line():
 def test_what_yaml_1_1_reads_otherwise_is_refused_where_a_document_says_1_1(written):
     assert load_yaml(f"%YAML 1.2\n---\n- {written}") == load_yaml(f"- {written}")
     for text in (f"- {written}", f"{written}: a", f"[{written}]", f"{{a: {written}}}"):
-        assert " differs between YAML 1.1 and 1.2; " in problem_of(f"%YAML 1.1\n---\n{text}")
+        problem = problem_of(f"%YAML 1.1\n---\n{text}")
+        assert problem.endswith(" differs between YAML 1.1 and 1.2; quote it")
     assert load_yaml(f"%YAML 1.1\n---\n'{written}'") == load_yaml(f"'{written}'")
 
 
@@ -727,7 +731,8 @@ def test_aliases_add_at_most_100_000_values():
 
 
 def test_aliases_of_aliases_do_not_multiply_without_bound():
-    lists = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 10}]\n" for i in range(9))
+    lists = "a0: &a0 [x]\n" + "".join(
+        f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 10}]\n" for i in range(9))
     merges = "a0: &a0 {x: 1}\n" + "".join(
         f"a{i + 1}: &a{i + 1}\n  k{i}: *a{i}\n  <<: *a{i}\n" for i in range(60))
     for text in (lists, merges):
@@ -739,10 +744,11 @@ def test_an_alias_is_the_same_object():
     assert value["a"] is value["c"] is value["d"]["e"]
 
 
-LINEAR = ["[", "- ", "? ", "a: ", '"', "&a ", "a ", "#", "\t", "'", "{", "*a ", "|", "\\", " ", ":", ",",
-          "- a\n", "a\n", "#\n", " #\n", "\n", " \n", "\t\n", "a #\n", "- [a, b]\n", "- {a: b}\n",
-          "- |\n  a\n", "- >-\n  a\n\n", "- 'a\n  b'\n", '- "a\\n\\\n  b"\n', "- &a b\n", "- a\n  b\n",
-          "- a: b\n  c: d\n", "-\n", "- ? a\n  : b\n", "a\n\n", "- %\n", "... \n", "\x7f", "\ufeff"]
+LINEAR = [
+    "[", "- ", "? ", "a: ", '"', "&a ", "a ", "#", "\t", "'", "{", "*a ", "|", "\\", " ", ":", ",",
+    "- a\n", "a\n", "#\n", " #\n", "\n", " \n", "\t\n", "a #\n", "- [a, b]\n", "- {a: b}\n",
+    "- |\n  a\n", "- >-\n  a\n\n", "- 'a\n  b'\n", '- "a\\n\\\n  b"\n', "- &a b\n", "- a\n  b\n",
+    "- a: b\n  c: d\n", "-\n", "- ? a\n  : b\n", "a\n\n", "- %\n", "...\n", "\x7f", "\ufeff"]
 
 
 def seconds_of(text):
@@ -755,12 +761,12 @@ def seconds_of(text):
 
 
 @pytest.mark.parametrize("before, after", [
-    ("", ""), ("- ", ""), ('"', '"'), ("'", "'"), ("[", "]"), ("a: |\n  ", ""), ("a: >\n  ", ""),
-    ("[a, ", "]"), ("a: b\n", ""), ("%YAML 1.1\n---\n1", ""), ("- &a a\n", ""), ("x: {y: ", "}")])
+    ("", ""), ('"', '"'), ("'", "'"), ("a: |\n  ", ""), ("a: >\n  ", ""), ("[a, ", "]"),
+    ("a: b\n", ""), ("%YAML 1.1\n---\n1", ""), ("x: {y: ", "}")])
 def test_the_time_grows_with_the_size(before, after):
     for piece in LINEAR:
         for _ in range(4):
-            sizes = [before + piece * (size // len(piece)) + after for size in (60_000, 120_000)]
+            sizes = [before + piece * (size // len(piece)) + after for size in (30_000, 60_000)]
             small, large = map(seconds_of, sizes)
             if large < max(2.5 * small, 0.02):
                 break
@@ -780,9 +786,10 @@ def test_a_megabyte_of_anything_takes_little_time_and_two_take_twice_as_much(pie
 
 # Whatever comes.
 
-PIECES = ["\n", " ", "  ", "\t", ":", ": ", "-", "- ", "? ", "#", " #", '"', "'", "[", "]", "{", "}",
-          ",", "|", ">", "&a ", "*a", "!", "%", "@", "---", "...", "\n---\n", "\n\n", "\n  ", "|2-",
-          "\\", "\\u", "<<", "<<: ", "0", "1.5", "~", "a", "é", "\0", "\x85", "\r", "\ufeff"]
+PIECES = ["\n", " ", "  ", "\t", ":", ": ", "-", "- ", "? ", "#", " #", '"', "'", "[", "]", "{",
+          "}", ",", "|", ">", "&a ", "*a", "!", "%", "@", "---", "...", "\n---\n", "\n\n", "\n  ",
+          "|2-", "\\", "\\u", "<<", "<<: ",
+          "0", "1.5", "~", "a", "é", "\0", "\x85", "\r", "\ufeff"]
 
 
 def mutated(text, rng):
@@ -847,8 +854,7 @@ def test_all_json_is_read_as_json_reads_it():
         text = json.dumps(value, indent=rng.choice([None, 1, 4, "\t"]),
                           ensure_ascii=rng.choice([True, True, False]),
                           separators=rng.choice([None, (",", ":")]))
-        if "\x7f" not in text and "\0" not in text or '"' in text:
-            assert exact(load_yaml(text)) == exact(json.loads(text)), text
+        assert exact(load_yaml(text)) == exact(json.loads(text)), text
 
 
 # Notes.
@@ -904,8 +910,9 @@ NOTED = [
         "6:7 $.b.d.1 'y\\n'"]),
     ("[True, {a: ~, 'b':  \"\\x41\"}, c d\n e]", [
         "1:1 $ []", "1:2 $.0 True", "1:8 $.1 {}", "1:9 $.1.a? a", "1:12 $.1.a ~",
-        "1:15 $.1.b? 'b'", "1:21 $.1.b 'A'", "1:28 $.2 c d e"]),
-    ("env: {A: }", ["1:1 $ {}", "1:1 $.env? env", "1:6 $.env {}", "1:7 $.env.A? A", "1:10 $.env.A "]),
+        "1:15 $.1.b? 'b'", "1:21 $.1.b 'A'", "1:30 $.2 c d e"]),
+    ("env: {A: }", [
+        "1:1 $ {}", "1:1 $.env? env", "1:6 $.env {}", "1:7 $.env.A? A", "1:10 $.env.A "]),
     ("a:\nb:  # c\nc:\n- d\n-\n", [
         "1:1 $ {}", "1:1 $.a? a", "1:3 $.a ", "2:1 $.b? b", "2:5 $.b ", "3:1 $.c? c", "4:1 $.c []",
         "4:3 $.c.0 d", "5:2 $.c.1 "]),

@@ -1,0 +1,519 @@
+"""What is due and what becomes of it, who gets a place, what is tried again: all as tables."""
+import itertools
+import math
+import random
+from datetime import timezone
+
+import pytest
+
+import roexec
+from roexec import (ACTIVE_STATES, FINAL_STATES, MOST_CAUGHT_UP, MOST_COUNTED, ON_TIME, REASONS,
+                    STATES, Ended, Job, admit, backoff_delay, decide_slots, get_zone, iter_slots,
+                    jitter_delay, last_slot, next_run, next_slot, outcome, overlap_action,
+                    parse_instant, retry_delay, upcoming_slots)
+
+UTC = timezone.utc
+NOON = 1754049600           # 2025-08-01T12:00:00Z, a Friday
+HOUR, DAY = 3600, 86400
+
+
+def job(schedule="* * * * *", **spec):
+    return Job({"id": "backup", "command": "true", "schedule": schedule, **spec})
+
+
+def decided(a_job, position, now, paused=False, zone=UTC):
+    """The decision as [(minutes from noon, trigger or reason, count)], and the new position."""
+    rows, position = decide_slots(a_job, position, now, zone, paused)
+    return [((row.slot - NOON) / 60, row.reason or row.trigger, row.count)
+            for row in rows], position
+
+
+# Slots.
+
+def test_the_slots_of_several_schedules_are_one_set():
+    both = job(["0 12 * * *", "*/30 * * * *", "0 * * * *"])
+    assert list(iter_slots(both, NOON - 1800, NOON + 1801, UTC)) == [NOON - 1800, NOON, NOON + 1800]
+    assert next_slot(both, NOON, UTC) == NOON + 1800
+    assert last_slot(both, NOON, UTC) == NOON - 1800
+
+
+def test_between_two_seconds_the_next_and_the_last_slot_are_the_nearest():
+    second = job("@every 1s")
+    assert next_slot(second, NOON - 0.5, UTC) == NOON == last_slot(second, NOON + 0.5, UTC)
+    assert next_slot(second, NOON, UTC) == NOON + 1 and last_slot(second, NOON, UTC) == NOON - 1
+
+
+@pytest.mark.parametrize("schedule", [[], "@reboot", ["@reboot"]])
+def test_a_job_without_a_schedule_has_no_slots(schedule):
+    idle = job(schedule)
+    assert next_slot(idle, NOON, UTC) is last_slot(idle, NOON, UTC) is None
+    assert list(upcoming_slots(idle, NOON, UTC)) == list(iter_slots(idle, 0, NOON, UTC)) == []
+    assert decided(idle, 0, NOON) == ([], 0)
+    assert decided(idle, 0, NOON, paused=True) == ([], 0)
+    assert next_run(idle, NOON, UTC) is None
+
+
+def test_the_zone_of_a_job_beats_the_one_that_is_passed():
+    noon = "0 12 * * *"
+    assert next_slot(job(noon), NOON, get_zone("Asia/Tokyo")) == NOON + 15 * HOUR
+    assert next_slot(job(noon, timezone="UTC"), NOON - 1, get_zone("Asia/Tokyo")) == NOON
+    assert last_slot(job(noon, timezone="+01:00"), NOON, UTC) == NOON - HOUR
+    assert next_slot(job("CRON_TZ=+02:00 0 12 * * *", timezone="+01:00"), NOON - DAY, UTC) \
+        == NOON - 2 * HOUR
+
+
+def test_upcoming_slots_are_those_in_the_window_with_both_ends():
+    windowed = job("0 * * * *", window={"start": "2025-08-01T14:00:00Z",
+                                        "end": "2025-08-01T16:00:00Z"})
+    assert list(upcoming_slots(windowed, NOON, UTC)) == [NOON + n * HOUR for n in (2, 3, 4)]
+    assert list(upcoming_slots(windowed, NOON + 3 * HOUR, UTC)) == [NOON + 4 * HOUR]
+    assert list(upcoming_slots(windowed, NOON + 4 * HOUR, UTC)) == []
+    assert next_run(windowed, NOON, UTC) == NOON + 2 * HOUR
+
+
+def test_a_disabled_job_has_no_upcoming_slots():
+    assert list(upcoming_slots(job(enabled=False), NOON, UTC)) == []
+
+
+def test_a_slot_that_its_jitter_still_delays_is_the_next_run():
+    daily = job("0 12 * * *", jitter="1h")
+    start = NOON + jitter_delay("backup", NOON, HOUR)
+    assert NOON + 2 < start < NOON + HOUR
+    assert next_run(daily, NOON + 1, UTC, position=NOON - DAY) == start
+    assert next_run(daily, start - 1, UTC, position=NOON - DAY) == start
+    tomorrow = NOON + DAY + jitter_delay("backup", NOON + DAY, HOUR)
+    assert next_run(daily, start, UTC, position=NOON) == tomorrow
+    assert next_run(daily, NOON + 1, UTC, position=NOON + 1) == tomorrow    # registered just now
+    assert next_run(daily, NOON + 1, UTC, paused=True, position=NOON - DAY) is None
+
+
+# Jitter.
+
+def test_jitter_is_less_than_it_says_and_spreads():
+    delays = [jitter_delay(f"job-{number}", NOON, 600) for number in range(500)]
+    assert all(0 <= delay < 600 for delay in delays)
+    assert len(set(delays)) > 300 and min(delays) < 30 and max(delays) > 570
+
+
+def test_jitter_is_the_same_everywhere_and_after_every_restart():
+    assert [jitter_delay("backup", NOON + n, 600) for n in range(3)] == [256, 102, 60]
+    assert jitter_delay("sync", NOON, 600) != jitter_delay("backup", NOON, 600)
+
+
+def test_without_jitter_nothing_is_delayed():
+    assert jitter_delay("backup", NOON, 0) == jitter_delay("backup", NOON, 0.5) == 0
+
+
+def test_jitter_delays_the_start_and_not_the_slot():
+    jittered = job("0 12 * * *", jitter="10m")
+    start = NOON + jitter_delay("backup", NOON, 600)
+    assert decided(jittered, NOON - 1, start - 1) == ([], NOON - 1)
+    assert decided(jittered, NOON - 1, start) == ([(0, "schedule", 1)], NOON)
+    assert decided(jittered, NOON - 1, start + ON_TIME) == ([(0, "schedule", 1)], NOON)
+    assert decided(jittered, NOON - 1, start + ON_TIME + 1) == ([(0, "catch_up", 1)], NOON)
+
+
+def test_no_slot_is_late_that_an_earlier_one_holds_up_by_its_jitter():
+    """With a jitter longer than the interval, and the scheduler awake all the time."""
+    jittered = job("*/2 * * * *", jitter="30m")
+    position, fates = NOON - 1, []
+    for now in range(NOON, NOON + 6 * HOUR, 5):
+        rows, position = decide_slots(jittered, position, now, UTC)
+        fates += [(row.slot, row.trigger, row.reason) for row in rows]
+    assert fates == [(NOON + 120 * n, "schedule", None) for n in range(len(fates))]
+    assert len(fates) >= 5.4 * 30
+
+
+# What becomes of due slots.
+
+def test_a_slot_is_due_at_its_second_and_not_before():
+    assert decided(job(), NOON - 60, NOON - 0.01) == ([], NOON - 60)
+    assert decided(job(), NOON - 60, NOON) == ([(0, "schedule", 1)], NOON)
+    assert decided(job(), NOON, NOON + 59) == ([], NOON)
+
+
+def test_no_slot_at_or_before_the_position_is_considered():
+    assert decided(job(), NOON, NOON) == ([], NOON)
+    assert decided(job(), NOON + HOUR, NOON) == ([], NOON + HOUR)
+
+
+@pytest.mark.parametrize("late, rows", [
+    (0, [(0, "schedule", 1)]), (60, [(0, "schedule", 1)]), (61, [(0, "catch_up", 1)]),
+    (3600, [(0, "catch_up", 1)]), (3601, [(0, "missed", 1)]), (20 * HOUR, [(0, "missed", 1)])])
+def test_a_slot_is_started_caught_up_or_missed_by_its_lateness(late, rows):
+    assert decided(job("0 12 * * *"), NOON - DAY, NOON + late) == (rows, NOON)
+
+
+@pytest.mark.parametrize("catch_up, rows", [
+    ("latest", [(-90, "missed", 5), (0, "catch_up", 1)]),
+    ("all", [(-90, "missed", 2), *((minute, "catch_up", 1) for minute in (-54, -36, -18, 0))]),
+    ("none", [(-90, "missed", 6)])])
+def test_arrears_go_by_catch_up_within_its_window(catch_up, rows):
+    """Six slots, 18 minutes apart, of which those of the last hour can be caught up."""
+    arrears = job("@every 18m", catch_up=catch_up)
+    assert decided(arrears, NOON - 91 * 60, NOON + 121) == (rows, NOON)
+
+
+def test_under_latest_a_slot_on_time_is_the_latest():
+    assert decided(job(), NOON - 600, NOON + 30)[0] == [(-9, "missed", 9), (0, "schedule", 1)]
+    assert decided(job(catch_up="all"), NOON - 180, NOON + 61)[0] == [
+        (-2, "catch_up", 1), (-1, "catch_up", 1), (0, "catch_up", 1), (1, "schedule", 1)]
+
+
+def test_all_catches_up_a_thousand_at_most():
+    rows, position = decided(job("@every 1s", catch_up="all"), NOON - 2000, NOON + ON_TIME)
+    fates = [fate for _, fate, _ in rows]
+    assert fates.count("catch_up") == MOST_CAUGHT_UP and fates.count("schedule") == ON_TIME + 1
+    assert rows[0] == ((-1999) / 60, "missed", 2000 - 1 - MOST_CAUGHT_UP)
+    assert position == NOON + ON_TIME
+
+
+def test_catch_up_window_may_be_shorter_than_what_is_on_time():
+    short = job("0 12 * * *", catch_up_window=0)
+    assert decided(short, NOON - 1, NOON + 60)[0] == [(0, "schedule", 1)]
+    assert decided(short, NOON - 1, NOON + 61)[0] == [(0, "missed", 1)]
+    start = NOON + jitter_delay("backup", NOON, 600)
+    assert decided(job("0 12 * * *", catch_up_window=0, jitter="10m"), NOON - 1,
+                   start + 61)[0] == [(0, "missed", 1)]
+
+
+def test_the_due_slots_of_a_paused_job_are_one_row():
+    assert decided(job(), NOON - 600, NOON, paused=True) == ([(-9, "paused", 10)], NOON)
+    assert decided(job(), NOON - 2 * DAY, NOON, paused=True) == (
+        [(1 - 2880, "paused", 2880)], NOON)
+
+
+def test_a_disabled_job_has_no_rows_and_its_position_follows():
+    assert decided(job(enabled=False), NOON - DAY, NOON) == ([], NOON)
+    assert decided(job(enabled=False), NOON + DAY, NOON) == ([], NOON + DAY)
+
+
+def test_slots_outside_the_window_are_rows_of_their_own_reason():
+    windowed = job("*/10 * * * *", catch_up="all", window={
+        "start": "2025-08-01T11:30:00Z", "end": "2025-08-01T11:40:00Z"})
+    assert decided(windowed, NOON - HOUR, NOON) == (
+        [(-50, "window", 2), (-30, "catch_up", 1), (-20, "catch_up", 1), (-10, "window", 2)], NOON)
+
+
+def test_what_is_long_past_tells_the_window_from_what_was_missed():
+    windowed = job("0 * * * *", window={"start": "2025-08-01T04:00:00Z",
+                                        "end": "2025-08-01T06:00:00Z"})
+    assert decided(windowed, NOON - 11.5 * HOUR, NOON)[0] == [
+        (-660, "window", 3), (-480, "missed", 3), (-300, "window", 6)]
+
+
+def test_the_latest_of_a_window_that_has_closed_is_caught_up():
+    closed = job("* * * * *", window={"end": "2025-08-01T11:40:30Z"})
+    assert decided(closed, NOON - HOUR, NOON)[0] == [
+        (-59, "missed", 39), (-20, "catch_up", 1), (-19, "window", 20)]
+
+
+# Against a slow oracle.
+
+def fates_of(a_job, slots, now, paused):
+    """{slot: fate} of the slots that are due, from the words of the design alone."""
+    fates, due = {}, -math.inf
+    start, end = a_job.window_instants(UTC)
+    for slot in slots:
+        due = max(due, slot + jitter_delay(a_job.id, slot, a_job.jitter))
+        if due > now:
+            break
+        lateness = now - due
+        fates[slot] = ("paused" if paused
+                       else "window" if not (start or 0) <= slot <= (end or math.inf)
+                       else "schedule" if lateness <= 60
+                       else "late" if lateness <= a_job.catch_up_window else "missed")
+    late = [slot for slot in fates if fates[slot] == "late"]
+    kept = {"none": [], "all": late[-1000:],
+            "latest": late[-1:] if "schedule" not in fates.values() else []}[a_job.catch_up]
+    return {slot: fate if fate != "late" else "catch_up" if slot in kept else "missed"
+            for slot, fate in fates.items()}
+
+
+def spread(rows, slots):
+    """{slot: fate} of rows; each slot in exactly one of them, in order, in as few as can be."""
+    fates = {}
+    for row in rows:
+        covered = [slot for slot in slots if row.slot <= slot <= row.last_slot]
+        assert covered[0] == row.slot and covered[-1] == row.last_slot
+        assert len(covered) == row.count and (row.count == 1 or row.reason)
+        assert row.reason in (None, *REASONS["skipped"]) and row.trigger in ("schedule", "catch_up")
+        for slot in covered:
+            assert slot > max(fates, default=0)
+            fates[slot] = row.reason or row.trigger
+    for one, two in zip(rows, rows[1:]):
+        assert one.reason is None or one.reason != two.reason
+    return fates
+
+
+def random_job(chance):
+    spec = {"catch_up": chance.choice(["latest", "all", "none"]),
+            "catch_up_window": chance.choice([0, 30, 600, HOUR, 3 * HOUR, 400 * DAY]),
+            "jitter": chance.choice([0, 0, 0, 1, 45, 600, 2 * HOUR])}
+    edges = sorted(chance.randrange(NOON - DAY, NOON + DAY) for _ in range(2))
+    window = {key: roexec.format_instant(edge) for key, edge in zip(("start", "end"), edges)
+              if chance.random() < 0.5}
+    if window:
+        spec["window"] = window
+    schedule = chance.sample(["* * * * *", "*/7 * * * *", "0 */2 * * *", "@every 90s",
+                              "@every 47m", "30 12 * * *", "5,6,7 11-13 * * *"],
+                             chance.choice([1, 1, 2]))
+    return job(schedule, **spec)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_each_slot_between_two_positions_ends_in_exactly_one_row(seed):
+    chance = random.Random(seed)
+    for _ in range(6):
+        a_job, position = random_job(chance), NOON - chance.randrange(DAY)
+        slots, now = list(iter_slots(a_job, position + 1, NOON + DAY, UTC)), position
+        for _ in range(8):
+            now += chance.choice([0, 0.25, 1, 30, 61, 400, HOUR, 5 * HOUR, -600])
+            paused = chance.random() < 0.2
+            wanted = fates_of(a_job, [slot for slot in slots if slot > position], now, paused)
+            rows, after = decide_slots(a_job, position, now, UTC, paused)
+            assert spread(rows, slots) == wanted
+            assert after == max(wanted, default=position) >= position
+            position = after
+
+
+@pytest.mark.parametrize("spec, paused", [
+    ({}, False), ({"catch_up": "all"}, False), ({"catch_up": "none"}, False), ({}, True),
+    ({"catch_up_window": "366d"}, False), ({"catch_up_window": "366d", "catch_up": "all"}, False),
+    ({"catch_up_window": "366d"}, True), ({"timezone": "Europe/Berlin", "jitter": "5m"}, False),
+    ({"window": {"start": "2025-07-01", "end": "2025-07-02"}}, False)])
+def test_an_outage_of_a_year_with_a_slot_each_second_costs_little(spec, paused, monkeypatch):
+    looked = []
+    for name in ("next_slot", "previous_slot"):
+        method = getattr(roexec.Cron, name)
+        monkeypatch.setattr(roexec.Cron, name, lambda *args, method=method: looked.append(1)
+                            or method(*args))
+    rows, position = decide_slots(job("@every 1s", **spec), NOON - 365 * DAY, NOON, UTC, paused)
+    assert len(looked) < 5 * MOST_COUNTED and len(rows) < 1100
+    jitter = 300 if "jitter" in spec else 0
+    assert rows[0].slot == NOON - 365 * DAY + 1 and NOON - jitter <= position <= NOON
+    assert all(one.last_slot + 1 == two.slot for one, two in zip(rows, rows[1:]))
+    assert rows[-1].last_slot == position and rows[0].message == f"more than {MOST_COUNTED} slots"
+
+
+def test_so_many_slots_are_counted_exactly_and_more_only_as_more():
+    long_ago = NOON - 10 * DAY
+    for count in (MOST_COUNTED - 1, MOST_COUNTED, MOST_COUNTED + 1):
+        seconds = job("@every 1s", window={"end": roexec.format_instant(long_ago + count)})
+        rows, _ = decide_slots(seconds, long_ago, NOON, UTC)
+        assert rows[0].count == min(count, MOST_COUNTED)
+        assert rows[0].last_slot - rows[0].slot + 1 == count
+        assert (rows[0].message is None) == (count <= MOST_COUNTED)
+
+
+def test_a_slot_in_the_gap_is_due_once_and_what_comes_twice_once():
+    daily = job("30 2 * * *", timezone="Europe/Berlin", catch_up="all", catch_up_window="2d")
+    for day, instant in (("2025-03-30", "01:00"), ("2025-10-26", "00:30")):
+        begin = parse_instant(day, UTC)
+        rows, _ = decide_slots(daily, begin - HOUR, begin + 12 * HOUR, UTC)
+        assert [row.slot for row in rows] == [parse_instant(f"{day} {instant}", UTC)]
+
+
+# Overlap.
+
+def run(state, slot=None, run_id=None):
+    return {"id": run_id or f"{state}{slot}", "state": state, "slot": slot}
+
+
+ON, WAITS, ASKED = run("running", 1), run("queued", 2), run("queued")
+
+
+@pytest.mark.parametrize("active, most, skip, queue, replace", [
+    ((), 1, ("start", None), ("start", None), ("start", None)),
+    ((ON,), 0, ("start", None), ("start", None), ("start", None)),
+    ((ON,), 2, ("start", None), ("start", None), ("start", None)),
+    ((ON,), 1, ("skip", ON), ("queue", None), ("replace", ON)),
+    ((WAITS,), 1, ("skip", WAITS), ("skip", WAITS), ("replace", WAITS)),
+    ((ASKED,), 1, ("skip", ASKED), ("queue", None), ("replace", ASKED)),
+    ((ON, WAITS), 1, ("skip", ON), ("skip", WAITS), ("replace", WAITS)),
+    ((ON, ASKED), 1, ("skip", ON), ("queue", None), ("replace", ASKED)),
+    ((ON, ASKED, WAITS), 1, ("skip", ON), ("skip", WAITS), ("replace", ASKED)),
+    ((ON, WAITS), 2, ("skip", ON), ("skip", WAITS), ("replace", WAITS)),
+    ((ON, run("running", 0)), 2, ("skip", ON), ("queue", None), ("replace", ON))])
+def test_overlap_decides_for_a_slot_at_the_limit_of_its_job(active, most, skip, queue, replace):
+    for overlap, action in (("skip", skip), ("queue", queue), ("replace", replace)):
+        assert overlap_action(job(max_concurrent=most, overlap=overlap), "schedule",
+                              active) == action
+
+
+@pytest.mark.parametrize("trigger", ["manual", "api", "retry"])
+@pytest.mark.parametrize("active, wait, skip, queue, replace", [
+    ((), False, ("start", None), ("start", None), ("start", None)),
+    ((ON,), False, ("skip", ON), ("queue", None), ("replace", ON)),
+    ((ON,), True, ("queue", None), ("queue", None), ("replace", ON)),
+    ((ON, WAITS), False, ("skip", ON), ("queue", None), ("replace", WAITS)),
+    ((ON, WAITS, ASKED), True, ("queue", None), ("queue", None), ("replace", WAITS)),
+    ((WAITS,), False, ("skip", WAITS), ("queue", None), ("replace", WAITS))])
+def test_a_person_is_refused_or_waits_without_bound(trigger, active, wait, skip, queue, replace):
+    for overlap, action in (("skip", skip), ("queue", queue), ("replace", replace)):
+        assert overlap_action(job(overlap=overlap), trigger, active, wait) == action
+
+
+@pytest.mark.parametrize("overlap", ["skip", "queue", "replace"])
+def test_overlap_is_not_for_arrears(overlap):
+    assert overlap_action(job(overlap=overlap), "catch_up", (ON, WAITS)) == ("start", None)
+
+
+# Places.
+
+def queued(*runs):
+    """Rows, in order of insertion, of (job id, slot or None, priority, trigger)."""
+    rows = []
+    for seq, (job_id, slot, *more) in enumerate(runs, 1):
+        priority, trigger = (*more, 0, "schedule")[:2] if len(more) != 1 else (more[0], "schedule")
+        rows.append({"job_id": job_id, "slot": slot, "priority": priority, "seq": seq,
+                     "queued_at": 100 + seq, "trigger": trigger})
+    return rows
+
+
+def places(rows, running=(), limits=(), most=None, paused=()):
+    return [row["seq"] for row in admit(rows, dict(running), dict(limits), most, paused)]
+
+
+@pytest.mark.parametrize("runs, order", [
+    ([("a", 3), ("a", 1), ("a", 2)], [2, 3, 1]),
+    ([("b", 1), ("a", 1), ("c", 1)], [2, 1, 3]),
+    ([("a", 1, 0), ("a", 2, 5), ("a", 3, -1), ("a", 4, 5)], [2, 4, 1, 3]),
+    ([("a", None), ("a", 500), ("a", 50)], [3, 1, 2]),      # one by hand counts from its asking
+    ([("b", None), ("a", None)], [1, 2]), ([("a", 7), ("a", 7)], [1, 2])])
+def test_places_go_by_priority_then_slot_then_job(runs, order):
+    assert places(queued(*runs)) == order
+    for most in range(1, len(order) + 2):
+        assert places(queued(*runs), most=most) == order[:most]
+
+
+@pytest.mark.parametrize("running, limits, most, paused, admitted", [
+    ({}, {}, None, (), [1, 2, 3, 4]), ({}, {}, 0, (), [1, 2, 3, 4]),
+    ({}, {"a": 1}, None, (), [1, 3, 4]), ({"a": 1}, {"a": 1}, None, (), [3, 4]),
+    ({"a": 1}, {"a": 2, "b": 1}, None, (), [1, 3]), ({"a": 9}, {"a": 2}, None, (), [3, 4]),
+    ({"a": 9}, {"a": 0, "b": None}, None, (), [1, 2, 3, 4]),
+    ({"z": 2}, {}, 4, (), [1, 2]), ({"z": 4}, {}, 4, (), []), ({"z": 5}, {}, 4, (), []),
+    ({"a": 1}, {"a": 1}, 2, (), [3]), ({}, {}, None, ("a",), [2, 3, 4]),
+    ({}, {}, 2, ("a", "b"), [2])])
+def test_places_are_bounded_by_the_job_and_by_all(running, limits, most, paused, admitted):
+    rows = queued(("a", 1), ("a", None), ("b", 200), ("b", 201))
+    assert places(rows, running, limits, most, paused) == admitted
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_caught_up_runs_of_a_job_wait_for_one_another(most):
+    rows = queued(*(("a", slot, 0, "catch_up") for slot in (1, 2, 3)), ("b", 2, 0, "catch_up"))
+    assert places(rows, limits={"a": most, "b": most}) == [1, 4]
+    assert places(rows, running={"a": 1}, limits={"a": most}) == [4]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_limit_is_exceeded_and_no_place_stays_free(seed):
+    chance = random.Random(seed)
+    rows = queued(*((chance.choice("abc"), chance.choice([None, chance.randrange(300)]),
+                     chance.randrange(3)) for _ in range(20)))
+    running = {name: chance.randrange(4) for name in "abcd"}
+    limits = {name: chance.randrange(4) for name in "abc"}
+    most = chance.choice([0, 3, 6, 10])
+    admitted = admit(rows, running, limits, most)
+    counts = {name: running[name] + sum(row["job_id"] == name for row in admitted)
+              for name in running}
+    for name, limit in limits.items():
+        assert not limit or counts[name] <= max(limit, running[name])
+    full = most and sum(counts.values()) >= most
+    assert not admitted or not most or sum(counts.values()) <= most
+    for row in rows:
+        at_limit = limits[row["job_id"]] and counts[row["job_id"]] >= limits[row["job_id"]]
+        assert row in admitted or full or at_limit
+    assert running == {name: counts[name] - sum(row["job_id"] == name for row in admitted)
+                       for name in running}
+
+
+# Attempts.
+
+EXIT_0, EXIT_1, EXIT_7 = Ended(exit_code=0), Ended(exit_code=1), Ended(exit_code=7)
+KILLED, LOST = Ended(signal="SIGKILL"), Ended(lost=True)
+TIMEOUT, TOTAL = (Ended(signal="SIGTERM", timeout=kind) for kind in ("timeout", "total_timeout"))
+NO_PROGRAM = Ended(exit_code=127, error="nothing: no such file")
+
+
+@pytest.mark.parametrize("ended, state, reason", [
+    (EXIT_0, "succeeded", None), (EXIT_1, "failed", "exit"),
+    (Ended(exit_code=126), "failed", "start"), (NO_PROGRAM, "failed", "start"), (KILLED, "failed", "signal"),
+    (TIMEOUT, "timed_out", "timeout"), (TOTAL, "timed_out", "total_timeout"),
+    (Ended(exit_code=0, timeout="timeout"), "timed_out", "timeout"),
+    (LOST, "lost", "supervisor"), (Ended(lost=True, exit_code=0), "lost", "supervisor")])
+def test_the_end_of_a_command_is_a_state_and_a_reason(ended, state, reason):
+    assert outcome(job(), ended) == (state, reason)
+    assert reason in (REASONS.get(state) or (None,))
+
+
+def test_success_is_what_the_job_says():
+    lenient = job(success={"exit_codes": [0, 7]})
+    assert outcome(lenient, EXIT_7) == outcome(lenient, EXIT_0) == ("succeeded", None)
+    assert outcome(job(success={"exit_codes": [7]}), EXIT_0) == ("failed", "exit")
+
+
+@pytest.mark.parametrize("retry_on, retried", [
+    (None, [EXIT_1, EXIT_7, KILLED, TIMEOUT, NO_PROGRAM]),
+    ({"exit_codes": [7]}, [EXIT_7]), ({"exit_codes": [127]}, [NO_PROGRAM]),
+    ({"timeout": True}, [TIMEOUT]), ({"signal": True}, [KILLED]),
+    ({"exit_codes": [1, 7], "signal": True}, [EXIT_1, EXIT_7, KILLED])])
+def test_what_is_retried_is_what_retry_on_lists(retry_on, retried):
+    spec = {} if retry_on is None else {"retry_on": retry_on}
+    patient = job(retries=2, backoff=30, **spec)
+    for ended in (EXIT_0, EXIT_1, EXIT_7, KILLED, TIMEOUT, TOTAL, NO_PROGRAM, LOST):
+        wanted = 30 if ended in retried else None
+        assert [retry_delay(patient, ended, number) for number in (1, 2, 3)] == [
+            wanted, wanted, None]
+        assert retry_delay(job(**spec), ended, 1) is None
+
+
+@pytest.mark.parametrize("spec, delays", [
+    ({}, [None]), ({"retries": 3}, [None]), ({"if_lost": "fail", "retries": 3}, [None]),
+    ({"if_lost": "rerun"}, [10, None]), ({"if_lost": "rerun", "retries": 0}, [10, None]),
+    ({"if_lost": "rerun", "retries": 2, "backoff": "1m"}, [60, 60, None]),
+    ({"if_lost": "rerun", "retry_on": {"exit_codes": [3]}}, [10, None])])
+def test_a_lost_attempt_is_made_again_only_if_the_job_says_so(spec, delays):
+    lossy = job(**spec)
+    assert [retry_delay(lossy, LOST, number) for number in range(1, len(delays) + 1)] == delays
+
+
+@pytest.mark.parametrize("backoff, delays", [
+    ("30s", [30, 30, 30]), (0, [0, 0, 0]), ({"delay": "10s", "factor": 2}, [10, 20, 40]),
+    ({"delay": "10s", "factor": 3, "max": "1m"}, [10, 30, 60]),
+    ({"delay": "1m", "max": "30s"}, [30, 30, 30]), ({"delay": "8s", "factor": 1.5}, [8, 12, 18])])
+def test_backoff_grows_by_its_factor_up_to_its_bound(backoff, delays):
+    patient = job(retries=5, backoff=backoff)
+    assert [backoff_delay(patient.backoff, number) for number in (1, 2, 3)] == delays
+    assert [retry_delay(patient, EXIT_1, number) for number in (1, 2, 3)] == delays
+
+
+@pytest.mark.parametrize("backoff, delay", [
+    ({"delay": "10s", "factor": 2.5}, roexec.LONGEST),
+    ({"delay": "10s", "factor": 2}, roexec.LONGEST),
+    ({"delay": "1s", "factor": 2.5, "max": "1h"}, 3600), ({"delay": 0, "factor": 2.5}, 0)])
+def test_a_backoff_is_finite_however_many_attempts_there_were(backoff, delay):
+    assert backoff_delay(job(backoff=backoff).backoff, 5000) == delay
+
+
+# States.
+
+def test_states_are_closed_and_every_way_ends():
+    assert set(itertools.chain(*STATES.values())) | {"queued"} == set(STATES)
+    assert FINAL_STATES == ("succeeded", "failed", "timed_out", "cancelled", "lost", "skipped")
+    assert set(ACTIVE_STATES) | set(FINAL_STATES) == set(STATES)
+    assert not set(ACTIVE_STATES) & set(FINAL_STATES)
+    for state in FINAL_STATES:
+        assert STATES[state] == () and state in STATES["running"]
+    assert "queued" not in itertools.chain(*STATES.values())
+
+
+def test_each_final_state_but_success_has_its_reasons():
+    assert set(REASONS) == set(FINAL_STATES) - {"succeeded"}
+    assert REASONS == {
+        "skipped": tuple("overlap window paused missed condition capacity dependency".split()),
+        "failed": tuple("exit signal output start pre_run condition memory outputs secret".split()),
+        "timed_out": ("timeout", "total_timeout"),
+        "cancelled": tuple("user replaced shutdown fail_fast parent".split()),
+        "lost": ("supervisor", "power")}
