@@ -7,14 +7,18 @@ The file is read from top to bottom; a section uses only sections above it.
      2  yaml       text to values, with line, column and source text: load_yaml, YamlError
      3  cron       schedules as sets of instants: Cron, CronError
      4  jobs       Job and Config: validated, immutable, from text and back
-     5  policy     what is due, what to do about it, retry or give up, states of a run
-     6  render     payloads, tables and plain text, the same for the CLI and the API
-     7  store      Store: files and locks, the only SQL, the history
-     8  logs       one run's log: write, read, follow
-     9  runner     the supervisor: journal, process tree, signals, attempts, hooks
-    10  scheduler  the loop of the server, claims, recovery, the launcher
-    11  api        routes, the one gate, streaming
-    12  cli        one function per command; main(argv) -> exit status
+     5  crontab    the files of cron(8) as job files
+     6  policy     what is due, what to do about it, retry or give up, states of a run
+     7  render     payloads, tables and plain text, the same for the CLI and the API
+     8  store      Store: files and locks, the only SQL, the history
+     9  logs       one run's log: write, read, follow
+    10  secrets    variables from files, commands and Vault; masks over what is secret
+    11  notices    webhook, mail and ping, and the outbox that they wait in
+    12  limits     as whom a command runs, and what it may use
+    13  runner     the supervisor: journal, process tree, signals, attempts, hooks
+    14  scheduler  the loop of the server, claims, recovery, the launcher
+    15  api        routes, the one gate, streaming
+    16  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -44,12 +48,12 @@ class _Module:
         return getattr(module, attribute)
 
 
-(array, binascii, bisect, calendar, collections, contextlib, datetime, errno, fcntl, hashlib,
- heapq, itertools, json, math, pwd, re, select, shlex, signal, socket, stat, struct, threading,
- types, zoneinfo) = map(_Module, (
-    "array binascii bisect calendar collections contextlib datetime errno fcntl hashlib "
-    "heapq itertools json math pwd re select shlex signal socket stat struct threading "
-    "types zoneinfo").split())
+(array, base64, binascii, bisect, collections, contextlib, datetime, errno, fcntl, hashlib, heapq,
+ itertools, json, math, pwd, re, select, shlex, signal, socket, stat, struct, threading, types,
+ zoneinfo) = map(_Module, (
+    "array base64 binascii bisect collections contextlib datetime errno fcntl hashlib heapq "
+    "itertools json math pwd re select shlex signal socket stat struct threading types "
+    "zoneinfo").split())
 
 
 # ==== 1 basics (pure) =============================================================================
@@ -86,6 +90,10 @@ class Value:
             object.__setattr__(self, name, values.pop(name, None))
         if values:
             raise TypeError(f"{type(self).__name__} has no {', '.join(values)}")
+
+    def changed(self, **values):
+        """The same with other values for some attributes."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.__slots__}, **values})
 
     def __setattr__(self, name, value):
         raise AttributeError(f"a {type(self).__name__} cannot be changed")
@@ -198,6 +206,20 @@ def format_duration(seconds):
             rest //= _UNITS[small]
             return f"{number}{large}" + (f"{rest}{small}" if rest else "")
     return f"{seconds}s"
+
+
+_SIZE = Pattern(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:(iB)|(B))?|B)?")
+
+
+def parse_size(written):
+    """Bytes of `512M`, `1.5GiB`, `10MB`, `4096`: K, M, G, T are powers of 1024 as in systemd, with
+    a B alone powers of 1000. Raises ValueError that says what to write instead."""
+    text = written if isinstance(written, str) else _shown(written)
+    found = None if isinstance(written, bool) else _SIZE.fullmatch(text)
+    if not found:
+        raise ValueError(f'"{text}" is not a size; write for example 512M, 1.5GiB or 4096')
+    power = "KMGT".index(found[2]) + 1 if found[2] else 0
+    return int(float(found[1]) * (1000 if found[4] else 1024) ** power)
 
 
 def format_size(number):
@@ -412,18 +434,19 @@ class _Scalars:
         while True:
             match = _LINE_END.match(text, at)
             if not match:
-                at = _BLANKS.match(text, at).end()
-                raise self.error(at, 'a "#" needs a blank before it' if text[at] == "#" else
-                                 f'"{self.shown(at)}" is left over; put the whole value in quotes')
-            at = match.end()
-            if text[at] != "#":
+                raise self.left_over(_BLANKS.match(text, at).end())
+            self.at = match.end()
+            if text[self.at] != "#":
                 break
-            at = text.index("\n", at)
-        self.at = at
-        start, end = match.span(1)
+            at = text.index("\n", self.at)
+        (start, end), at = match.span(1), self.at
         self.indent, self.tabbed = end - start, end != at
         if start == at and text[at] in "-.\0" and _MARKER.match(text, at):
             self.indent = -1
+
+    def left_over(self, at):
+        return self.error(at, 'a "#" needs a blank before it' if self.text[at] == "#" else
+                          f'"{self.shown(at)}" is left over; put the whole value in quotes')
 
     def resolve(self, written, at):
         """The value of a plain scalar."""
@@ -464,13 +487,11 @@ class _Scalars:
     def refuse_tabs(self, start, end, columns):
         """Blank lines inside a scalar are indented as it is, or have nothing but blanks (6.4)."""
         if columns and self.text.find("\t", start, end) >= 0:
-            tab = re.compile(rf"\n {{0,{columns - 1}}}\t").search(self.text, start, end)
-            if tab:
+            if tab := re.compile(rf"\n {{0,{columns - 1}}}\t").search(self.text, start, end):
                 raise self.error(tab.end() - 1, "a tab cannot indent; write blanks")
 
     def colon_inside(self):
-        return self.error(self.at, '": " inside a plain value; put the whole value in quotes, or '
-                                   "below |")
+        return self.error(self.at, '": " inside a plain value; put the value in quotes, or below |')
 
     def quoted(self, columns):
         """A scalar in quotes (7.3.1, 7.3.2)."""
@@ -491,8 +512,7 @@ class _Scalars:
                 pieces += (piece.rstrip(" \t"), empty or " ") if stop == "\n" else (piece, empty)
         self.at, value = at, "".join(pieces) + piece
         if self.suspects:
-            self.suspects.difference_update(
-                match.start() for match in _ONLY_IN_QUOTES.finditer(text, start, at))
+            self.suspects -= {match.start() for match in _ONLY_IN_QUOTES.finditer(text, start, at)}
         self.noted(start, value)
         return value
 
@@ -507,10 +527,12 @@ class _Scalars:
         return match.end(), "\n" * match[1].count("\n")
 
     def escaped(self, written, end):
-        try:                            # two halves of a surrogate pair are a character, as in JSON
-            return _ESCAPES.get(written) or written.encode().decode("unicode_escape" * (
-                len(written) > 2)).encode("utf-16", "surrogatepass").decode("utf-16")
-        except (UnicodeError, LookupError):
+        try:
+            if len(written) == 2:
+                return _ESCAPES[written]
+            halves = written.encode().decode("unicode_escape")  # of a surrogate pair, as in JSON
+            return halves.encode("utf-16", "surrogatepass").decode("utf-16")
+        except (KeyError, UnicodeError):
             raise self.error(end - len(written), f"{printable(written)} is no escape; write \\\\ "
                              "for a backslash, or use single quotes") from None
 
@@ -602,9 +624,9 @@ class _Nodes(_Scalars):
         if kind == "*":
             return self.alias()
         if kind not in "'\"[{":
-            raise self.error(self.at, ("tags are not read" if kind == "!" else
-                                       f'"{printable(kind)}" cannot begin a value here')
-                             + "; put a text that begins so in quotes")
+            problem = "tags are not read" if kind == "!" else (
+                f'"{printable(kind)}" cannot begin a value here')
+            raise self.error(self.at, problem + "; put a text that begins so in quotes")
         value = self.quoted(columns) if kind in "'\"" else self.flow(columns)
         self.json_like = True
         return value
@@ -616,10 +638,10 @@ class _Nodes(_Scalars):
             self.gap(columns)
         self.json_like, match = False, pattern.match(self.text, self.at)
         if match and pattern is _PLAIN:
-            start, self.at, written = self.at, match.end(), match[1].rstrip(" \t")
+            self.at, written = match.end(), match[1].rstrip(" \t")
+            value = self.resolve(written, match.start(1))
             if self.noting:
-                self.noted(start, written, True)
-            value = self.resolve(written, start)
+                self.noted(match.start(1), written, True)
         elif match:
             value = self.plain(match, columns - 1, _FLOW_LINE)
             self.refuse_outside(match.end(), columns)
@@ -688,22 +710,21 @@ class _Nodes(_Scalars):
             self.gap(columns, 1)
         key, key_note, value = self.atom(columns, _FLOW_PLAIN), self.note, None
         self.gap(columns)
-        is_pair = self.is_colon()
-        if in_list and not explicit:
-            if not is_pair:
-                return key
-            self.refuse_long_key(start)
-        if is_pair:
+        if self.is_colon():
+            if in_list and not explicit:
+                self.refuse_long_key(start)
             self.gap(columns, 1)
             value = self.atom(columns, _FLOW_PLAIN)
             self.gap(columns)
+        elif in_list and not explicit:
+            return key
         else:
             self.nothing()
         if not in_list:
             return self.store(mapping, notes, start, key, key_note, value)
         mapping, notes = {}, {}
         self.store(mapping, notes, start, key, key_note, value)
-        self.depth += 1
+        self.depth += 1                 # `complete` takes it back; the brackets count, not this
         return self.complete(start, mapping, notes)
 
     def refuse_long_key(self, start):
@@ -722,7 +743,9 @@ class _Nodes(_Scalars):
             names = [json.dumps("<<" if name is _MERGE else name) for name in (key, same)]
             raise self.error(start, f"the key {names[0]} is there already" + (
                 "" if names[0] == names[1] else f", as {names[1]}"))
-        mapping[key], notes[key] = value, (key_note, self.note)
+        mapping[key] = value
+        if self.noting:
+            notes[key] = key_note, self.note
 
     def complete(self, start, value, notes):
         """A collection at its end: merged, counted, noted."""
@@ -741,7 +764,7 @@ class _Nodes(_Scalars):
 
     def merge(self, mapping, notes, at, sources):
         """Take over what << names: own keys win, then earlier sources."""
-        note, is_list = notes[_MERGE][1], isinstance(sources, list)
+        note, is_list = self.noting and notes[_MERGE][1], isinstance(sources, list)
         pairs = itertools.zip_longest(sources, note.items if note else ()) if is_list else [
             (sources, note)]
         for source, note in pairs:
@@ -750,7 +773,8 @@ class _Nodes(_Scalars):
             for key in source:
                 if key not in mapping:
                     mapping[key] = source[key]
-                    notes[key] = (note.keys[key], note.items[key]) if note else None
+                    if note:
+                        notes[key] = note.keys[key], note.items[key]
 
 
 class _Document(_Nodes):
@@ -931,6 +955,10 @@ class _Document(_Nodes):
 
 class CronError(RoexecError, ValueError):
     """An expression, or an instant without a zone, that is refused: where, what, what to write."""
+
+
+def _is_leap(year):
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
 
 
 # Sets of small numbers: the least of them from `low` on, or the greatest up to `high`; else -1.
@@ -1116,7 +1144,7 @@ class _Times:
         seek, edge = (_least, 0) if step > 0 else (_greatest, 366)
         year, _, _, hour, minute, second, _, day, _ = time.gmtime(local)
         eve = local // 86400 - day              # the day before the year, counted from 1970
-        days = self.days(calendar.isleap(year), (eve + 5) % 7)      # 1970-01-01: Thursday, 4
+        days = self.days(_is_leap(year), (eve + 5) % 7)         # 1970-01-01: Thursday, 4
         today = days >> day & 1
         if today and self.hours >> hour & 1:
             if self.minutes >> minute & 1:
@@ -1130,9 +1158,9 @@ class _Times:
         if hour < 0:
             hour, day = seek(self.hours, edge), seek(days, day + step)
         while day < 0:
-            eve += 365 + calendar.isleap(year) if step > 0 else -365 - calendar.isleap(year - 1)
+            eve += 365 + _is_leap(year) if step > 0 else -365 - _is_leap(year - 1)
             year += step
-            day = seek(self.days(calendar.isleap(year), (eve + 5) % 7), edge)
+            day = seek(self.days(_is_leap(year), (eve + 5) % 7), edge)
         return ((eve + day) * 1440 + hour * 60 + seek(self.minutes, edge)) * 60 + seek(
             self.seconds, edge)
 
@@ -1190,7 +1218,7 @@ _MACROS = {"@yearly": "0 0 1 1 *", "@annually": "0 0 1 1 *", "@monthly": "0 0 1 
 _HORIZON = 60 * 366 * 86400
 _FIRST, _LAST = -62135164800, 253401868800      # a few days within the years 1 and 9999 of datetime
 _SAMPLE = 1735689600                            # 2025: what fires at all, fires within 60 years
-_NEAR = 27 * 3600                              # two offsets of a zone differ by 26 hours at most
+_NEAR = 27 * 3600                               # two offsets of a zone differ by 26 hours at most
 
 
 class Cron:
@@ -1256,7 +1284,7 @@ class Cron:
             local = floor if second == begin else max(floor, second + offset)
             slot = max(begin, self._times.nearest(local, 1) - offset)
             if slot < end:
-                return slot if slot <= limit else None
+                return slot
             second = end if end - second < _NEAR else max(end, slot - _NEAR)
         return None
 
@@ -1269,9 +1297,8 @@ class Cron:
         while second >= limit:
             begin, _, offset, floor = self._stretch(second, zone)
             local = self._times.nearest(second + offset, -1)
-            slot = max(begin, local - offset)
             if local >= floor:
-                return slot if slot >= limit else None
+                return max(begin, local - offset)
             second = begin - 1 if second - begin < _NEAR else min(begin, local - offset + _NEAR) - 1
         return None
 
@@ -1347,12 +1374,13 @@ def _seconds(instant, up=False):
     """The whole UTC seconds of an aware datetime, the next ones if `up`."""
     if instant.tzinfo is None:
         raise CronError(f"{instant.isoformat()} has no time zone; pass an aware datetime")
-    fraction = instant.microsecond
-    return round(instant.timestamp() - fraction / 1e6) + (up and fraction > 0)
+    return round(instant.timestamp() - instant.microsecond / 1e6) + (up and instant.microsecond > 0)
 
 
 def _local(slot, zone):
-    return None if slot is None else datetime.datetime.fromtimestamp(slot, zone)
+    if slot is None or not _FIRST <= slot <= _LAST:
+        return None
+    return datetime.datetime.fromtimestamp(slot, zone)
 
 
 # Sentences.
@@ -1438,6 +1466,7 @@ HOOKS = ("pre_run", "on_retry", "on_success", "on_failure", "post_run", "on_miss
 _HOOK_NAMES = (*HOOKS, "on_finish")                     # on_finish is another name of post_run
 _HOOK_KEYS = ("hooks", "notify", *_HOOK_NAMES)          # the keys of a job that are about hooks
 _MERGED = ("env", "params", "hooks", "limits", "log", "history")    # key by key, not as a whole
+_HOOK_KINDS = ("command", "webhook", "mail", "ping", "run")          # a hook has one of them
 _NO_DEFAULT = dict.fromkeys(("id", "name", "command", "pipeline", "schedule"),
                             '"{}" is not possible in defaults; write it in each job')
 _OTHER_WORDS = {"cron": "schedule", "environment": "env", "cmd": "command", "script": "command",
@@ -1452,10 +1481,15 @@ _NOT_IN_IDS = Pattern(r"[^A-Za-z0-9._-]+")
 _VARIABLE = Pattern(r"[^=\s\0\ud800-\udfff]+")
 _NO_TEXT = Pattern(r"[\0\ud800-\udfff]")
 _NO_LINE = Pattern(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")
+_VAULT_SECRET = Pattern(r"vault://([^\s?#%]+/[^\s?#%]+)(?:#(.+))?")
+_VAULT_ADDRESS = Pattern(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?/?", "a")
 _EXPANSION = Pattern(r"(?<![\w$])\$[A-Za-z_]\w*|(?<!\$)\$\{[A-Za-z_]\w*\}", "a")
 _NUMERIC = Pattern(r"-?[0-9]+(?:\.[0-9]+)?")
 _TIME_OF_DAY = Pattern(r"\d{1,2}:\d\d(?::\d\d)?")
 _UMASK = Pattern(r"0?[0-7]{3}")
+_URL = Pattern(r"https?://(?:[\w.~%!$&'()*+,;=:-]+@)?(?:[\w.-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?"
+               r"(?:[/?][!-~]*)?", "ai")
+_ADDRESS = Pattern(r"[\w.!#$%&'*+/=?^`{|}~-]+@[\w.-]+", "a")       # the usual ones of RFC 5322
 _HOST_NAME = Pattern(r"\w(?:[\w.-]*[\w.])?|(?=[^:]*:[^:]*:)[0-9A-Fa-f:.]+(?:%\w+)?", "a")
 
 
@@ -1672,6 +1706,23 @@ def _duration(value, place):
     return value
 
 
+def _size(value, place):
+    if value is None or isinstance(value, (dict, list)):
+        raise place.unwanted(value, "a size")
+    if parse_size(value) == 0:
+        raise ValueError("write a size above 0")
+    return value
+
+
+def _pattern(value, place):
+    text = _text(value, place)
+    try:
+        re.compile(text.encode())
+    except re.error as error:
+        raise ValueError(f"{place.shown(value)} is no regular expression: {error}") from None
+    return text
+
+
 def _some_duration(value, place):
     if parse_duration(_duration(value, place)) == 0:
         raise ValueError("write a duration above 0")
@@ -1759,9 +1810,7 @@ def _env(value, place):
     for key, item in value.items():
         name = key if type(key) is str else place.key(key).written(key)
         here = place.item(key, name)
-        here.read(_variable, name)
-        if name.startswith("ROEXEC_"):
-            here.problem(f'"{name}" is set by roexec itself; choose another name')
+        here.read(_own_variable, name)
         if name in variables:
             here.problem("it is written twice; remove one")
         if item is None:
@@ -1783,6 +1832,13 @@ def _variable(value, place):
     return name
 
 
+def _own_variable(value, place):
+    name = _variable(value, place)
+    if name.startswith("ROEXEC_"):
+        raise ValueError(f'"{name}" is set by roexec itself; choose another name')
+    return name
+
+
 def _inherit_env(value, place):
     if isinstance(value, list):
         return _items(_variable, value, place)
@@ -1795,6 +1851,23 @@ def _bound(value, place):
         raise ValueError(f'"{text}" is a time of day; a window is between two dates, '
                          "put hours into the schedule")
     parse_instant(text, fixed_zone("UTC"))
+    return text
+
+
+def _url(value, place):
+    """An address of the web. It is a credential, so no error quotes it."""
+    found = _URL.fullmatch(_text(value, place))
+    if not found or int(found[1] or 1) not in range(1, 65536):
+        raise ValueError("this is no address; write https://HOST/PATH, in ASCII and without blanks "
+                         "(other characters as %XX)")
+    return value
+
+
+def _address(value, place):
+    text = _text(value, place)
+    if not _ADDRESS.fullmatch(text):
+        raise ValueError(f'"{text}" is no mail address; write one alone, for example '
+                         "ops@example.com, and several as a list")
     return text
 
 
@@ -1875,13 +1948,14 @@ class _Record(Value):
 
 
 class Backoff(_Record):
-    """The seconds between two attempts: `delay`, times `factor` each time, up to `max`."""
+    """The seconds between two attempts: `delay`, times `factor` each time, up to `max`; `jitter`
+    is the part of it by which it may be shorter or longer."""
     KEYS = {
         "delay": (_duration, parse_duration, 10),
         "factor": (_number_from(1, 1000, (int, float)), None, 1),
         "max": (_duration, parse_duration, None),
+        "jitter": (_number_from(0, 1, (int, float)), None, 0),
     }
-    LATER = ("jitter",)
 
     def __init__(self, spec=None):
         super().__init__(spec if isinstance(spec, dict) else {"delay": spec})
@@ -1907,25 +1981,117 @@ class RetryOn(_Record):
         "exit_codes": (_list_of(_number_from(0, 255)), _several, ()),
         "timeout": (_switch, None, False),
         "signal": (_switch, None, False),
+        "output": (_pattern, None, None),
     }
-    LATER = ("output",)
 
 
 class Success(_Record):
     """What counts as success of a command."""
-    KEYS = {"exit_codes": (_list_of(_number_from(0, 255)), _several, (0,))}
-    LATER = ("output", "no_output")
+    KEYS = {
+        "exit_codes": (_list_of(_number_from(0, 255)), _several, (0,)),
+        "output": (_pattern, None, None),
+        "no_output": (_pattern, None, None),
+    }
+
+
+class Limits(_Record):
+    """What the commands of an attempt may use: bytes, seconds, numbers, processors."""
+    KEYS = {
+        "memory": (_size, parse_size, None),
+        "cpu": (_number_from(0.01, 1000, (int, float)), None, None),
+        "cpu_time": (_some_duration, parse_duration, None),
+        "files": (_number_from(3, _MOST), None, None),
+        "processes": (_number_from(1, _MOST), None, None),
+        "file_size": (_size, parse_size, None),
+    }
 
 
 class Hook(_Record):
-    """A command at a certain point of a run; where it has a condition, only if that succeeds."""
+    """What is to be done at a certain point of a run; with a condition, only if that succeeds."""
     KEYS = {
         "command": (_command, _tuple, None),
+        "webhook": (_url, None, None),
+        "mail": (_list_of(_address), _several, None),
+        "ping": (_url, None, None),
+        "run": (_id, None, None),
         "condition": (_command, _tuple, None),
         "timeout": (_some_duration, parse_duration, 60),
     }
-    LATER = ("webhook", "mail", "ping", "run")
     NAME, MAY_BE_EMPTY = "a hook", True
+
+    @property
+    def kind(self):
+        """What it is: command, webhook, mail, ping or run."""
+        return next(name for name in _HOOK_KINDS if getattr(self, name) is not None)
+
+    @property
+    def target(self):
+        """The command, the URL of a webhook or ping, the tuple of addresses, or the job's id."""
+        return getattr(self, self.kind)
+
+    @classmethod
+    def check(cls, spec):
+        kinds = [name for name in _HOOK_KINDS if name in spec]
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} in one hook; make a list of several")
+        if spec.get("mail") == []:
+            raise ValueError("the list of mail is empty; write an address")
+        if kinds not in ([], ["command"]) and "timeout" in spec:
+            raise ValueError(f"only a command has a timeout, not {kinds[0]}; remove it")
+
+
+def _source_file(value, place):
+    text = _line(value, place)
+    return _directory(text, place)
+
+
+def _vault_secret(value, place):
+    text = _line(value, place)
+    found = _VAULT_SECRET.fullmatch(text)
+    if not found or {"", ".", ".."} & set(found[1].split("/")):
+        raise ValueError(f'"{text}" is no secret; write vault:// and its path, for example '
+                         "vault://secret/data/db, or vault://secret/data/db#password for one key")
+    return text
+
+
+class _EnvSource(_Record):
+    KEYS = {
+        "file": (_source_file, None, None),
+        "optional": (_switch, None, False),
+        "host": (_list_of(_own_variable), None, None),
+        "command": (_command, None, None),
+        "secret": (_vault_secret, None, None),
+        "as": (_own_variable, None, None),
+    }
+    NAME = "a source of env_from"
+
+    @classmethod
+    def read(cls, value, place):
+        if isinstance(value, str):
+            kind = "secret" if value.startswith("vault:") else "file"
+            raise ValueError(f"write {{{kind}: {value}}}")
+        return super().read(value, place)
+
+    @classmethod
+    def check(cls, spec):
+        kinds = [name for name in ("file", "host", "command", "secret") if name in spec]
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} are {len(kinds)} sources; make a list of them")
+        if not kinds:
+            raise ValueError("a source has one of file, host, command, secret")
+        for name, kind in (("optional", "file"), ("as", "secret")):
+            if name in spec and kind not in spec:
+                raise ValueError(f"{name} goes with {kind}, not with {kinds[0]}")
+        if "secret" in spec:
+            cls._check_key(spec["secret"].partition("#")[2], spec.get("as"))
+
+    @classmethod
+    def _check_key(cls, key, name):
+        if name and not key:
+            raise ValueError("as: names the variable of one key; write which behind the secret, "
+                             f"for example vault://secret/data/db#{name.lower()}")
+        if key and not name and (not _VARIABLE.fullmatch(key) or key.startswith("ROEXEC_")):
+            raise ValueError(f'the key "{key}" cannot be the name of a variable; add as: NAME')
 
 
 class _Window(_Record):
@@ -2012,9 +2178,9 @@ def _hook_entry(value, place, before):
         return _command(_text(value, place), place)
     count = len(place.reading.problems)
     spec = Hook.read(value, place)
-    if len(place.reading.problems) == count and "command" not in spec:
+    if len(place.reading.problems) == count and not spec.keys() & set(_HOOK_KINDS):
         if list(spec) != ["condition"]:
-            raise ValueError("a hook needs a command")
+            raise ValueError("a hook needs a command, or webhook, mail, ping or run")
         if not before:
             raise ValueError("a condition alone belongs to the entry before it, and there is none")
         if isinstance(before[-1], dict) and "condition" in before[-1]:
@@ -2060,9 +2226,13 @@ class Job(_Record):
         "command": (_command, _tuple, None),
         "shell": (_shell, _shell_words, ("/bin/sh", "-c")),
         "directory": (_directory, None, None),
+        "user": (_line, None, None),
+        "group": (_line, None, None),
+        "nice": (_number_from(-20, 19), None, None),
         "umask": (_umask, lambda value: int(value, 8), 0o022),
         "stdin": (_text, None, None),
         "env": (_env, None, {}),
+        "env_from": (_list_of(_EnvSource.read), _several, ()),
         "inherit_env": (_inherit_env, _tuple, False),
         "timeout": (_duration, _limit, None),           # 0 is no limit
         "total_timeout": (_duration, _limit, None),
@@ -2077,10 +2247,10 @@ class Job(_Record):
         "max_concurrent": (_number_from(0, _MOST), None, 1),
         "overlap": (_one_of("skip", "queue", "replace"), None, "skip"),
         "priority": (_number_from(-_MOST, _MOST), None, 0),
+        "limits": (Limits.read, Limits, Limits()),
         "hooks": (None, _make_hooks, {}),               # _read_hooks reads them in all spellings
     }
-    LATER = ("user", "group", "nice", "env_from", "params", "limits", "pipeline", "parallel",
-             "depends_on", "log", "history")
+    LATER = ("params", "pipeline", "parallel", "depends_on", "log", "history")
     spec = _crons = None
 
     def __init__(self, spec):
@@ -2374,9 +2544,10 @@ def _with_settings(value, place, settings):
 _UNQUOTED = Pattern(r"[A-Za-z/](?:[\w ./=+@%,-]*[\w./=+@%,-])?", "a")
 
 
-def job_to_yaml(jobs):
-    """A job file in YAML that gives the same jobs."""
-    return f"jobs:{_as_yaml([job.spec for job in jobs], '  ')}\n"
+def job_to_yaml(jobs, defaults=None):
+    """A job file in YAML that gives the same jobs; `defaults` is a spec of what is below them."""
+    below = f"defaults:{_as_yaml(defaults, '  ')}\n\n" if defaults else ""
+    return below + f"jobs:{_as_yaml([job.spec for job in jobs], '  ')}\n"
 
 
 def _as_yaml(value, indent):
@@ -2445,6 +2616,75 @@ class _SchedulerSettings(_Record):
     MAY_BE_EMPTY = True
 
 
+class MailSettings(_Record):
+    """The mail server: host, port, tls, user, password_file, timeout; `from` is `sender`."""
+    KEYS = {
+        "host": (_host, None, None),
+        "port": (_number_from(1, 65535), None, None),
+        "from": (_address, None, None),
+        "tls": (_one_of("starttls", "tls", "none"), None, "starttls"),
+        "user": (_line, None, None),
+        "password_file": (_path, None, None),
+        "timeout": (_some_duration, parse_duration, 30),
+    }
+
+    def __init__(self, spec=None):
+        super().__init__(spec)
+        if self.port is None:           # RFC 8314: submission, the same within TLS, and RFC 5321
+            object.__setattr__(self, "port", {"starttls": 587, "tls": 465, "none": 25}[self.tls])
+
+    @property
+    def sender(self):
+        """The address in From; None where none was written."""
+        return getattr(self, "from")
+
+    @classmethod
+    def check(cls, spec):
+        super().check(spec)
+        if "host" not in spec:
+            raise ValueError("write host:, the mail server")
+        if ("user" in spec) != ("password_file" in spec):
+            raise ValueError("user and password_file go together; write both or none")
+        if "user" in spec and spec.get("tls") == "none":
+            raise ValueError("tls: none would send the password in clear text; remove user and "
+                             "password_file, or tls: none")
+        if parse_duration(spec.get("timeout", 0)) > 100:        # then a try counts as lost
+            raise ValueError("timeout is at most 100s")
+
+
+def _vault_address(value, place):
+    text = _line(value, place)
+    found = _VAULT_ADDRESS.fullmatch(text)
+    if not found or int(found[1] or 1) not in range(1, 65536):
+        raise ValueError(f'"{text}" is no address of Vault; write for example '
+                         "https://vault.example.com:8200")
+    return text.rstrip("/")
+
+
+class VaultSettings(_Record):
+    """Where Vault is, and who asks: a token in a file, or an AppRole; `ca` is a file in PEM."""
+    KEYS = {
+        "address": (_vault_address, None, None),
+        "token_file": (_path, None, None),
+        "role_id": (_line, None, None),
+        "secret_id_file": (_path, None, None),
+        "namespace": (_line, None, None),
+        "ca": (_path, None, None),
+    }
+
+    @classmethod
+    def check(cls, spec):
+        super().check(spec)
+        if "address" not in spec:
+            raise ValueError("write address:, for example https://vault.example.com:8200")
+        if ("role_id" in spec) != ("secret_id_file" in spec):
+            raise ValueError("role_id and secret_id_file go together; write both or none")
+        if ("token_file" in spec) == ("role_id" in spec):
+            raise ValueError("write either token_file, or role_id and secret_id_file")
+        if "ca" in spec and spec["address"].startswith("http:"):
+            raise ValueError("ca is for an address that begins with https://")
+
+
 def _config_defaults(value, place):
     return _read_defaults(value, place, {**_NO_DEFAULT, "directory": (
         "directory is not possible here, since a job of a file has that file's folder; "
@@ -2455,7 +2695,8 @@ class Config(_Record):
     """A configuration, made of a checked spec; without one, that which says nothing.
 
     `server` has host and port; `store` type and path; `scheduler` max_concurrent and timezone;
-    `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs' defaults.
+    `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs' defaults;
+    `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings.
     """
     KEYS = {
         "server": (_ServerSettings.read, _ServerSettings, _ServerSettings()),
@@ -2463,8 +2704,10 @@ class Config(_Record):
         "scheduler": (_SchedulerSettings.read, _SchedulerSettings, _SchedulerSettings()),
         "jobs": (_list_of(_path), _several, ()),
         "defaults": (_config_defaults, None, {}),
+        "mail": (MailSettings.read, None, None),
+        "vault": (VaultSettings.read, None, None),
     }
-    LATER = ("log", "history", "metrics", "mail", "vault", "clustering")
+    LATER = ("log", "history", "metrics", "clustering")
     NAME, MAY_BE_EMPTY = "the configuration", True
 
     @property
@@ -2479,7 +2722,397 @@ def read_config(text, file, folder):
         {} if value is None else value, place))[0])
 
 
-# ==== 5 policy (pure) =============================================================================
+# ==== 5 crontab (pure) ============================================================================
+# Crontabs as job files, for those who move. Fields, variables and commands are read as Debian's
+# cron(8) reads them, where it is careless too, so that a job starts at the same instants with the
+# same input. What changes, and what a job file cannot say, is a note with the number of its line.
+
+class Crontab(Value):
+    """A crontab as jobs: their specs `jobs`, the spec of `defaults` below them, `text` of the job
+    file of both, and `notes`, which are texts. It is `complete` if no line was left out."""
+    __slots__ = ("jobs", "defaults", "text", "notes", "complete")
+
+
+def read_crontab(text, file, owner, me):
+    """The Crontab of a text (str, or UTF-8 bytes), which its notes call `file`.
+
+    `owner` is the user whose crontab it is; None for a system crontab, which names a user in each
+    line. The jobs of another user than `me` are disabled. Raises RoexecError if it is not UTF-8.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            line = text.count(b"\n", 0, error.start) + 1
+            raise RoexecError(f"{file}:{line}: this is not UTF-8") from None
+    reader, lines = _CrontabReader(file, owner, me), text.split("\n")
+    for number, line in enumerate(lines, 1):
+        reader.read_line(line.lstrip(" \t").rstrip("\r"), number)
+    if lines[-1]:
+        reader.note(len(lines), "the file does not end in a newline, so cron would ignore it")
+    if "\r" in text:
+        reader.note(text.count("\n", 0, text.index("\r")) + 1,
+                    "a carriage return ends the line, which cron would pass on to the command")
+    return reader.result()
+
+
+_NOT_VARIABLES = ("MAILTO", "MAILFROM", "CONTENT_TYPE", "CONTENT_TRANSFER_ENCODING", "CRON_TZ",
+                  "RANDOM_DELAY")
+_SETTING_NOTES = {
+    "LOGNAME": "cron sets LOGNAME itself, whatever is written here",
+    "CRON_TZ": "CRON_TZ is the zone of the schedules below, as in cronie; Debian's cron takes no "
+               "notice of it",
+    "RANDOM_DELAY": "RANDOM_DELAY becomes jitter, another one for each slot, where cronie keeps "
+                    "one; Debian's cron takes no notice of it"}
+
+
+class _CrontabReader:
+    """The lines of a crontab, one after the other, and what has been read so far."""
+
+    def __init__(self, file, owner, me):
+        self.file, self.owner, self.me = file, owner, me
+        self.variables, self.comment = {}, []
+        self.jobs, self.notes, self.complete = [], [], True     # jobs: (spec, its notes)
+
+    def note(self, number, message):
+        """Note something about a line."""
+        self.notes.append(printable(f"{self.file}:{number}: {message}"))
+
+    def read_line(self, line, number):
+        """Read a line without the blanks before it."""
+        comment, self.comment = self.comment, []
+        setting = _SETTING.fullmatch(line)
+        try:
+            if line.startswith("#"):
+                self.comment = _with_comment(comment, line.lstrip("#").strip())
+            elif setting:
+                self._set(*_name_and_value(setting), number)
+            elif line:
+                self._add(line, "\n".join(comment).strip(), number)
+        except ValueError as error:
+            self.complete = False
+            self.note(number, f"left out: {error}")
+
+    def _set(self, name, value, number):
+        if value is None:
+            self.note(number, f'cron wants {name}="" for an empty value')
+            value = ""
+        _check_job({"id": "x", "command": "x", "env": {name: value}})
+        if name in _SETTING_NOTES:
+            self.note(number, _SETTING_NOTES[name])
+        elif name in _NOT_VARIABLES and value:
+            self.note(number, f"{name}: nothing is mailed, what a job prints is in the log of its "
+                              "run; to hear of failures give it a hook such as "
+                              'on_failure: "mail -s failed ADDRESS"')
+        if name != "LOGNAME":
+            self.variables[name] = value
+
+    def _add(self, line, comment, number):
+        """Add the job of an entry."""
+        notes = []
+        words, rest = _crontab_words(line)
+        schedule = _crontab_schedule(words, notes)
+        owner, rest = (self.owner, rest) if self.owner else _user_and_command(rest)
+        if self.owner and rest.startswith("*"):
+            raise ValueError('cron refuses a command that begins with "*"; is it a sixth field?')
+        spec = self._job(schedule, rest, notes)
+        if comment:
+            spec["description"] = comment
+        if owner != self.me:
+            spec["enabled"] = False
+            notes.append(f"it is to run as {owner}; that is not supported yet, so it is disabled")
+        self.jobs.append((_check_job(spec), [f"line {number}: {text}" for text in notes]))
+        for text in notes:
+            self.note(number, text)
+
+    def _job(self, schedule, text, notes):
+        """The mapping of a job, of its schedule and the rest of its line."""
+        variables = {"PATH": "/usr/bin:/bin", **self.variables}
+        command, stdin = _command_and_input(text, notes)
+        spec = {"id": _job_id(command, {spec["id"] for spec, _ in self.jobs}), "schedule": schedule,
+                "command": command, "stdin": stdin,
+                "directory": _absolute_path(variables, "HOME")}
+        shell = _absolute_path(variables, "SHELL")
+        if shell == "/bin/sh":              # which is what jobs have anyway
+            del variables["SHELL"]
+        elif shell:
+            spec["shell"] = [shell, "-c"] if " " in shell else shell
+        if schedule != "@reboot":
+            _add_zone_and_jitter(spec, variables)
+        spec["env"] = {name: variables[name] for name in variables if name not in _NOT_VARIABLES}
+        return {key: value for key, value in spec.items() if value is not None}
+
+    def result(self):
+        """The Crontab."""
+        specs = [spec for spec, _ in self.jobs]
+        defaults = {"directory": "~", "max_concurrent": 0, **_take_what_is_common(specs)}
+        return Crontab(jobs=specs, defaults=defaults, notes=self.notes, complete=self.complete,
+                       text=_job_file(self.file, defaults, self.jobs))
+
+
+def _check_job(mapping):
+    """The spec of a mapping; raises ValueError where it cannot be a job."""
+    try:
+        return job_from_mapping(mapping, None).spec
+    except Invalid as error:
+        raise ValueError("; ".join(problem.message for problem in error.problems)) from None
+
+
+def _absolute_path(variables, name):
+    path = variables.get(name)
+    if path is not None and not os.path.isabs(path):
+        raise ValueError(f'{name} is "{path}", which is no path from "/"')
+    return path
+
+
+def _add_zone_and_jitter(spec, variables):
+    zone, delay = variables.get("CRON_TZ"), variables.get("RANDOM_DELAY") or "0"
+    if zone:
+        spec["schedule"] = f"CRON_TZ={zone} {spec['schedule']}"
+    if not (delay.isascii() and delay.isdigit()):
+        raise ValueError(f'RANDOM_DELAY is "{delay}", which is no number of minutes')
+    if int(delay):
+        spec["jitter"] = f"{int(delay)}m"
+
+
+# The job file.
+
+def _take_what_is_common(specs):
+    """The spec of the variables and the shell that all the specs have, which are taken out."""
+    env = set.intersection(*(set(spec["env"].items()) for spec in specs)) if specs else ()
+    shells = {str(spec.get("shell")): spec.get("shell") for spec in specs}
+    common = {"shell": shells.popitem()[1]} if len(shells) == 1 else {}
+    for spec in specs:
+        spec["env"] = {name: text for name, text in spec["env"].items() if (name, text) not in env}
+        if not spec["env"]:
+            del spec["env"]
+        if common:
+            spec.pop("shell", None)
+    common["env"] = dict(sorted(env))
+    return {key: value for key, value in common.items() if value}
+
+
+def _job_file(file, defaults, jobs):
+    """The text of a job file of specs, each below its notes."""
+    text = (f"# Made of the crontab {printable(file)}. The defaults are cron's own rules: runs of "
+            "a job may overlap,\n# start in the home folder, and find programs in no more than "
+            "cron's PATH. Cron mails what a job\n# prints; here it is in the log of its run. Cron "
+            "forgets what was due while it was down; here the\n# newest slot of the last hour is "
+            "caught up, unless catch_up is none.\n")
+    text += job_to_yaml([], defaults)
+    if jobs:
+        text = text[:-len(" []\n")] + "\n"
+    for spec, notes in jobs:
+        text += "".join(f"  # {printable(note)}\n" for note in notes)
+        text += job_to_yaml([Job(spec)]).partition("\n")[2]
+    return text
+
+
+# Variables and comments.
+
+_SETTING = Pattern(r"""
+    (?: '([^'=]*)' | "([^"=]*)" | ([^\s=#'"][^\s=]*) ) \s* = \s*
+    (?: '([^']*)' \s* | "([^"]*)" \s* | ([^\s'"].*) )?""", "xa")
+_HEADING = Pattern(r"m(?:in\w*)?\s+h", "i")     # of the columns
+
+
+def _name_and_value(setting):
+    """Name and value of a variable, as cron has quotes and blanks; no value is None."""
+    name = next(text for text in setting.groups()[:3] if text is not None)
+    value = next((text for text in setting.groups()[3:] if text is not None), None)
+    value = value and value.rstrip()
+    if value and len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]:
+        value = value[1:-1]                     # cron takes off a second pair, too
+    return name, value
+
+
+def _with_comment(comment, text):
+    """The lines of a comment with one more; none if that is an entry, or heads their columns."""
+    try:
+        words, rest = _crontab_words(text)
+        _crontab_schedule(words, [])
+        return []
+    except ValueError:
+        if _HEADING.match(text):
+            return []
+    return [*comment, text if any(map(str.isalnum, text)) else ""]
+
+
+# Entries.
+
+_FIELD_BLANKS = Pattern(r"[ \t]+")
+_NO_USER = Pattern(r"[^a-z_]|.+[^\w.$-]", "is")
+_MACROS_OF_CRON = ("@reboot", "@yearly", "@annually", "@monthly", "@weekly", "@daily", "@midnight",
+                   "@hourly")
+
+
+def _crontab_words(line):
+    """The words of the schedule, which are five or a macro, and the rest of a line."""
+    count = 1 if line.startswith("@") else 5
+    words = _FIELD_BLANKS.split(line, count)
+    if len(words) <= count or not words[count]:
+        raise ValueError(f"cron wants {'a command' if count == 1 else 'five fields and a command'}")
+    if count == 1 and words[0] not in _MACROS_OF_CRON:
+        raise ValueError(f'cron knows no "{words[0]}"' + nearest(words[0], _MACROS_OF_CRON))
+    return words[:count], words[count]
+
+
+def _user_and_command(text):
+    user, *command = _FIELD_BLANKS.split(text, 1)
+    if _NO_USER.match(user):
+        raise ValueError(f'"{user}" is no user; if this is the crontab of a user, it has none in '
+                         "its lines (do without --system)")
+    if not command or not command[0]:
+        raise ValueError(f'"{user}" is read as the user, and there is no command')
+    return user, command[0]
+
+
+_COMMAND = Pattern(r"((?:[^\\%]|\\.|\\$)*)(?:%(.*))?", "s")
+
+
+def _command_and_input(text, notes):
+    """The command of an entry and its standard input, which begins at a % (or None)."""
+    command, stdin = _COMMAND.fullmatch(text).groups()
+    if not command.strip():
+        raise ValueError("there is no command")
+    if "\\\\" in command:
+        notes.append("cron makes one backslash of two, and the job has it so")
+    command = re.sub(r"\\([%\\])", r"\1", command)
+    if not stdin:
+        return command, None
+    stdin = re.sub(r"\\?%", lambda found: "\n" if found[0] == "%" else "%", stdin)
+    return command, stdin + "\n" * (stdin.rstrip("\\")[-1:] not in ("", "\n"))
+
+
+_SHELL_PARTS = Pattern(r"[;|&{})]|(?<!\$)\(|\b(?:then|do|else)\b")
+_BEFORE_PROGRAMS = ("nice ionice sudo env exec nohup time timeout chronic command ! sh bash python "
+                    "python3 perl php").split()
+_NO_PROGRAMS = ("cd test [ [[ if while for until fi done export set sleep umask ulimit . source "
+                "true :").split()
+_NOT_IN_JOB_IDS = Pattern(r"[^A-Za-z0-9._-]+")
+
+
+def _job_id(command, taken):
+    """An id that is not taken: the name of the program that a command is about."""
+    names = filter(None, map(_program_of, _SHELL_PARTS.split(command)))
+    name = next((name for name in names if valid_id(name)), "job")
+    numbered = (f"{name[:58]}-{number}" for number in itertools.count(2))
+    return name if name not in taken else next(text for text in numbered if text not in taken)
+
+
+def _program_of(part):
+    """The name of the program that a part of a command runs, as an id has it; empty for none."""
+    words = part.split()
+    while words and (words[0] in _BEFORE_PROGRAMS or "=" in words[0] or words[0][0] in "-0123456789"
+                     or os.path.basename(words[0]) in _BEFORE_PROGRAMS):
+        del words[0]
+    if not words or words[0] in _NO_PROGRAMS:
+        return ""
+    return _NOT_IN_JOB_IDS.sub("-", os.path.basename(words[0])).strip("._-")[:64]
+
+
+# Schedules. After an item of a field cron goes on behind a comma, else ignores the rest of the
+# field. A range that runs backwards is empty, and a step may be larger than its range.
+
+_CRONTAB_FIELDS = (
+    ("minute", 0, 59, ()), ("hour", 0, 23, ()), ("day of month", 1, 31, ()),
+    ("month", 1, 12, "jan feb mar apr may jun jul aug sep oct nov dec".split()),
+    ("day of week", 0, 7, "sun mon tue wed thu fri sat".split()))
+_CRONTAB_ITEM = Pattern(r"(?:\*|([a-z0-9]+)(?:-([a-z0-9]*))?)(?:/([a-z0-9]*))?", "ia")
+
+
+def _crontab_schedule(words, notes):
+    """The expression, as Cron reads it, of what cron makes of five fields or a macro."""
+    if len(words) == 1:
+        return words[0]
+    fields = []
+    for word, field in zip(words, _CRONTAB_FIELDS):
+        try:
+            fields.append(_crontab_field(word, field))
+        except ValueError as error:
+            raise ValueError(f'{field[0]}: cron refuses "{word}"{error}') from None
+        if fields[-1] != word:
+            notes.append(f'{field[0]}: cron reads "{word}" as {fields[-1] or "nothing"}, '
+                         "and so does the job")
+    _replace_no_days(fields)
+    if not all(fields):
+        raise ValueError(f'"{" ".join(words)}" never fires')
+    if "*" in (words[0][0], words[1][0]) and fields[0][0] != "*" != fields[1][0]:
+        notes.append("at a change of clocks, cron treats it as a job with * in its first fields; "
+                     "here its times are fixed")
+    if _comes_more_than_once_after_a_gap(fields):
+        notes.append("where a change of clocks skips several of its times, it runs once right "
+                     "after the gap; Debian's cron runs it for each of them")
+    return " ".join(fields)
+
+
+def _replace_no_days(fields):
+    """Of two restricted day fields, of which either counts, let one without days be none."""
+    for empty, other in ((2, 4), (4, 2)):
+        if not fields[empty] and fields[other] and fields[other][0] != "*":
+            fields[empty] = "*"
+
+
+def _comes_more_than_once_after_a_gap(fields):
+    """Whether fixed times lie within an hour of each other at the time of day of most gaps."""
+    if "*" in (fields[0][0], fields[1][0]):
+        return False
+    daily = Cron(f"{fields[0]} {fields[1]} * * *")
+    times = list(daily.slots(0, 4 * 3600, fixed_zone("UTC")))
+    return any(later - time <= 3600 for time, later in zip(times, times[1:]))
+
+
+def _crontab_field(word, field):
+    """A field as Cron reads it; empty if it has no values. Raises ValueError if cron refuses it."""
+    items, at = [], 0
+    while True:
+        found = _CRONTAB_ITEM.match(word, at)
+        if not found:
+            raise ValueError("" if word.isascii() else ", which is not ASCII")
+        star = found[1] is None and (at == 0 or any(items))     # only a first * counts as one
+        items.append(_crontab_item(*found.groups(), field, star))
+        at = found.end()
+        if word[at:at + 1] != ",":
+            return ",".join(filter(None, items))
+        at += 1
+
+
+def _crontab_item(first, last, step, field, star):
+    """An item of a field as Cron reads it: `first`-`last`/`step`; without `first` it is a `*`."""
+    name, low, high, _ = field
+    begin = low if first is None else _crontab_number(first, field)
+    end = high if first is None else begin if last is None else _crontab_number(last, field)
+    text = "*" if star else f"{low}-{high}" if first is None else _short(first)
+    text += f"-{_short(last)}" if last is not None else ""
+    if begin > end:
+        return ""
+    if step is None:
+        return text
+    if first is not None and last is None:
+        raise ValueError(f", a step needs a range or *; write {first}-{high}/{step}")
+    if not step.isdigit() or int(step) == 0:
+        raise ValueError("")
+    if int(step) <= high:
+        return f"{text}/{_short(step)}"
+    # Only its first value is left; where a * in front counts, the largest step says so as well.
+    return f"*/{high}" if star and name not in ("minute", "hour") else str(begin)
+
+
+def _crontab_number(token, field):
+    _, low, high, names = field
+    if token.lower() in names:
+        return low + names.index(token.lower())
+    if not token.isdigit() or not low <= int(token) <= high:
+        raise ValueError("")
+    return int(token)
+
+
+def _short(token):
+    """A number in the two digits that Cron reads at most."""
+    return str(int(token)) if token.isdigit() and len(token) > 2 else token
+
+
+# ==== 6 policy (pure) =============================================================================
 # What is to be done, decided from what is known and the instant that is passed in: which slots are
 # due and what becomes of them, who gets a place, whether a failed attempt is tried again, and which
 # states a run can take. It guarantees nothing but its answers; others carry them out.
@@ -2684,13 +3317,14 @@ def overlap_action(job, trigger, active, wait=False):
     """
     running = [run for run in active if run["state"] == "running"]
     waiting = [run for run in active if run["state"] == "queued"]
+    beyond = waiting[max(0, job.max_concurrent - len(running)):]       # the free places
     if not job.max_concurrent or len(active) < job.max_concurrent or trigger == "catch_up":
         return "start", None
     manual = trigger in ("manual", "api", "retry")
     if job.overlap == "replace":
         return "replace", (waiting or running)[0]
     if job.overlap == "queue" or (manual and wait):
-        scheduled = [run for run in waiting if run["slot"] is not None]
+        scheduled = [run for run in beyond if run["slot"] is not None]
         return ("skip", scheduled[0]) if scheduled and not manual else ("queue", None)
     return "skip", (running or waiting)[0]
 
@@ -2727,12 +3361,121 @@ def _start_order(run):
     return -run["priority"], instant, run["job_id"], run["seq"]
 
 
+# What is to come.
+
+class Foreseen(Value):
+    """A slot that is to come: of a `job`, the `slot`, the `start` that jitter makes of it, what
+    that does then (an `action` of `overlap_action`), and as `meets` the slot of the run of the job
+    that is still on, or None."""
+    __slots__ = ("job", "slot", "start", "action", "meets")
+
+
+def foresee(jobs, start, end, zone, durations, max_concurrent=None):
+    """[Foreseen] of the slots of jobs, start <= slot < end, in order, if nothing comes between.
+
+    The scheduler's own decisions, on a clock that goes from one event to the next. `durations` is
+    {job id: seconds}, the runs of other jobs are over at once; `max_concurrent` is for all jobs.
+    """
+    rehearsal, due, foreseen = _Rehearsal(jobs, durations, max_concurrent), [], []
+    positions = [math.ceil(start) - 1] * len(jobs)
+    for index, job in enumerate(jobs):
+        _look_ahead(due, index, job, positions[index], end, zone)
+    while due:
+        now = due[0][0]
+        rehearsal.go_on(now)
+        while due and due[0][0] == now:
+            index = heapq.heappop(due)[1]
+            job = jobs[index]
+            rows, positions[index] = decide_slots(job, positions[index], now, zone)
+            foreseen += [rehearsal.start(job, row, now) for row in rows
+                         if row.reason is None and row.slot < end]
+            _look_ahead(due, index, job, positions[index], end, zone)
+        rehearsal.admit(now)
+    return sorted(foreseen, key=lambda item: (item.slot, item.job.id))
+
+
+def _look_ahead(due, index, job, position, end, zone):
+    """Add to the heap when a job has to be decided next."""
+    slot = next_slot(job, position, zone) if job.enabled else None
+    if slot is not None and slot < end:
+        heapq.heappush(due, (slot + jitter_delay(job.id, slot, job.jitter), index))
+
+
+class _Rehearsal:
+    """Runs that take places and time, and do nothing."""
+
+    def __init__(self, jobs, durations, max_concurrent):
+        self.durations, self.max_concurrent = durations, max_concurrent
+        self.limits = {job.id: job.max_concurrent for job in jobs}
+        self.active = {job.id: [] for job in jobs}          # their rows, oldest first
+        self.queued, self.running = [], dict.fromkeys(self.active, 0)
+        self.ends, self.seq = [], 0                         # a heap of (instant, seq, row)
+
+    def go_on(self, now):
+        """Let runs end until `now`; their places are taken at once by those that wait."""
+        while self.ends and self.ends[0][0] <= now:
+            instant, _, row = heapq.heappop(self.ends)
+            if row in self.active[row["job_id"]]:           # it was not replaced
+                self._end(row)
+                self.admit(instant)
+
+    def start(self, job, slot_row, now):
+        """Ask for a run for a slot -> its Foreseen."""
+        active = self.active[job.id]
+        met = min(active, key=lambda row: row["state"] != "running", default=None)
+        action, other = overlap_action(job, slot_row.trigger, active)
+        if action == "replace":
+            self._end(other)
+        if action != "skip":
+            self.seq += 1
+            row = {"job_id": job.id, "slot": slot_row.slot, "trigger": slot_row.trigger,
+                   "state": "queued", "queued_at": now, "priority": job.priority, "seq": self.seq}
+            active.append(row)
+            self.queued.append(row)
+        return Foreseen(job=job, slot=slot_row.slot, start=now, action=action,
+                        meets=met and met["slot"])
+
+    def admit(self, now):
+        """Let runs that are queued take the places that are free."""
+        for row in self.queued and admit(self.queued, self.running, self.limits,
+                                         self.max_concurrent):
+            self.queued.remove(row)
+            row["state"] = "running"
+            self.running[row["job_id"]] += 1
+            end = now + self.durations.get(row["job_id"], 0)
+            heapq.heappush(self.ends, (end, row["seq"], row))
+
+    def _end(self, row):
+        self.active[row["job_id"]].remove(row)
+        if row["state"] == "queued":
+            self.queued.remove(row)
+        else:
+            self.running[row["job_id"]] -= 1
+
+
+def busiest_minutes(foreseen, most=5):
+    """[(minute, how many start)] of the minutes in which several slots start, the worst first."""
+    counts = collections.Counter(int(item.start) // 60 * 60 for item in foreseen)
+    worst = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [(minute, count) for minute, count in worst[:most] if count > 1]
+
 # Attempts.
 
 class Ended(Value):
     """How a command ended. `timeout` is "timeout" or "total_timeout" where one passed; `lost` is
-    true if nobody saw the end; `error` says in words why it could not be started."""
-    __slots__ = ("exit_code", "signal", "timeout", "lost", "error")
+    true if nobody saw the end, `memory` where it exceeded its limit; `error` says in words why it
+    could not be started; `matched` are the patterns of PATTERNS that its output has matched."""
+    __slots__ = ("exit_code", "signal", "timeout", "lost", "memory", "error", "matched")
+
+
+PATTERNS = ("success.output", "success.no_output", "retry_on.output")
+
+
+def patterns_of(job):
+    """{name of PATTERNS: regular expression} of what a job wants to know of its output."""
+    values = {"success.output": job.success.output, "success.no_output": job.success.no_output,
+              "retry_on.output": job.retry_on and job.retry_on.output}
+    return {name: text for name, text in values.items() if text}
 
 
 def outcome(job, ended):
@@ -2741,15 +3484,23 @@ def outcome(job, ended):
         return "lost", "supervisor"
     if ended.timeout:
         return "timed_out", ended.timeout
+    if ended.memory:
+        return "failed", "memory"
     if ended.signal:
         return "failed", "signal"
-    if ended.error is None and ended.exit_code in job.success.exit_codes:
-        return "succeeded", None
-    return "failed", "start" if ended.exit_code in (126, 127) else "exit"
+    if ended.error is not None or ended.exit_code not in job.success.exit_codes:
+        return "failed", "start" if ended.exit_code in (126, 127) else "exit"
+    matched = ended.matched or ()
+    wanted = not job.success.output or "success.output" in matched
+    return ("succeeded", None) if wanted and "success.no_output" not in matched \
+        else ("failed", "output")
 
 
-def retry_delay(job, ended, number):
-    """Seconds until the next attempt after attempt `number` (from 1), or None to give up."""
+def retry_delay(job, ended, number, chance=0.5):
+    """Seconds until the next attempt after attempt `number` (from 1), or None to give up.
+
+    `chance` is a random number from 0 to 1, for the jitter of the backoff.
+    """
     state, reason = outcome(job, ended)
     if state == "succeeded" or reason == "total_timeout":
         return None
@@ -2757,29 +3508,33 @@ def retry_delay(job, ended, number):
         again = job.if_lost == "rerun" and number <= max(job.retries, 1)
     else:
         again = number <= job.retries and _is_retried(job.retry_on, ended)
-    return backoff_delay(job.backoff, number) if again else None
+    return backoff_delay(job.backoff, number, chance) if again else None
 
 
 def _is_retried(retry_on, ended):
     if retry_on is None:
         return True
+    if "retry_on.output" in (ended.matched or ()):
+        return True
     if ended.timeout:
         return bool(retry_on.timeout)
-    if ended.signal:
+    if ended.signal or ended.memory:
         return bool(retry_on.signal)
     return ended.exit_code in (retry_on.exit_codes or ())
 
 
-def backoff_delay(backoff, number):
-    """Seconds to wait after attempt `number` (from 1)."""
+def backoff_delay(backoff, number, chance=0.5):
+    """Seconds to wait after attempt `number` (from 1); `jitter` is the part of it by which it may
+    be shorter or longer."""
     longest = LONGEST if backoff.max is None else backoff.max
     try:
-        return min(backoff.delay * backoff.factor ** (number - 1), longest)
+        delay = backoff.delay * backoff.factor ** (number - 1)
+        return min(delay * (1 + (backoff.jitter or 0) * (2 * chance - 1)), longest)
     except OverflowError:
         return longest if backoff.delay else 0
 
 
-# ==== 6 render (pure) =============================================================================
+# ==== 7 render (pure) =============================================================================
 # What is shown of jobs, runs and slots: payloads, which --json and the API give, and from the same
 # payloads the tables and texts of the CLI. A pipe gets UTC and nothing that changes by itself;
 # people get local time, colour and how long ago. No control character reaches a terminal.
@@ -2889,27 +3644,39 @@ def job_payload(row, job, next_run, zone):
 def slot_payload(job, slot, zone):
     """A slot (seconds) of a job in UTC and in the job's zone, else `zone`.
 
-    `mark` says what a change of clocks does to it.
+    `schedule` is the expression that it comes from, `mark` what a change of clocks does to it.
     """
     zone = job.zone(zone)
     local = datetime.datetime.fromtimestamp(slot, zone).isoformat()
+    causes = [(expression, _mark(cron, slot, cron.zone or zone))
+              for cron, expression in zip(job.crons(), job.schedule)
+              if cron.next_slot(slot - 1, cron.zone or zone) == slot]
     return {"job_id": job.id, "slot": format_instant(slot), "local": local,
-            "mark": _mark(job, slot, zone)}
+            "schedule": causes[0][0] if causes else None,
+            "mark": next((mark for _, mark in causes if mark), None)}
 
 
-def _mark(job, slot, zone):
+def _mark(cron, slot, zone):
     """`moved from 02:30`, `first of two`, `second of two` by the zone of its schedule, or None."""
-    for cron in job.crons():
-        its_zone = cron.zone or zone
-        if cron.next_slot(slot - 1, its_zone) != slot:
-            continue
-        local = datetime.datetime.fromtimestamp(slot, its_zone)
-        moved = cron.moved(slot, its_zone)
-        if moved:
-            return f"moved from {moved}"
-        if local.replace(fold=0).utcoffset() != local.replace(fold=1).utcoffset():
-            return "second of two" if local.fold else "first of two"
+    local = datetime.datetime.fromtimestamp(slot, zone)
+    moved = cron.moved(slot, zone)
+    if moved:
+        return f"moved from {moved}"
+    if local.replace(fold=0).utcoffset() != local.replace(fold=1).utcoffset():
+        return "second of two" if local.fold else "first of two"
     return None
+
+
+def foresight_payload(foreseen, zone, unknown):
+    """The Foreseen of some time, and how many they are, the busiest minutes, how many `meet` a run
+    of their job that is still on; `unknown` are the ids of jobs whose durations are not known."""
+    slots = [{**slot_payload(item.job, item.slot, zone), "start": format_instant(item.start),
+              "action": item.action, "meets": _instant(item.meets)} for item in foreseen]
+    return {"slots": slots, "count": len(slots), "meet": sum(item.meets is not None
+                                                             for item in foreseen),
+            "busiest": [{"minute": format_instant(minute), "count": count}
+                        for minute, count in busiest_minutes(foreseen)],
+            "unknown_durations": list(unknown)}
 
 
 def page(name, items, cursor=None):
@@ -3041,8 +3808,15 @@ def jobs_table(jobs, style):
 
 def _job_row(job, style):
     last = job["last_run"] or {"started_at": None, "state": None}
-    return (job["id"], ", ".join(job["schedule"]), job_status(job), style.time(job["next_run"]),
+    schedule = [_schedule(expression, job["id"], style) for expression in job["schedule"]]
+    return (job["id"], ", ".join(schedule), job_status(job), style.time(job["next_run"]),
             style.time(last["started_at"]), last["state"], job["name"])
+
+
+def _schedule(expression, job_id, style):
+    """An expression, for people in words unless these are many."""
+    words = Cron(expression, job_id).describe() if style.zone is not None else ""
+    return words if 0 < len(words) <= 40 else expression
 
 
 def job_text(payload, job, style):
@@ -3060,12 +3834,37 @@ def job_text(payload, job, style):
 
 def slots_table(slots, style):
     """A table of slot payloads, in UTC and in the local time of each job."""
-    header = "SLOT", "JOB", "LOCAL", "NOTE"
-    rows = [(slot["slot"], slot["job_id"], slot["local"], slot["mark"]) for slot in slots]
-    return table(header, rows, style)
+    if style.zone is None:
+        return table(("SLOT", "JOB", "LOCAL", "NOTE"), [
+            (slot["slot"], slot["job_id"], slot["local"], _slot_note(slot, style))
+            for slot in slots], style)
+    causes = {(slot["schedule"], slot["job_id"]) for slot in slots}
+    words = {cause: _schedule(*cause, style) for cause in causes}
+    return table(("SLOT", "JOB", "LOCAL", "SCHEDULE", "NOTE"), [
+        (slot["slot"], slot["job_id"], slot["local"], words[slot["schedule"], slot["job_id"]],
+         _slot_note(slot, style)) for slot in slots], style)
 
 
-# ==== 7 store =====================================================================================
+_MEETINGS = {"start": "and both go on", "queue": "and waits for it", "skip": "and is skipped",
+             "replace": "and replaces it"}
+
+
+def _slot_note(slot, style):
+    meets = slot.get("meets")
+    return "; ".join(filter(None, (slot["mark"], meets and (
+        f"meets the run of {style.time(meets)} {_MEETINGS[slot['action']]}"))))
+
+
+def foresight_text(payload, style):
+    """The slots of a foresight payload and what is to be said about them all."""
+    busiest = [f"{style.time(entry['minute'])} ({entry['count']})" for entry in payload["busiest"]]
+    summary = fields((("slots", payload["count"]), ("busiest minutes", ", ".join(busiest)),
+                      ("meet a run", payload["meet"]),
+                      ("duration unknown", ", ".join(payload["unknown_durations"]))), style)
+    return (slots_table(payload["slots"], style) + "\n" if payload["slots"] else "") + summary
+
+
+# ==== 8 store =====================================================================================
 # The folder on disk, and the only SQL. Every change of state is one transaction, made by one writer
 # at a time; what was committed survives a kill and a power cut. Functions that take a `db` work
 # within the transaction that `Store.write` or `Store.read` opened.
@@ -3189,13 +3988,17 @@ def make_private_folder(path, say):
 
     Raises RoexecError where it belongs to somebody else, or others may write into it.
     """
+    before = os.umask(0o022)
+    os.umask(before | 0o022)            # for what is made on the way to it
     try:
-        os.makedirs(os.path.dirname(path) or ".", 0o755, exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
         state = os.stat(path)
     except OSError as error:
-        raise RoexecError(f"cannot make the folder {path}: {error.strerror}") from None
+        raise RoexecError(f"cannot make the folder {error.filename}: {error.strerror}") from None
+    finally:
+        os.umask(before)
     if not stat.S_ISDIR(state.st_mode):
         raise RoexecError(f"{path} is no folder; name another store with --store")
     if state.st_uid != os.geteuid():
@@ -3229,6 +4032,7 @@ CREATE TABLE runs (
     "trigger" TEXT NOT NULL, slot INTEGER, last_slot INTEGER, count INTEGER NOT NULL DEFAULT 1,
     state TEXT NOT NULL, reason TEXT, message TEXT,
     cancel TEXT,                        -- the reason of a cancel that was asked for
+    cause TEXT,                         -- RUN/N: the N-th notice of that run has asked for it
     owner TEXT,                         -- the process that alone may start it, if one may
     env TEXT, priority INTEGER NOT NULL DEFAULT 0, queued_at REAL NOT NULL, started_at REAL,
     finished_at REAL, exit_code INTEGER, signal TEXT,
@@ -3238,11 +4042,21 @@ CREATE UNIQUE INDEX runs_slot ON runs (job_id, slot) WHERE slot IS NOT NULL AND 
 CREATE INDEX runs_job ON runs (job_id, seq);
 CREATE INDEX runs_state ON runs (state, seq);
 CREATE INDEX runs_active ON runs (job_id, seq) WHERE state IN ('queued', 'running');
+CREATE UNIQUE INDEX runs_cause ON runs (cause) WHERE cause IS NOT NULL;
 CREATE INDEX runs_parent ON runs (parent) WHERE parent IS NOT NULL;
 CREATE TABLE attempts (
     run_id TEXT, number INTEGER, started_at REAL, finished_at REAL, exit_code INTEGER, signal TEXT,
     cpu_seconds REAL, max_rss_bytes INTEGER, output_bytes INTEGER,
     PRIMARY KEY (run_id, number)) WITHOUT ROWID;
+CREATE TABLE outbox (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, target TEXT NOT NULL, run_id TEXT,
+    key TEXT,                           -- tells it from the other notices of its run
+    title TEXT, count INTEGER NOT NULL DEFAULT 1, body BLOB,
+    state TEXT NOT NULL DEFAULT 'waiting',      -- then sent, merged, superseded or given_up
+    tries INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL, tried_at REAL, next_try REAL,
+    error TEXT);
+CREATE UNIQUE INDEX outbox_key ON outbox (run_id, key, kind, target) WHERE key IS NOT NULL;
+CREATE INDEX outbox_waiting ON outbox (next_try) WHERE state = 'waiting';
 """]
 
 _PATIENCE = 5                           # seconds, until one says what one waits for
@@ -3392,6 +4206,7 @@ class Store:
     def connect(self, mode):
         """A connection to the database; `mode` is ro, rw or rwc, as in SQLite's URIs."""
         import sqlite3
+        db = None
         try:
             db = sqlite3.connect("file:" + _quoted(self.database) + "?mode=" + mode, uri=True,
                                  isolation_level=None, timeout=5, check_same_thread=False)
@@ -3401,6 +4216,8 @@ class Store:
                 db.execute("PRAGMA wal_autocheckpoint = 0").close()
             return db
         except sqlite3.Error as error:
+            if db is not None:
+                db.close()
             raise self.failure(error) from None
 
     def failure(self, error):
@@ -3776,8 +4593,8 @@ def finish_run(db, run_id, state, attempts, reason=None, **columns):
     db.executemany("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                    [(run_id, *(attempt.get(name) for name in _ATTEMPT)) for attempt in attempts])
     if state != "skipped":
-        db.execute("UPDATE jobs SET last_run = ?1 WHERE id = (SELECT job_id FROM runs WHERE "
-                   "id = ?1 AND parent IS NULL)", (run_id,))
+        db.execute("UPDATE jobs SET last_run = ? WHERE id = (SELECT job_id FROM runs WHERE "
+                   "id = ? AND parent IS NULL)", (run_id, run_id))
 
 
 _ATTEMPT = ("number", "started_at", "finished_at", "exit_code", "signal", "cpu_seconds",
@@ -3862,6 +4679,19 @@ def slot_is_known(db, job_id, slot):
                       (job_id, slot)).fetchone() is not None
 
 
+def chain_length(db, cause):
+    """How many runs hooks have started one after the other, up to the one with this `cause`."""
+    length = 0
+    while cause is not None:
+        row = db.execute("SELECT id FROM runs WHERE cause = ?", (cause,)).fetchone()
+        if row is None:
+            break
+        length += 1
+        row = find_run_row(db, cause.partition("/")[0])
+        cause = row and row["cause"]
+    return length
+
+
 def find_run(db, target):
     """The row of the run that a person means: its id, a job id (its active run, else its newest),
     `latest`, or the beginning of a run's id, 4 characters at least. Raises RoexecError."""
@@ -3941,7 +4771,98 @@ def paused_in_queue(db):
                                          "job_id WHERE state = 'queued' AND paused")}
 
 
-# ==== 8 logs ======================================================================================
+# The outbox: notices that wait to be sent, and for a while those that were.
+
+_NOTICE = ("id, kind, target, run_id, title, count, state, tries, created_at, tried_at, next_try, "
+           "error")
+
+
+def add_notice(db, kind, target, run_id, body, now, *, title=None, key=None, count=1):
+    """Add a notice that is due at once -> its id; None where the run has one with this key.
+
+    `body` (bytes) is what `send_notice` understands. A ping takes the place of those that the same
+    run has waiting for the same target: what they would say is not true any more.
+    """
+    cursor = db.execute(
+        "INSERT OR IGNORE INTO outbox (kind, target, run_id, body, created_at, next_try, title, "
+        "key, count) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (kind, target, run_id, body, now, now, title, key, count))
+    if not cursor.rowcount:
+        return None
+    if kind == "ping":
+        db.execute("UPDATE outbox SET state = 'superseded', body = NULL WHERE kind = 'ping' AND "
+                   "run_id = ? AND target = ? AND state = 'waiting' AND id < ?",
+                   (run_id, target, cursor.lastrowid))
+    return cursor.lastrowid
+
+
+def due_notices(db, now, limit):
+    """Rows, without bodies, of the notices to be sent now, oldest first.
+
+    One that is due in more than three hours was put off before the clock was set back.
+    """
+    return db.execute(f"SELECT {_NOTICE} FROM outbox WHERE state = 'waiting' AND (next_try <= ? OR "
+                      "next_try > ?) ORDER BY id LIMIT ?", (now, now + 3 * 3600, limit)).fetchall()
+
+
+def next_notice(db):
+    """The instant at which the next notice is due, or None."""
+    return db.execute("SELECT MIN(next_try) FROM outbox WHERE state = 'waiting'").fetchone()[0]
+
+
+def begin_notice(db, notice, now, next_try):
+    """Count a try of a notice, of which this was the row -> its body.
+
+    It is due again at `next_try`, should nobody say how this try ended. None where somebody else
+    has begun or ended it since: whoever sends has begun it, so that each is sent by one alone.
+    """
+    done = db.execute("UPDATE outbox SET tries = tries + 1, tried_at = ?, next_try = ? WHERE "
+                      "id = ? AND tries = ? AND state = 'waiting'",
+                      (now, next_try, notice["id"], notice["tries"]))
+    return db.execute("SELECT body FROM outbox WHERE id = ?",
+                      (notice["id"],)).fetchone()[0] if done.rowcount else None
+
+
+def notice_sent(db, notice_id):
+    """Say that a notice has arrived."""
+    db.execute("UPDATE outbox SET state = 'sent', body = NULL, error = NULL WHERE id = ? AND "
+               "state = 'waiting'", (notice_id,))
+
+
+def notice_failed(db, notice_id, now, text, next_try):
+    """Say why a try failed, and when the next one is due; None gives the notice up."""
+    state = "given_up" if next_try is None else "waiting"
+    db.execute("UPDATE outbox SET error = ?, tried_at = ?, next_try = ?, state = ? WHERE id = ? "
+               "AND state = 'waiting'", (text, now, next_try, state, notice_id))
+    db.execute("UPDATE outbox SET body = NULL WHERE id = ? AND state != 'waiting'", (notice_id,))
+
+
+def merge_notices(db, notices, now, title, body):
+    """Put one notice in the place of several of one target; nothing if any of them has changed."""
+    same = [db.execute("SELECT 1 FROM outbox WHERE id = ? AND tries = ? AND state = 'waiting'",
+                       (row["id"], row["tries"])).fetchone() for row in notices]
+    if None not in same:
+        db.executemany("UPDATE outbox SET state = 'merged', body = NULL WHERE id = ?",
+                       [(row["id"],) for row in notices])
+        add_notice(db, notices[0]["kind"], notices[0]["target"], None, body, now, title=title,
+                   count=sum(row["count"] for row in notices))
+
+
+def unsent_notices(db, limit=100):
+    """Rows, without bodies, of notices that wait or were given up, newest first."""
+    return db.execute(f"SELECT {_NOTICE} FROM outbox WHERE state IN ('waiting', 'given_up') "
+                      "ORDER BY id DESC LIMIT ?", (limit,)).fetchall()
+
+
+def purge_notices(db, before):
+    """Remove notices that were settled and are older than an instant, but not those of runs that
+    are still on, since they are what keeps the same notice from being added again."""
+    db.execute("DELETE FROM outbox WHERE state != 'waiting' AND created_at < ? AND NOT EXISTS "
+               "(SELECT 1 FROM runs WHERE runs.id = run_id AND runs.state IN "
+               "('queued', 'running'))", (before,))
+
+
+# ==== 9 logs ======================================================================================
 # One run's log. Each line bears an instant and a tag; of output, OUT or ERR, or OUT~ or ERR~ where
 # the newline at its end is the log's own, so that every byte of both streams comes back. Lines are
 # written whole and never changed, so an offset in bytes means the same line for ever. A full disk
@@ -3982,6 +4903,11 @@ class LogWriter:
     def pending(self):
         """How many bytes of a line wait for its end; who owns the log calls `flush` in time."""
         return len(self._kept)
+
+    @property
+    def size(self):
+        """How many bytes have been written."""
+        return self._size
 
     def write(self, text, now, level="INFO"):
         """Write a line of roexec's own; `level` is INFO or ERROR."""
@@ -4203,7 +5129,1443 @@ def follow(path, ended, *, offset=0, wait):
                     wait(_FOLLOW_PAUSE)
 
 
-# ==== 9 runner ====================================================================================
+# ==== 10 secrets ==================================================================================
+# What a run gets from elsewhere when it starts (env_from: files, the server's environment, a
+# command, Vault), and masks that keep those values out of all that is written about it. A source
+# gives what it says, or the run does not start. No error holds a value. A secret of Vault is there
+# within ten seconds, or it is an error.
+
+_TIME_FOR_A_SECRET = 10                 # seconds, from the first look-up of a name to the last byte
+_LEAST_MASKED = 8                       # characters; shorter values that are no secrets are shown
+_MOST_READ = 1 << 20                    # bytes of a file, of what a command prints, of an answer
+_LONGEST_VARIABLE = 128 << 10           # bytes with its name and a NUL: execve(2)
+
+
+class SecretError(RoexecError):
+    """A source of env_from that gives nothing; its text never holds a value."""
+
+
+def resolve_environment(entries, *, vault, user_home, environment, directory, run_command,
+                        owner=None, is_cancelled=lambda: False):
+    """The variables of env_from (dict) and the values among them to mask (set of str).
+
+    `entries` are mappings as Job.env_from has them; of two with one name the later wins. `vault`
+    is the spec of VaultSettings or None, `environment` the server's, `run_command(command)` gives
+    what a command has printed (bytes) or raises RoexecError. Relative paths count from
+    `directory`, `~` is `user_home`. Files belong to root, to this process's user, or to `owner` (a
+    uid: the user of the job), and nobody else may write them. `is_cancelled()` is asked while
+    Vault is waited for. Raises SecretError.
+    """
+    owners = {0, os.geteuid(), owner}
+    client = _Vault(vault and VaultSettings(vault), owners, is_cancelled)
+    variables, masked = {}, set()
+    for entry in entries:
+        kind = next(name for name in ("file", "host", "command", "secret") if name in entry)
+        if kind == "file":
+            found = _from_file(entry, user_home, directory, owners)
+        elif kind == "host":
+            found = _from_host(entry["host"], environment)
+        elif kind == "command":
+            found = _variables_in(run_command(entry["command"]), "the command of env_from")
+        else:
+            found = _from_vault(entry, client)
+        least = 1 if kind == "secret" else _LEAST_MASKED
+        for name, value in found.items():
+            _check_variable(name, value, kind)
+        variables.update(found)
+        masked.update(value for value in found.values() if len(value) >= least)
+    return variables, masked
+
+
+def _check_variable(name, value, kind):
+    """Raises SecretError for what execve(2) would not take, or roexec sets itself."""
+    if not name or "=" in name or any(char.isspace() or char == "\0" for char in name):
+        raise SecretError(f'a {kind} of env_from has "{printable(name)}", which cannot be the '
+                          "name of a variable; take that key alone, with as: NAME")
+    if name.startswith("ROEXEC_"):
+        raise SecretError(f"a {kind} of env_from sets {name}, which roexec sets itself")
+    try:
+        size = len(os.fsencode(name + value)) + 2
+    except UnicodeEncodeError:          # half of a surrogate pair
+        size = None
+    if "\0" in value or size is None:
+        raise SecretError(f"{name} of env_from holds a character that no variable can have")
+    if size > _LONGEST_VARIABLE:
+        raise SecretError(f"{name} of env_from is longer than a variable can be (128 KiB)")
+
+
+def _from_host(names, environment):
+    names = [names] if isinstance(names, str) else names
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise SecretError(f"the server's environment has no {', '.join(missing)}, which env_from "
+                          "takes from it")
+    return {name: environment[name] for name in names}
+
+
+# Files of variables.
+
+def _from_file(entry, user_home, directory, owners):
+    path = entry["file"]
+    if path == "~" or path.startswith("~/"):
+        path = user_home + path[1:]
+    path = os.path.join(directory or "/", path)
+    try:
+        return _variables_in(_read_trusted(path, owners), path)
+    except FileNotFoundError:
+        if entry.get("optional"):
+            return {}
+        raise SecretError(f"the file {printable(path)} of env_from does not exist; write "
+                          "optional: true if it may be missing") from None
+    except OSError as error:
+        raise SecretError(f"the file {printable(path)} of env_from cannot be read: "
+                          f"{error.strerror}") from None
+
+
+def _read_trusted(path, owners):
+    """The bytes of a file that only `owners` may change; raises OSError or SecretError."""
+    def opener(name, flags):
+        return os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)      # a FIFO would wait
+
+    with open(path, "rb", opener=opener) as file:
+        found, shown = os.fstat(file.fileno()), printable(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise SecretError(f"{shown} is no regular file")
+        if found.st_mode & 0o022:
+            raise SecretError(f"others may write {shown}; chmod go-w {shlex.quote(shown)}")
+        if found.st_uid not in owners:
+            raise SecretError(f"{shown} belongs to {owner_name(found.st_uid)}, who may change it; "
+                              f"chown root {shlex.quote(shown)}")
+        return _bounded(file.read(_MOST_READ + 1), shown)
+
+
+def _bounded(data, what):
+    if len(data) > _MOST_READ:
+        raise SecretError(f"{what} holds more than {format_size(_MOST_READ)}")
+    return data
+
+
+# Lines of `NAME=VALUE`, as systemd.exec(5) has them in an EnvironmentFile, less what other readers
+# of such files take otherwise: that is refused, since nobody could tell which was meant.
+#
+# - Empty lines, and lines that begin with `#` or `;`, are skipped. `export` may stand before a
+#   name, blanks around the name and the value.
+# - A bare value is what stands up to the end of the line, as it is. A backslash, or a `#` after a
+#   blank, belongs into quotes.
+# - In 'single quotes' all is as it is, over several lines too; there is no ' in it.
+# - In "double quotes" a backslash stands before " \ $ ` or the end of a line, which it removes;
+#   any other is refused.
+# - Nothing is expanded. Behind a closing quote there are only blanks. Of two lines with one name
+#   the later wins. Lines may end in CR LF. The text is UTF-8.
+
+_NO_VARIABLE = Pattern(r"[ \t]*(?:[#;].*)?(?:\n|\Z)")
+_VARIABLE_LINE = Pattern(r"""[ \t]*(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=[ \t]*
+    (?: '([^']*)' | "((?:[^"\\]|\\.)*)" | ([^'"\s][^\n]*)? ) [ \t]*(?:\n|\Z)""", "asx")
+_ASSIGNED_NAME = Pattern(r"[ \t]*(?:export[ \t]+)?([A-Za-z_][\w.-]*)[ \t]*=", "a")
+_ESCAPE = Pattern(r"\\(.)", "s")
+_AMBIGUOUS = Pattern(r"\\|[ \t]#")
+
+
+def _variables_in(data, where):
+    """The variables in bytes of such lines; raises SecretError, without a word of the lines."""
+    where = printable(where)
+    try:
+        text = _bounded(data, where).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise SecretError(f"{where} is not in UTF-8") from None
+    variables, position = {}, 0
+    while position < len(text):
+        found = _NO_VARIABLE.match(text, position)
+        if not found:
+            try:
+                found = _VARIABLE_LINE.match(text, position) or _no_line(text, position)
+                variables[found[1]] = _value_of(*found.groups())
+            except ValueError as error:
+                line = text.count("\n", 0, position) + 1
+                raise SecretError(f"{where}:{line}: {error}") from None
+        position = found.end()
+    return variables
+
+
+def _no_line(text, position):
+    name = _ASSIGNED_NAME.match(text, position)
+    if name:
+        raise ValueError(f"the quotes of {name[1]} do not end, or something stands behind them; "
+                         "for a value with quotes in it use the other kind of quotes")
+    raise ValueError("this is no NAME=VALUE line; a value of several lines stands in quotes")
+
+
+def _value_of(name, single, double, bare):
+    if single is not None:
+        return single
+    if bare is not None:
+        if _AMBIGUOUS.search(bare):
+            raise ValueError(f"{name} has a backslash or a # after a blank; put the value in "
+                             "single quotes")
+        return bare.rstrip(" \t")
+    if any(char not in '"\\$`\n' for char in _ESCAPE.findall(double or "")):
+        raise ValueError(f"{name} has a backslash that is read in several ways; put the value in "
+                         "single quotes")
+    return _ESCAPE.sub(lambda escape: escape[1].strip("\n"), double or "")
+
+
+# Masks.
+
+_MASK = b"***"
+_WORD = rb"[0-9A-Za-z_\x80-\xff]"
+_LEAST_ANYWHERE = 4                     # bytes; shorter values are masked where they stand alone
+_LEAST_LINE = 8                         # characters of a line of what has several
+_BASE64_LINE = 76                       # characters of a line, RFC 2045
+_BY_FREQUENCY = (b"\n etaoinsrlhdcumpfgybw0123456789.:/-=_\"vk"      # about as logs have them
+                 b"TESIANRDOLCMPBFGUxHWYVjqzKXJZQ")
+
+
+class Masks:
+    """Replaces values by *** before they are written, also where chunks of output divide them.
+
+    Each value is masked as it is (less blanks around it), in base64, as URLs and JSON have it, and
+    line by line where it has several (of 8 characters or more). Of overlapping ones the first, then
+    the longest counts. A value of up to 3 bytes is masked only where no letter, digit or _ adjoins:
+    else a password "1" would make every log unreadable. Time is linear in the output.
+    """
+
+    def __init__(self, values=()):
+        forms = {form for value in values for form in _forms_of(value) if form}
+        short = {form for form in forms if len(form) < _LEAST_ANYWHERE}
+        whole = sorted(forms, key=lambda form: (-len(form), form))
+        self._pattern = Pattern(b"|".join(
+            (rb"(?<!%b)%b(?!%b)" % (_WORD, re.escape(form), _WORD)) if form in short
+            else re.escape(form) for form in whole))
+        # In what holds a form is one of these, and first of all its rarest byte: that is looked for
+        # in a tenth of the time, and in most logs it is missing.
+        self._probes = {}               # rarest byte -> forms with no other form in them
+        for form in whole:
+            if not any(other in form for other in forms if len(other) < len(form)):
+                self._probes.setdefault(bytes([max(form, key=_rarity)]), []).append(form)
+        # What is kept back until more has come: the beginning of a form, and a short one as a
+        # whole, since what comes next may adjoin.
+        self._awaited = sorted(form + b"\0" if form in short else form for form in forms)
+        self._longest = max(map(len, self._awaited), default=0)
+        heads = {}                      # first byte -> what follows, up to 4 bytes in all
+        for form in self._awaited:
+            heads.setdefault(form[:1], set()).update(
+                re.escape(form[1:size]) + (rb"\Z" if size < 4 else b"")
+                for size in range(1, min(5, len(form))))
+        self._heads = Pattern(b"|".join(re.escape(first) + b"(?=%b)" % b"|".join(sorted(more))
+                                        for first, more in heads.items()))
+        self._streams = {}              # name -> the byte before, what is kept back
+
+    def feed(self, stream, data):
+        """What can be written now of the output of a stream, of which `data` (bytes) has come.
+
+        Kept back is the beginning of a value, less than the longest has (or a whole one of up to
+        3 bytes), until what follows has come or `flush` says that nothing will.
+        """
+        if not self._probes:
+            return data
+        before, kept = self._streams.get(stream, (b"", b""))
+        data = b"".join((before, kept, data))
+        masked, end = self._mask(data, len(before), False)
+        self._streams[stream] = data[max(0, end - 1):end], data[end:]
+        return masked
+
+    def flush(self, stream):
+        """What was kept back of a stream, at its end; before that it would give a value away."""
+        before, kept = self._streams.pop(stream, (b"", b""))
+        return self._mask(before + kept, len(before), True)[0]
+
+    def text(self, text):
+        """A whole text (str) with the values masked."""
+        if not self._probes:
+            return text
+        data = text.encode("utf-8", "surrogateescape")
+        return self._mask(data, 0, True)[0].decode("utf-8", "surrogateescape")
+
+    def _mask(self, data, position, is_all):
+        """(data from `position` on, masked, up to where it may be written; that place)."""
+        end = len(data) if is_all else self._written_up_to(data, position)
+        pieces = []
+        if any(form in data for rarest, forms in self._probes.items() if rarest in data
+               for form in forms):
+            for found in self._pattern.finditer(data, position):
+                if found.start() >= end:
+                    break
+                pieces += data[position:found.start()], _MASK
+                position = found.end()
+                if position > end:
+                    end = self._written_up_to(data, position)
+        pieces.append(data[position:end])
+        return b"".join(pieces), end
+
+    def _written_up_to(self, data, position):
+        """Where the first beginning of a form stands that goes on behind the data."""
+        for found in self._heads.finditer(data, max(position, len(data) - self._longest + 1)):
+            rest = data[found.start():]
+            place = bisect.bisect_right(self._awaited, rest)
+            if place < len(self._awaited) and self._awaited[place].startswith(rest):
+                return found.start()
+        return len(data)
+
+
+def _rarity(byte):
+    return _BY_FREQUENCY.find(byte) % 256       # what is not listed is the rarest
+
+
+def _forms_of(value):
+    """What a value looks like in output (set of bytes)."""
+    import urllib.parse
+    text = value.strip()
+    data = text.encode("utf-8", "surrogateescape")
+    forms = {data}
+    if len(data) < _LEAST_ANYWHERE:
+        return forms
+    for quoted in (urllib.parse.quote(data, ""), urllib.parse.quote(data),
+                   urllib.parse.quote_plus(data)):
+        forms |= {quoted.encode(), _HEX_PAIR.sub(lambda found: found[0].lower(), quoted).encode()}
+    for ascii_only in (True, False):
+        forms.add(json.dumps(text, ensure_ascii=ascii_only)[1:-1].encode(errors="surrogateescape"))
+    forms |= _base64_of(data)
+    lines = text.splitlines()
+    if len(lines) > 1:
+        forms |= {line.strip().encode("utf-8", "surrogateescape") for line in lines
+                  if len(line.strip()) >= _LEAST_LINE}
+    return forms
+
+
+def _base64_of(data):
+    """Base64 of bytes, alone and as the beginning of more (`echo` adds a newline), on one line or
+    several."""
+    forms, encoded = set(), base64.b64encode(data)
+    for whole in (encoded, encoded.rstrip(b"="), encoded[:len(data) * 4 // 3]):
+        for each in (whole, whole.translate(bytes.maketrans(b"+/", b"-_"))):
+            forms.add(each[:_BASE64_LINE])
+            forms |= {each[start:start + _BASE64_LINE]
+                      for start in range(_BASE64_LINE, len(each) - _LEAST_LINE + 1, _BASE64_LINE)}
+    return forms
+
+
+_HEX_PAIR = Pattern(r"%[0-9A-F]{2}")
+
+
+# Vault (and OpenBao): its HTTP API, versions 1 and 2 of the key-value engine.
+
+_TRY_AGAIN = {412, 429, 500, 502, 503, 504}
+_REDIRECTS = {301, 302, 307, 308}
+
+
+def _from_vault(entry, client):
+    path, _, key = entry["secret"].removeprefix("vault://").partition("#")
+    found = client.read(path)
+    if not key:
+        return {name: _text_of(value, name, path) for name, value in found.items()}
+    if key not in found:
+        keys = ", ".join(map(printable, sorted(found))) or "no keys at all"
+        raise SecretError(f'vault://{path} has no key "{key}"; it has {keys}{nearest(key, found)}')
+    return {entry.get("as") or key: _text_of(found[key], key, path)}
+
+
+def _text_of(value, key, path):
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        kind = {dict: "a mapping", list: "a list"}.get(type(value), "null")
+        raise SecretError(f'the key "{printable(key)}" of vault://{path} is {kind}, not a text; '
+                          "take the other keys one by one")
+    return value
+
+
+class _Vault:
+    """What one run asks of Vault; each secret is read once, with one token."""
+
+    def __init__(self, settings, owners, is_cancelled):
+        self.settings, self.owners, self.is_cancelled = settings, owners, is_cancelled
+        self.token, self.hidden, self.found, self.deadline = None, [], {}, None
+
+    def read(self, path):
+        """{key: value} of a secret, numbers as they are written. Raises SecretError."""
+        if self.settings is None:
+            raise SecretError(f"vault://{path} is asked for, and the configuration has no vault:")
+        if path not in self.found:
+            self.deadline = time.monotonic() + _TIME_FOR_A_SECRET
+            self.found[path] = self._in_time(lambda: self._read(path))
+        return self.found[path]
+
+    def _in_time(self, function):
+        """What a function returns. It works in a thread, as nothing else bounds a name service."""
+        results = []
+
+        def work():
+            try:
+                results.append((function(), None))
+            except BaseException as error:      # it is raised below
+                results.append((None, error))
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while thread.is_alive() and time.monotonic() < self.deadline + 0.5:
+            thread.join(0.1)
+            if self.is_cancelled():
+                raise SecretError("the run was cancelled while it waited for Vault")
+        if not results:
+            raise self._silent("it took too long")
+        value, error = results[0]
+        if error is not None:
+            raise error
+        return value
+
+    def _silent(self, why):
+        return SecretError(f"Vault at {self.settings.address} does not answer within "
+                           f"{_TIME_FOR_A_SECRET}s: {Masks(self.hidden).text(printable(why))}")
+
+    # Secrets.
+
+    def _read(self, path):
+        if self.token is None:
+            self.token = self._log_in()
+            self.hidden.append(self.token)
+        place = path if "/data/" in path else self._place_of(path)
+        status, answer = self._ask("GET", place)
+        data = answer.get("data")
+        if isinstance(data, dict) and data.keys() == {"data", "metadata"} and (
+                isinstance(data["metadata"], dict) and "version" in data["metadata"]):
+            data, metadata = data["data"], data["metadata"]
+            if data is None:
+                verb = "destroyed" if metadata.get("destroyed") is True else "deleted"
+                raise SecretError(f"the newest version of vault://{path} has been {verb}")
+        if status >= 300:
+            raise SecretError(self._refusal(status, answer, path, place))
+        if not isinstance(data, dict):
+            raise SecretError(f"Vault at {self.settings.address} answers for vault://{path} with "
+                              "what is no secret; is that address Vault's?")
+        return data
+
+    def _place_of(self, path):
+        """Where a secret is read: as `vault kv` does, the mount is asked whether it has versions.
+
+        Where Vault does not tell, the path is taken as it is.
+        """
+        status, answer = self._ask("GET", "sys/internal/ui/mounts/" + path)
+        mount = answer.get("data") if status == 200 else None
+        if not isinstance(mount, dict) or not isinstance(mount.get("path"), str):
+            return path
+        root, options = mount["path"].strip("/") + "/", mount.get("options")
+        versioned = isinstance(options, dict) and options.get("version") == "2"
+        return f"{root}data/{path[len(root):]}" if versioned and path.startswith(root) else path
+
+    def _log_in(self):
+        settings = self.settings
+        if settings.token_file is not None:
+            return self._credential(settings.token_file, "token_file")
+        secret_id = self._credential(settings.secret_id_file, "secret_id_file")
+        self.hidden.append(secret_id)
+        status, answer = self._ask("POST", "auth/approle/login",
+                                   {"role_id": settings.role_id, "secret_id": secret_id})
+        if status in (400, 403):
+            raise SecretError(f"Vault refuses the login: {self._reasons(answer)}; look at role_id "
+                              f"of vault and at {printable(settings.secret_id_file)}")
+        if status >= 300:
+            raise SecretError(self._refusal(status, answer, None, "auth/approle/login"))
+        auth = answer.get("auth")
+        token = auth.get("client_token") if isinstance(auth, dict) else None
+        if not isinstance(token, str) or not _CREDENTIAL.fullmatch(token):
+            raise SecretError(f"Vault at {settings.address} answers a login without a token")
+        return token
+
+    def _credential(self, path, name):
+        """What a file of the configuration holds; it goes into a header, so it is checked here."""
+        try:
+            text = _read_trusted(path, self.owners).decode("ascii", "replace").strip()
+        except OSError as error:
+            raise SecretError(f"the {name} of vault, {printable(path)}, cannot be read: "
+                              f"{error.strerror}") from None
+        if not _CREDENTIAL.fullmatch(text):
+            raise SecretError(f"the {name} of vault, {printable(path)}, holds no token or id alone")
+        return text
+
+    # What Vault says when it gives nothing.
+
+    def _reasons(self, answer):
+        """Vault's own words, without credentials that a proxy may have put there."""
+        errors = answer.get("errors")
+        text = "; ".join(map(str, errors)) if isinstance(errors, list) else ""
+        return Masks(self.hidden).text(printable(" ".join(text.split()))[:300])
+
+    def _refusal(self, status, answer, path, place):
+        """A sentence about an answer that is none."""
+        reasons, at = self._reasons(answer), f"Vault at {self.settings.address}"
+        if status == 403:
+            return (f'{at} refuses to read {place}: {reasons or "permission denied"}; the token '
+                    f'needs a policy with the capability "read" on the path "{place}", and must '
+                    "not have expired")
+        if status == 404:
+            return self._nothing_there(answer, path)
+        if "seal" in reasons or "not initialized" in reasons:
+            return f"{at} is sealed or not initialized ({reasons}); it has to be unsealed"
+        if "standby" in reasons or "not active" in reasons:
+            return f"{at} is a standby that finds no active node ({reasons})"
+        if status == 429:
+            return f"{at} has too many requests (429): a rate limit quota, or a standby"
+        about = f" for vault://{path}" if path else ""
+        return f"{at} answers {status}{about}: {reasons or 'without a reason'}"
+
+    def _nothing_there(self, answer, path):
+        if "no handler for route" in self._reasons(answer):
+            space = self.settings.namespace
+            where = f"the namespace {space}" if space else "the root namespace; is one missing?"
+            return f"no secrets engine is mounted for vault://{path} in {where}"
+        if "versioned" in str(answer.get("warnings")):
+            return (f"vault://{path} lies in an engine of version 2; write data/ behind the name "
+                    "of its mount, for example vault://secret/data/x")
+        return f"there is no secret vault://{path}"
+
+    # HTTP.
+
+    def _ask(self, method, path, body=None):
+        """(status, answer) of a request; what may pass is tried again until the deadline."""
+        import http.client
+        pause = 0.1
+        while True:
+            try:
+                status, answer = self._follow(method, path, body)
+                if status not in _TRY_AGAIN or time.monotonic() + pause >= self.deadline:
+                    return status, answer
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                why = self._trouble(error)
+                if time.monotonic() + pause >= self.deadline:
+                    raise self._silent(why) from None
+            time.sleep(pause)
+            pause = min(2 * pause, 2)
+
+    def _trouble(self, error):
+        """What kept an answer away; raises SecretError where trying again is useless."""
+        at = f"Vault at {self.settings.address}"
+        if hasattr(error, "verify_message"):        # ssl.SSLCertVerificationError
+            raise SecretError(f"{at} has a certificate that cannot be trusted "
+                              f"({error.verify_message}); ca of vault names the file with the "
+                              "certificate of its authority") from None
+        if type(error).__module__ == "ssl":
+            raise SecretError(f"{at} does not speak TLS as it should ({error.reason})") from None
+        if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+            raise SecretError(f"{at} cannot be found: {error.strerror}") from None
+        return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+    def _follow(self, method, path, body):
+        """(status, answer) after redirects within this address: the token goes nowhere else."""
+        import urllib.parse
+        target = "/v1/" + urllib.parse.quote(path)
+        for _ in range(4):
+            status, location, data = self._exchange(method, target, body)
+            if status not in _REDIRECTS:
+                return status, _answer_of(data)
+            here = urllib.parse.urlsplit(self.settings.address)
+            there = urllib.parse.urlsplit(urllib.parse.urljoin(self.settings.address,
+                                                               location or ""))
+            if (there.scheme, there.netloc) != (here.scheme, here.netloc):
+                shown = printable(f"{there.scheme}://{there.netloc.rpartition('@')[2]}")
+                raise SecretError(f"Vault at {self.settings.address} sends one on to {shown}; if "
+                                  "that is right, write it as address of vault")
+            target = there.path + (f"?{there.query}" if there.query else "")
+        raise SecretError(f"Vault at {self.settings.address} redirects without end")
+
+    def _exchange(self, method, target, body):
+        """(status, Location, bytes) of one request."""
+        headers = {"X-Vault-Request": "true"}
+        if self.token is not None:
+            headers["X-Vault-Token"] = self.token
+        if self.settings.namespace is not None:
+            headers["X-Vault-Namespace"] = self.settings.namespace.encode()
+        connection = self._connection()
+        try:
+            connection.request(method, target, body and json.dumps(body), headers)
+            response = connection.getresponse()
+            data = _bounded(response.read(_MOST_READ + 1), "the answer of Vault")
+            return response.status, response.getheader("Location"), data
+        finally:
+            connection.close()
+
+    def _connection(self):
+        import http.client
+        import urllib.parse
+        address = urllib.parse.urlsplit(self.settings.address)
+        left = max(0.001, self.deadline - time.monotonic())
+        if address.scheme == "http":
+            return http.client.HTTPConnection(address.hostname, address.port, timeout=left)
+        return http.client.HTTPSConnection(address.hostname, address.port, timeout=left,
+                                           context=self._tls())
+
+    def _tls(self):
+        try:
+            import ssl
+        except ImportError:
+            raise SecretError("this Python has no ssl, which an https address needs") from None
+        try:
+            return ssl.create_default_context(cafile=self.settings.ca)
+        except OSError as error:        # ssl.SSLError is one
+            why = error.strerror or "it holds no certificate"
+            raise SecretError(f"the ca of vault, {printable(str(self.settings.ca))}, cannot be "
+                              f"read: {why}") from None
+
+
+_CREDENTIAL = Pattern(r"[!-~]+")
+
+
+def _answer_of(data):
+    """The mapping of an answer, numbers as they are written; empty where it is none."""
+    try:
+        answer = json.loads(data, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+# ==== 11 notices ==================================================================================
+# What is told to people and programs about runs: webhooks, mail, and pings of a monitor. They are
+# built as rows of the outbox, by functions without effects, in the transaction that they belong to;
+# and sent later by a Postman, tried again, and given up where one can see it. So they never delay
+# or fail a run. Each is sent by one process alone, though once more where that dies meanwhile.
+# Addresses of webhooks and pings are credentials: no text about a notice has more than the host.
+
+_PAUSES = 10, 60, 300, 1800, 7200       # seconds after each failure; after one more it is given up
+_LEASE = 300                            # seconds, in which a try of any kind is over
+_HTTP_DEADLINE = 10                     # seconds, from the look-up of the name to the answer
+_MOST_OF_ANSWER = 1 << 16               # bytes
+_MOST_IN_MAIL = 1 << 16                 # bytes of output
+_MOST_IN_PING = 10_000                  # bytes, as healthchecks.io keeps them
+_KEPT = 7 * 86400                       # seconds, for which one can see what became of a notice
+_MANY, _MINUTE = 10, 60                 # more than so many for one target in so many seconds
+_MOST_TITLES = 100
+
+# Where clouds keep credentials for whoever can ask from within, beyond the link-local addresses:
+# AWS and Google over IPv6, Alibaba, Oracle, Azure.
+_METADATA = ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "192.0.0.192", "168.63.129.16")
+
+
+class NoticeError(RoexecError):
+    """A notice that did not arrive: `permanent` where it never will, `away` where nobody answered.
+
+    What is away for one notice is so for the next as well.
+    """
+
+    def __init__(self, text, permanent=False, away=False):
+        super().__init__(printable(text))
+        self.permanent, self.away = permanent, away
+
+
+# What notices say.
+
+def output_tail(path, size=_MOST_IN_MAIL):
+    """The end of what a run has printed (bytes, `size` at most), of the log at a path.
+
+    Empty where there is no such log.
+    """
+    try:
+        with read_log(path) as file:
+            end = file.seek(0, os.SEEK_END)
+            start = line_start(file, end - 4 * size)            # stamps are longer than short lines
+            data = os.pread(file.fileno(), end - start, start)
+    except OSError:
+        return b""
+    return select_lines(data, raw=True)[-size:]
+
+
+def notice_title(run, event):
+    """What has happened to the run of a payload, in some words: `backup-db failed (exit 3)`.
+
+    `event` is the name of the hook; an attempt that `on_retry` is about is the payload's last.
+    """
+    job = printable(f"{run['job_id']}/{run['step']}" if run["step"] else run["job_id"])
+    if event == "pre_run":
+        return f"{job} started"
+    if event == "on_missed":
+        return f"{job} missed {run['count']} slots" if run["count"] > 1 else f"{job} missed a slot"
+    if event == "on_retry":
+        detail = run["attempts"] and _exit_text(run["attempts"][-1])
+        return f"{job} failed{f' ({detail})' if detail else ''}, will be tried again"
+    return f"{job} {_OUTCOMES.get(run['state'], run['state'])}{_reason_text(run)}"
+
+
+_OUTCOMES = {"timed_out": "timed out", "cancelled": "was cancelled", "lost": "was lost",
+             "skipped": "was skipped"}
+
+
+def _exit_text(ended):
+    if ended["signal"]:
+        return ended["signal"]
+    return f"exit {ended['exit_code']}" if ended["exit_code"] is not None else None
+
+
+def _reason_text(run):
+    if run["reason"] in (None, "timeout"):
+        return ""
+    told = _exit_text(run) if run["reason"] in ("exit", "signal", "start") else None
+    return f" ({told or run['reason'].replace('_', ' ')})"
+
+
+def build_notices(hook, event, run, *, key, host, now, name=None, output=None, log_url=None):
+    """The notices of a hook: [arguments of add_notice] but its `now`; it reads and asks nothing.
+
+    `event` is the hook's name, `run` the payload of the run at that point, `key` a text that no
+    other hook of the run has; `host` the name of this host, `now` seconds, `name` the job's name,
+    `output` the end of the run's output (bytes; None where there can be none yet).
+    """
+    title = notice_title(run, event)
+    facts = {"title": title, "event": event, "run": run, "host": host, "now": now, "key": key,
+             "name": name, "output": output, "log_url": log_url}
+    body = {"webhook": _webhook_body, "mail": _mail_body, "ping": _ping_body}[hook.kind](
+        hook, facts)
+    targets = hook.target if hook.kind == "mail" else (hook.target,)
+    return [{"kind": hook.kind, "target": target, "run_id": run["id"], "body": body,
+             "title": title, "key": key} for target in targets]
+
+
+def _webhook_body(_hook, facts):
+    run = facts["run"]
+    lines = [f"{facts['title']} on {printable(facts['host'])}", run["message"], facts["log_url"]]
+    return _json_body(lines, event=facts["event"], job=run["job_id"], job_name=facts["name"],
+                      **{name: run[name] for name in ("state", "reason", "exit_code", "duration")},
+                      host=facts["host"], log_url=facts["log_url"], run=run)
+
+
+def _json_body(lines, **more):
+    """A body whose `text` is for people, as Slack's incoming webhooks and their kin want it."""
+    text = "\n".join(printable(line) for line in lines if line)
+    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):     # else it calls @channel
+        text = text.replace(char, entity)
+    return json.dumps({"text": text, **more}).encode()
+
+
+def _mail_body(hook, facts):
+    run, output = facts["run"], facts["output"]
+    text = f"{facts['title']} on {printable(facts['host'])}.\n"
+    text += f"({printable(facts['name'])})\n" if facts["name"] else ""
+    text += "\n" + run_text(run, Style(), log=facts["log_url"])
+    if output:
+        text += f"\nThe end of its output:\n\n{_mail_lines(output[-_MOST_IN_MAIL:])}\n"
+    elif output is not None:
+        text += "\nIt has printed nothing.\n"
+    return _mail_message(", ".join(hook.target), facts, f"{run['id']}.{facts['key']}", text)
+
+
+def _mail_lines(output):
+    """Output as it can stand in a mail: tabs and lines, and nothing that steers a terminal."""
+    lines = output.decode(errors="replace").replace("\r\n", "\n").split("\n")
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+
+
+def _mail_message(recipients, facts, name, text):
+    """The bytes of a message that lacks its sender; RFC 3834 has why it says that it is automatic.
+
+    `name` tells it from every other. The policy raises ValueError for a line break in a header.
+    """
+    import email.message
+    import email.policy
+    import email.utils
+    message = email.message.EmailMessage(email.policy.SMTP.clone(cte_type="7bit"))
+    message["To"] = recipients
+    message["Subject"] = f"[roexec] {facts['title']} on {printable(facts['host'])}"
+    message["Date"] = email.utils.formatdate(facts["now"])
+    message["Message-ID"] = f"<{_plain(name)}@{_plain(facts['host'])}>"
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(text)
+    return message.as_bytes()
+
+
+def _plain(text):
+    """A text as it may stand on either side of the @ of an address."""
+    parts = [_UNUSUAL.sub("-", part) for part in text.split(".")]
+    return ".".join(filter(None, parts)) or "unknown"
+
+
+_UNUSUAL = Pattern(r"[^A-Za-z0-9-]+")
+
+
+def _ping_body(_hook, facts):
+    """What to signal, on a line of its own, and what goes into the body of the request."""
+    output = (facts["output"] or b"")[-_MOST_IN_PING:]
+    return _ping_signal(facts["run"], facts["event"]).encode() + b"\n" + output
+
+
+def _ping_signal(run, event):
+    """What healthchecks.io wants behind the address: `start`, nothing for success, an exit status,
+    `fail`; `log` says nothing about success."""
+    if event in ("pre_run", "on_retry"):
+        return "start" if event == "pre_run" else "log"
+    if run["state"] == "succeeded":
+        return ""
+    return str(run["exit_code"]) if run["exit_code"] and run["state"] == "failed" else "fail"
+
+
+def _merged_notice(notices, host, now):
+    """(title, body) of the one notice that stands for several of one target, oldest first."""
+    count = sum(row["count"] for row in notices)
+    title = f"{count} notices"
+    titles = [row["title"] or f"a {row['kind']}" for row in notices]
+    more = len(titles) - _MOST_TITLES
+    lines = titles[:_MOST_TITLES] + [f"and {more} more"] * (more > 0)
+    if notices[0]["kind"] == "mail":
+        text = f"{title} on {printable(host)} in short time:\n\n" + "\n".join(lines) + "\n"
+        facts = {"title": title, "host": host, "now": now}
+        return title, _mail_message(notices[0]["target"], facts, f"{new_run_id()}.merged", text)
+    return title, _json_body([f"{title} on {printable(host)}", *lines], event="merged",
+                             count=count, host=host, runs=[
+                                 {"id": row["run_id"], "title": row["title"]} for row in notices])
+
+
+# Sending.
+
+def send_notice(notice, settings):
+    """Send a notice, a mapping with kind, target and body; raises NoticeError.
+
+    `settings` are those of the store; `mail` among them is the spec of MailSettings.
+    """
+    if notice["kind"] == "mail":
+        _send_mail(notice, MailSettings(settings.get("mail")))
+    elif notice["kind"] == "ping":
+        signal_name, _, output = notice["body"].partition(b"\n")
+        _post(notice["target"], output, "text/plain; charset=utf-8", signal_name.decode())
+    else:
+        _post(notice["target"], notice["body"], "application/json")
+
+
+def notice_target(notice):
+    """Where a notice goes to, without what would be a credential."""
+    if notice["kind"] == "mail":
+        return notice["target"]
+    return "{0.scheme}://{1}".format(*_url_parts(notice["target"]))
+
+
+def _url_parts(url):
+    """(the parts of an address, its host and port as they stand, without user and password)."""
+    import urllib.parse
+    parts = urllib.parse.urlsplit(url)
+    return parts, parts.netloc.rpartition("@")[2]
+
+
+def _post(url, body, content_type, signal_name=""):
+    """POST to an address of http or https. Redirects are not followed: only the administrator says
+    where to; proxies of the environment are not used, and of the answer only the status counts."""
+    import http.client
+    import urllib.parse
+    parts, host = _url_parts(url)
+    if parts.scheme not in ("http", "https") or not all("!" <= char <= "~" for char in url):
+        raise NoticeError("this is no address of http or https", permanent=True)
+    path = (f"{parts.path.rstrip('/')}/{signal_name}" if signal_name else parts.path) or "/"
+    headers = {"Host": host, "User-Agent": f"roexec/{__version__}", "Content-Type": content_type,
+               "Connection": "close"}
+    if "@" in parts.netloc:
+        user = urllib.parse.unquote_to_bytes(parts.netloc.rpartition("@")[0])
+        headers["Authorization"] = "Basic " + base64.b64encode(user).decode()
+    deadline = time.monotonic() + _HTTP_DEADLINE
+    try:
+        with _Call(parts, deadline) as connection:
+            client = http.client.HTTPConnection(parts.hostname, 80)
+            client.sock = connection.socket
+            client.request("POST", path + (f"?{parts.query}" if parts.query else ""), body, headers)
+            with client.getresponse() as answer, contextlib.suppress(OSError, ValueError,
+                                                                     http.client.HTTPException):
+                answer.read(_MOST_OF_ANSWER)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if not isinstance(error, OSError):      # its text may have parts of the answer
+            error = OSError(errno.EPROTO, "the answer is no HTTP")
+        raise _away(error, time.monotonic() >= deadline, _HTTP_DEADLINE) from None
+    _judge(answer.status)
+
+
+def _judge(status):
+    """Raise what an HTTP status other than success means."""
+    if status in range(300, 400):
+        raise NoticeError(f"it answered {status}; redirects are not followed, write the address "
+                          "where it leads to", permanent=True)
+    if status not in range(200, 300):
+        raise NoticeError(f"it answered {status}",
+                          permanent=status in range(400, 500) and status not in (408, 429))
+
+
+def _away(error, late, seconds):
+    """The NoticeError of an error on the way; `late` is whether the time was over."""
+    if late or isinstance(error, (TimeoutError, socket.timeout)):
+        return NoticeError(f"there was no answer within {format_duration(seconds)}", away=True)
+    text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
+    return NoticeError(text or type(error).__name__, away=True)
+
+
+class _Call:
+    """A context: a connection for the parts of an address that is over at a deadline.
+
+    The name is resolved once, and what is connected to is what was checked.
+    """
+
+    def __init__(self, parts, deadline):
+        self.parts, self.deadline = parts, deadline
+
+    def __enter__(self):
+        host = self.parts.hostname
+        port = self.parts.port or (443 if self.parts.scheme == "https" else 80)
+        self.socket = _connected(_allowed(_resolve(host, port, self.deadline)), self.deadline)
+        self.guard = _Guard(self.socket, self.deadline)
+        if self.parts.scheme == "https":
+            import ssl
+            try:
+                self.socket = ssl.create_default_context().wrap_socket(
+                    self.socket, server_hostname=host)
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_):
+        self.guard.close()
+        self.socket.close()
+
+
+class _Guard:
+    """Ends a connection at a deadline, however slowly its other side goes on."""
+
+    def __init__(self, connection, deadline):
+        self.copy = socket.socket(fileno=os.dup(connection.fileno()))   # TLS takes the other over
+        self.timer = threading.Timer(max(0, deadline - time.monotonic()), self._end)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _end(self):
+        with contextlib.suppress(OSError):
+            self.copy.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.timer.cancel()
+        self.timer.join()
+        self.copy.close()
+
+
+def _resolve(host, port, deadline):
+    """The addresses of a name, as getaddrinfo gives them, which itself would wait for minutes."""
+    found = []
+
+    def resolve():
+        try:
+            found.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, ValueError):           # ValueError: it cannot be a name at all
+            found.append([])
+    thread = threading.Thread(target=resolve, daemon=True)
+    thread.start()
+    thread.join(max(0, deadline - time.monotonic()))
+    if not found:
+        raise TimeoutError
+    if not found[0]:
+        raise NoticeError(f"the name {host} is not known", away=True)
+    return found[0]
+
+
+def _allowed(addresses):
+    """Those to which something may be sent; raises NoticeError where there is none.
+
+    Loopback and private ones are among them: who writes a job may run any command as its user, and
+    the chat, the mail relay and the monitor of a company are on such addresses. What is refused has
+    no such service, but gives credentials away to whoever can make a program ask there.
+    """
+    allowed = [address for address in addresses if not _is_refused(address[4][0])]
+    if not allowed:
+        raise NoticeError(f"{addresses[0][4][0]} is an address to which no notice is sent",
+                          permanent=True)
+    return allowed
+
+
+def _is_refused(text):
+    import ipaddress
+    address = ipaddress.ip_address(text.partition("%")[0])
+    if address.version == 6:
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in ipaddress.ip_network("64:ff9b::/96") or int(address) >> 32 == 0:
+            inner = ipaddress.ip_address(int(address) & 0xFFFFFFFF)     # RFC 6052, RFC 4291
+        if inner is not None and int(address) != 1:
+            address = inner
+    return (address.is_link_local or address.is_multicast or address.is_unspecified
+            or str(address) in (*_METADATA, "255.255.255.255")
+            or address.version == 4 and int(address) < 1 << 24)         # 0.0.0.0/8: RFC 1122
+
+
+def _connected(addresses, deadline):
+    """A socket that is connected to the first of some addresses that can be reached."""
+    for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            left = deadline - time.monotonic()
+            connection.settimeout(max(0.001, left / (len(addresses) - number + 1)))
+            connection.connect(address)
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
+            return connection
+        except BaseException as error:
+            connection.close()
+            if number == len(addresses) or not isinstance(error, OSError):
+                raise
+
+
+def _send_mail(notice, server):
+    import email
+    import email.policy
+    import smtplib
+    if server.host is None:
+        raise NoticeError("no mail server is known; write mail: {host: …} into the configuration")
+    message = email.message_from_bytes(notice["body"], policy=email.policy.SMTP)
+    host = _plain(socket.gethostname())
+    message["From"] = sender = server.sender or f"roexec@{host}"
+    deadline = time.monotonic() + server.timeout
+    try:
+        client = _mail_client(server, host)
+        guard = _Guard(client.sock, deadline)
+        try:
+            _log_in(client, server)
+            client.send_message(message, sender, [notice["target"]])
+            with contextlib.suppress(OSError):      # it has the mail
+                client.quit()
+        finally:
+            guard.close()
+            client.close()
+    except (OSError, ValueError) as error:          # SMTPException is an OSError
+        late = time.monotonic() >= deadline
+        if isinstance(error, smtplib.SMTPException) and not late:
+            raise _mail_error(error) from None
+        raise _away(error, late, server.timeout) from None
+
+
+def _mail_client(server, host):
+    """A connection with a mail server that has said its greeting."""
+    import smtplib
+    import ssl
+    name = host if "." in host else "[127.0.0.1]"       # as smtplib has it, which would ask the DNS
+    if server.tls == "tls":
+        return smtplib.SMTP_SSL(server.host, server.port, name, timeout=server.timeout,
+                                context=ssl.create_default_context())
+    return smtplib.SMTP(server.host, server.port, name, timeout=server.timeout)
+
+
+def _log_in(client, server):
+    """Begin TLS where it is wanted, and log in where there is a user; nothing goes on without."""
+    import ssl
+    if server.tls == "starttls":
+        client.starttls(context=ssl.create_default_context())
+    if server.user:
+        try:
+            with open(server.password_file, encoding="utf-8") as file:
+                password = file.read(4096).rstrip("\r\n")
+        except (OSError, ValueError) as error:
+            raise NoticeError(f"cannot read the password in {server.password_file}: "
+                              f"{getattr(error, 'strerror', None) or error}") from None
+        if not password.isascii():          # smtplib would raise an error that quotes it
+            raise NoticeError(f"the password in {server.password_file} is not ASCII")
+        client.login(server.user, password)
+
+
+def _mail_error(error):
+    """The NoticeError of one of smtplib's: 5xx is for ever (RFC 5321), but for a wrong password."""
+    import smtplib
+    code, text = getattr(error, "smtp_code", 0), getattr(error, "smtp_error", str(error))
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        code, text = next(iter(error.recipients.values()))
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    mendable = isinstance(error, (smtplib.SMTPAuthenticationError, smtplib.SMTPConnectError,
+                                  smtplib.SMTPHeloError))
+    return NoticeError(f"{code} {text[:300]}" if code else text[:300],
+                       permanent=code >= 500 and not mendable, away=mendable or not code)
+
+
+# The postman.
+
+def deliver(store, settings, now, say=None, stopped=None):
+    """Send what is due, one notice after another -> the instant when the next is due, or None.
+
+    The store is not held meanwhile. `say(text, level)` is told of what did not arrive; no further
+    notice is sent once `stopped()` is true.
+    """
+    return _Delivery(store, settings, now, say or (lambda text, level: None)).perform(stopped)
+
+
+class _Delivery:
+    """What `deliver` does; `away` has the NoticeErrors of the hosts that did not answer."""
+
+    def __init__(self, store, settings, now, say):
+        self.store, self.settings, self.now, self.say = store, settings, now, say
+        self.away = {}
+
+    def perform(self, stopped):
+        began = False
+        while True:
+            with self.store.read() as db:
+                notices, due = due_notices(db, self.now, 500), next_notice(db)
+            if not notices:
+                break
+            began = True
+            if not self._merge(notices):
+                for notice in notices:
+                    if stopped and stopped():
+                        return due
+                    self._deliver(notice)
+        if began:
+            with self.store.write() as db:
+                purge_notices(db, self.now - _KEPT)
+        return due
+
+    def _merge(self, notices):
+        """Make one notice of many for the same target -> whether there were such."""
+        crowds = [rows for rows in _same_minute(notices) if len(rows) > _MANY]
+        for rows in crowds:
+            title, body = _merged_notice(rows, socket.gethostname(), self.now)
+            with self.store.write() as db:
+                merge_notices(db, rows, self.now, title, body)
+        return bool(crowds)
+
+    def _deliver(self, notice):
+        """Send a notice, and record how that went."""
+        with self.store.write() as db:
+            body = begin_notice(db, notice, self.now, self.now + _LEASE)
+        if body is None:
+            return
+        host = "mail" if notice["kind"] == "mail" else notice_target(notice)
+        error = self.away.get(host) or self._error_of({**notice, "body": body})
+        if error is None:
+            with self.store.write() as db:
+                notice_sent(db, notice["id"])
+        else:
+            if error.away:
+                self.away[host] = error
+            self._failed(notice, error)
+
+    def _error_of(self, notice):
+        """Send a notice -> the NoticeError of what went wrong, or None."""
+        try:
+            return send_notice(notice, self.settings)
+        except NoticeError as error:
+            return error
+        except Exception as error:          # a defect, whose text might show an address
+            return NoticeError(f"a defect of roexec, {type(error).__name__}")
+
+    def _failed(self, notice, error):
+        tries, next_try, more = notice["tries"] + 1, None, "it is given up"
+        if not error.permanent and tries <= len(_PAUSES):
+            next_try = self.now + _PAUSES[tries - 1]
+            more = f"it is tried again in {format_duration(_PAUSES[tries - 1])}"
+        with self.store.write() as db:
+            notice_failed(db, notice["id"], self.now, str(error), next_try)
+        self.say(f"The {notice['kind']} to {notice_target(notice)} did not arrive "
+                 f"({notice['title'] or notice['run_id']}): {error}; {more}", "ERROR")
+
+
+def _same_minute(notices):
+    """Lists of rows that have one target and were added within a minute, but no pings."""
+    groups = {}
+    for row in notices:
+        if row["kind"] != "ping":
+            lists = groups.setdefault((row["kind"], row["target"]), [])
+            if not lists or row["created_at"] - lists[-1][0]["created_at"] > _MINUTE:
+                lists.append([])
+            lists[-1].append(row)
+    return [rows for lists in groups.values() for rows in lists]
+
+
+class Postman:
+    """A thread that sends the notices of a store as they become due; see start_postman."""
+
+    def __init__(self, store, settings, say):
+        self._store, self._settings, self._say = store, settings, say
+        self._awake, self._closed = threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="postman", daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def wake(self):
+        """Say that there may be new notices."""
+        self._awake.set()
+
+    def close(self):
+        """End; a notice that is being sent meanwhile has a second to arrive."""
+        self._closed = True
+        self.wake()
+        self._thread.join(1)
+
+    def _run(self):
+        while not self._closed:
+            self._awake.clear()
+            self._awake.wait(self._deliver())
+
+    def _deliver(self):
+        """Send what is due -> for how many seconds there is nothing to do, a minute at most."""
+        import traceback
+        try:
+            due = deliver(self._store, self._settings(), time.time(), self._say,
+                          lambda: self._closed)
+        except RoexecError as error:
+            self._say(f"Notices cannot be sent: {error}", "ERROR")
+            return _MINUTE
+        except Exception:
+            self._say(f"Notices cannot be sent: {traceback.format_exc()}", "ERROR")
+            return _MINUTE
+        return _MINUTE if due is None else min(max(0.0, due - time.time()), _MINUTE)
+
+
+def start_postman(store, settings, say):
+    """The Postman of a server. `settings()` gives those of the store, `say(text, level)` logs."""
+    return Postman(store, settings, say)
+
+
+# ==== 12 limits ===================================================================================
+# As whom a command runs and what it may use: users and groups, which are taken on in order,
+# verified and never fallen back from; nice and rlimits; memory and processor by a cgroup where the
+# server has been given a part of that tree (cgroup v2), else memory by watching what the processes
+# hold.
+
+class Setup(Value):
+    """What a child does before it executes its program; None leaves a thing as it is.
+
+    `uid`, `gid`, `groups` (a tuple) are numbers, `nice` is added to ours, `limits` are pairs (name
+    in `resource`, value), `cgroup` is a folder.
+    """
+    __slots__ = ("uid", "gid", "groups", "nice", "limits", "cgroup")
+
+    def __bool__(self):
+        return any(getattr(self, name) is not None for name in self.__slots__)
+
+
+_RLIMITS = {"cpu_time": "RLIMIT_CPU", "files": "RLIMIT_NOFILE", "processes": "RLIMIT_NPROC",
+            "file_size": "RLIMIT_FSIZE"}
+
+
+def setup_of(job):
+    """The Setup of a job's commands. Raises ValueError for a user or group that does not exist, or
+    that only root could become."""
+    limits = tuple((name, math.ceil(getattr(job.limits, key))) for key, name in _RLIMITS.items()
+                   if getattr(job.limits, key) is not None)
+    uid, gid, groups = _identity(job.user, job.group)
+    return Setup(uid=uid, gid=gid, groups=groups, nice=job.nice, limits=limits or None)
+
+
+def _identity(user, group):
+    """(uid, gid, groups) to become; None for what remains as it is."""
+    if user is None and group is None:
+        return None, None, None
+    uid, gid, groups = os.geteuid(), os.getegid(), None
+    if user is not None:
+        try:
+            entry = pwd.getpwnam(user)
+        except KeyError:
+            raise ValueError(f'"{user}" is no user of this host') from None
+        uid, gid = entry.pw_uid, entry.pw_gid
+        groups = tuple(os.getgrouplist(user, gid))
+    if group is not None:
+        import grp
+        try:
+            gid = grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise ValueError(f'"{group}" is no group of this host') from None
+        groups = tuple({gid, *(groups or os.getgroups())})
+    if os.geteuid() != 0:
+        if (uid, gid) == (os.geteuid(), os.getegid()):
+            return None, None, None
+        raise ValueError(f'only root can become "{user or group}", and this is '
+                         f"{owner_name(os.geteuid())}")
+    return uid, gid, groups
+
+
+def fork_exec(path, words, environment, descriptors, setup, *, group, folder, umask, signals):
+    """Start a program by fork and exec, for what posix_spawn(3) cannot do -> its pid.
+
+    `group` is None for a session of its own, else as for setpgid(2). Raises OSError of what went
+    wrong in the child; its `filename` says at what.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        step = ["starting"]
+        try:
+            os.setsid() if group is None else os.setpgid(0, group)
+            _become(setup, folder, umask, step)
+            for here, there in zip(descriptors, (0, 1, 2)):
+                os.dup2(here, there)
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            step[0] = path
+            os.execve(path, words, environment)
+        except OSError as error:
+            os.write(writer, f"{error.errno} {step[0]}".encode())
+        except ValueError as error:
+            os.write(writer, f"{errno.EINVAL} {step[0]}: {error}".encode())
+        finally:
+            os._exit(126)
+    os.close(writer)
+    with open(reader) as file:
+        number, _, step = file.read().partition(" ")
+    if number:
+        os.waitpid(pid, 0)
+        raise OSError(int(number), os.strerror(int(number)), step)
+    return pid
+
+
+def _become(setup, folder, umask, step):
+    """Take on what a Setup says, in an order in which each step is still allowed."""
+    if setup.cgroup is not None:
+        step[0] = "joining its cgroup"
+        with open(os.path.join(setup.cgroup, "cgroup.procs"), "w") as file:
+            file.write(str(os.getpid()))
+    if setup.limits:
+        import resource
+        for name, value in setup.limits:
+            step[0] = f"setting {name}"
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            if os.geteuid() != 0 and hard != resource.RLIM_INFINITY:
+                value = min(value, hard)
+            resource.setrlimit(getattr(resource, name), (value, value))
+    if setup.nice is not None:
+        step[0] = "setting nice"
+        os.nice(setup.nice)
+    if setup.uid is not None:
+        step[0] = "becoming another user"
+        os.setgroups(setup.groups if setup.groups is not None else [setup.gid])
+        os.setresgid(setup.gid, setup.gid, setup.gid)
+        os.setresuid(setup.uid, setup.uid, setup.uid)
+        _verify(setup)
+    step[0] = f"entering {folder}"
+    os.chdir(folder)                    # as that user, who may see less than we do
+    os.umask(umask)
+
+
+def _verify(setup):
+    """Raise ValueError if anything of our own identity has remained (CVE-2006-2607 of cron)."""
+    if (os.getresuid() != (setup.uid,) * 3 or os.getresgid() != (setup.gid,) * 3
+            or set(os.getgroups()) - {setup.gid} != set(setup.groups or ()) - {setup.gid}):
+        raise ValueError("the identity could not be changed in whole")
+    if setup.uid != 0:
+        try:
+            os.setuid(0)
+        except PermissionError:
+            return
+        raise ValueError("root could be had back")
+
+
+# Memory and processor.
+
+class Watch:
+    """Memory limited by looking: the sum of what the processes of a tree hold (proc(5), statm)."""
+    interval = 0.2          # seconds between two looks
+
+    def __init__(self, limit):
+        self.limit, self.peak, self.folder, self.due = limit, 0, None, 0.0
+
+    def exceeded(self, processes):
+        """Whether the processes, {pid: start} that a function gives, hold more than the limit."""
+        if time.monotonic() < self.due:
+            return False
+        self.due = time.monotonic() + self.interval
+        held = sum(map(_resident, processes()))
+        self.peak = max(self.peak, held)
+        return held > self.limit
+
+    def kill(self):
+        """Nothing that could be killed at once."""
+
+    def close(self):
+        """Nothing is left."""
+        return False
+
+
+def _resident(pid):
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+class Cgroup:
+    """A cgroup of its own for a run (cgroup v2): the kernel keeps its limits, and counts."""
+
+    interval = float("inf")
+
+    def __init__(self, parent, name, limits):
+        self.folder, self.peak = os.path.join(parent, name), 0
+        os.mkdir(self.folder)
+        try:
+            if limits.get("memory") is not None:
+                self._write("memory.max", str(int(limits["memory"])))
+                self._write("memory.oom.group", "1")
+                with contextlib.suppress(FileNotFoundError):    # a kernel without swap accounting
+                    self._write("memory.swap.max", "0")
+            if limits.get("cpu") is not None:
+                self._write("cpu.max", f"{int(limits['cpu'] * 100_000)} 100000")
+        except OSError:
+            self.close()
+            raise
+
+    def exceeded(self, processes):
+        """The kernel ends what exceeds its limit; `close` tells."""
+        return False
+
+    def kill(self):
+        """Kill all that is in it at once, where the kernel (5.14) can."""
+        with contextlib.suppress(OSError):
+            self._write("cgroup.kill", "1")
+
+    def close(self):
+        """Remove it -> whether the kernel ended it for want of memory."""
+        with contextlib.suppress(OSError, ValueError):
+            self.peak = int(self._read("memory.peak"))          # from Linux 5.19 on
+        killed = False
+        with contextlib.suppress(OSError):
+            events = dict(line.split() for line in self._read("memory.events").splitlines())
+            killed = int(events.get("oom_kill", 0)) > 0
+        with contextlib.suppress(OSError):          # something was left in it, on purpose
+            os.rmdir(self.folder)
+        return killed
+
+    def _read(self, name):
+        with open(os.path.join(self.folder, name)) as file:
+            return file.read()
+
+    def _write(self, name, text):
+        with open(os.path.join(self.folder, name), "w") as file:
+            file.write(text)
+
+
+def delegated_cgroup():
+    """The folder below which this process may make cgroups, else None.
+
+    It has to stand in a sub-group of a delegated one (systemd's DelegateSubgroup=): a cgroup with
+    processes of its own cannot have limited ones below it.
+    """
+    try:
+        with open("/proc/self/cgroup") as file:
+            own = next(line.strip().partition("::")[2] for line in file if line.startswith("0::"))
+        parent = os.path.dirname("/sys/fs/cgroup" + own)
+        if own.count("/") < 2 or not os.access(parent, os.W_OK):
+            return None
+        with open(os.path.join(parent, "cgroup.controllers")) as file:
+            if not {"memory", "cpu"} <= set(file.read().split()):
+                return None
+        with open(os.path.join(parent, "cgroup.subtree_control"), "w") as file:
+            file.write("+memory +cpu")
+        return parent
+    except (OSError, StopIteration):
+        return None
+
+
+def meter_of(job, name):
+    """What keeps the limits of memory and processor of a job, and a sentence for the log; (None,
+    None) where there are none."""
+    limits = {key: getattr(job.limits, key) for key in ("memory", "cpu")}
+    if limits == {"memory": None, "cpu": None}:
+        return None, None
+    parent = delegated_cgroup()
+    if parent is not None:
+        return Cgroup(parent, name, limits), "Limits are kept by a cgroup"
+    remark = "limits.memory is kept by watching the processes"
+    if limits["cpu"] is not None:
+        remark = "limits.cpu is not kept: no cgroup (v2) has been delegated to the server"
+    return Watch(math.inf if limits["memory"] is None else limits["memory"]), remark
+
+
+# ==== 13 runner ===================================================================================
 # The supervisor: it carries out one run at a time, from its journal. It never opens the store. Each
 # step is written into the journal before or right after it is done, so that whoever finds the
 # journal later knows what may be alive; the lock of the journal says whether its supervisor is.
@@ -4496,18 +6858,24 @@ def clean_environment(uid):
             "LANG": os.environ.get("LANG", "C.UTF-8")}
 
 
-def _job_environment(job, header, base):
-    """The environment of a run; `base` is the caller's for `run -- CMD`, else None."""
-    environment = dict(clean_environment(os.geteuid()) if base is None else base)
+_OF_A_RUN = ["ROEXEC_" + name for name in (
+    "JOB_ID RUN_ID ATTEMPT SLOT TRIGGER LOG STATUS REASON EXIT_CODE OUTPUT WORKDIR").split()]
+
+
+def _job_environment(job, header, base, uid, variables):
+    """The environment of a run as a user; `base` is the caller's for `run -- CMD`, else None, and
+    `variables` are those of `env_from`."""
+    environment = dict(clean_environment(uid) if base is None else base)
     if job.timezone:
         environment["TZ"] = job.timezone
     if job.inherit_env:
         names = os.environ if job.inherit_env is True else job.inherit_env
         environment.update((name, os.environ[name]) for name in names if name in os.environ)
+    environment.update(variables)
     environment.update(job.env)
     environment.update(header.get("env") or {})
-    for name in [name for name in environment if name.startswith("ROEXEC_")]:
-        del environment[name]
+    for name in _OF_A_RUN:              # a run within a run has its own
+        environment.pop(name, None)
     environment.update(ROEXEC_JOB_ID=header["job"], ROEXEC_RUN_ID=header["run"],
                        ROEXEC_TRIGGER=header["trigger"])
     if header.get("slot") is not None:
@@ -4532,10 +6900,15 @@ def _find_program(name, environment):
     """The path of a program, looked up in the PATH of the job as execvp(3) would."""
     if "/" in name:
         return name
+    denied = None
     for folder in environment.get("PATH", os.defpath).split(":"):
         path = os.path.join(folder or ".", name)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
+        if os.path.isfile(path):
+            if os.access(path, os.X_OK):
+                return path
+            denied = path
+    if denied:
+        raise CannotStart(126, f"{denied}: {os.strerror(errno.EACCES)}")
     raise CannotStart(127, f"{name}: there is no such program in {environment.get('PATH', '')}")
 
 
@@ -4551,26 +6924,38 @@ def command_text(command):
     return printable(first) + (" ..." if more else "")
 
 
-def spawn(words, environment, descriptors, group=None):
+def spawn(words, environment, descriptors, group=None, child=None):
     """Start a program -> its pid. `descriptors` become its 0, 1, 2; nothing else is inherited.
 
-    It leads a session of its own; with `group=0` a process group of this session instead, as the
+    `child` are keywords of `fork_exec` where there is more to do than posix_spawn(3) can. It leads
+    a session of its own; with `group=0` a process group of this session instead, as the
     command of a shell with job control. Signals are set to their defaults, none is blocked (Python
-    ignores SIGPIPE and SIGXFSZ, which a child would inherit).
+    ignores SIGPIPE and SIGXFSZ, which a child would inherit); but where this process ignores the
+    loss of its terminal, so does the command there.
     """
-    path = _find_program(words[0], environment)
+    path, signals = _find_program(words[0], environment), _CATCHABLE
     actions = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in enumerate(descriptors)
                if here != there]
-    options = {"file_actions": actions, "setsigmask": (), "setsigdef": _CATCHABLE,
-               **({"setsid": True} if group is None else {"setpgroup": group})}
+    if group is not None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signals = set(_CATCHABLE) - {signal.SIGHUP}
+
+    def start(path, words):
+        if child is not None:
+            return fork_exec(path, words, environment, descriptors, group=group, signals=signals,
+                             **child)
+        return os.posix_spawn(path, words, environment, file_actions=actions, setsigmask=(),
+                              setsigdef=signals,
+                              **({"setsid": True} if group is None else {"setpgroup": group}))
     try:
         try:
-            return os.posix_spawn(path, words, environment, **options)
+            return start(path, words)
         except OSError as error:
             if error.errno != errno.ENOEXEC:
                 raise
-            return os.posix_spawn("/bin/sh", ["sh", path, *words[1:]], environment, **options)
+            return start("/bin/sh", ["sh", path, *words[1:]])
     except OSError as error:
+        if error.filename not in (None, path, "/bin/sh"):       # a step before the program
+            raise CannotStart(126, f"{path}: {error.filename}: {error.strerror}") from None
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists(path)
         what = "there is no such program" if missing else error.strerror
         if error.errno == errno.ENOENT and not missing:
@@ -4582,6 +6967,14 @@ def spawn(words, environment, descriptors, group=None):
 
 # All signals of POSIX but SIGKILL and SIGSTOP, whose number differs.
 _CATCHABLE = tuple({*range(1, 32)} - {9, 17 if sys.platform == "darwin" else 19})
+
+
+def inherit_nothing():
+    """Let no command inherit what we did from our caller, but 0, 1 and 2."""
+    for name in os.listdir("/dev/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):          # the listing's own is closed by now
+                os.set_inheritable(int(name), False)
 
 
 def become_subreaper():
@@ -4606,7 +6999,7 @@ def exit_status(run):
         return 128 + _signal_number(run["signal"])
     if run["exit_code"] is None:
         return 0 if run["state"] == "succeeded" else 125
-    return run["exit_code"]
+    return run["exit_code"] or int(run["state"] == "failed")    # `success` wanted something else
 
 
 # One command under supervision.
@@ -4619,16 +7012,19 @@ _UNKILLABLE = 10.0      # seconds after which one gives up on processes that sur
 class Signals:
     """What has been asked of this process by signals: handlers only set flags here.
 
-    `descriptor` becomes readable at each signal.
+    `descriptor` becomes readable at each signal. On a terminal SIGHUP tells of its loss, which ends
+    no run; else it asks for the end, as SIGTERM does.
     """
 
-    def __init__(self, forwarded=()):
+    def __init__(self, forwarded=(), terminal=False):
         self.descriptor, self._writer = quiet_pipe()
         self.asked = None               # the last signal that asks for the end
         self.start = process_start(os.getpid())
         self.continued = False
         numbers = (signal.SIGTERM, signal.SIGHUP, *forwarded)
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        if terminal:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGCHLD, signal.SIGCONT):
             self._before[number] = signal.signal(number, self._note)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -4671,12 +7067,13 @@ class RunningCommand:
     """A started command: its streams are read and its end awaited around one poll(2).
 
     `sink(stream, data)` gets its output, `console` what a person is to see, `signals` tells of
-    requests. `kill_reason` becomes "timeout", "total_timeout" or "cancel" where it has to end.
+    requests, `meter` keeps its memory. `kill_reason` becomes "timeout", "total_timeout", "memory"
+    or "cancel" where it has to end.
     """
 
-    def __init__(self, pid, streams, sink, signals, console=None):
+    def __init__(self, pid, streams, sink, signals, console=None, meter=None):
         self.pid, self.streams, self.sink = pid, streams, sink
-        self.signals, self.console = signals, console
+        self.signals, self.console, self.meter = signals, console, meter
         self.kill_reason, self.killed, self.survivors = None, 0, 0
         self.ended = False              # the command is a zombie by now; it pins pid and session
         self.cpu_seconds, self.max_rss_bytes, self.output_bytes = 0.0, 0, 0
@@ -4695,6 +7092,8 @@ class RunningCommand:
                 self.kill_reason = "cancel"
             elif now >= deadline:
                 self.kill_reason = reason
+            elif self.meter is not None and self.meter.exceeded(self._left):
+                self.kill_reason = "memory"
             if self.kill_reason:
                 self._kill(grace)
                 break
@@ -4706,7 +7105,8 @@ class RunningCommand:
 
     def _turn(self, seconds):
         """One turn of the poll: read what is there, and look whether the command has ended."""
-        self._read(min(seconds, self.sink.patience()))
+        longest = math.inf if self.meter is None else self.meter.interval
+        self._read(min(seconds, longest, self.sink.patience()))
         self.sink.tick()
 
     def _read(self, seconds, most_waiting=0):
@@ -4731,9 +7131,11 @@ class RunningCommand:
             os.close(descriptor)
             return
         self.output_bytes += len(data)
-        self.sink.output(self.streams[descriptor], data)
-        if self.console is not None:
-            self.console.show(self.streams[descriptor], data)
+        self._pass_on(self.streams[descriptor], self.sink.output(self.streams[descriptor], data))
+
+    def _pass_on(self, stream, data):
+        if self.console is not None and data:
+            self.console.show(stream, data)
 
     def _has_ended(self):
         """Reap orphans that were left to us, by pid; the command itself is only looked at."""
@@ -4768,6 +7170,8 @@ class RunningCommand:
             if left <= 0:
                 break
             self._read(left, 64)        # also what the console's reader does not take yet
+        for stream in ("out", "err"):
+            self._pass_on(stream, self.sink.end(stream))
         self.refused = bool(self.streams)
         self.close()
 
@@ -4777,7 +7181,11 @@ class RunningCommand:
         first = signal.SIGTERM
         if self.signals.asked in (signal.SIGINT, signal.SIGQUIT):
             first = self.signals.asked
+        if self.kill_reason == "memory":            # there is no time to lose
+            first, grace = signal.SIGKILL, lambda: 0
         for number, seconds in ((first, grace()), (signal.SIGKILL, _UNKILLABLE)):
+            if self.meter is not None and number == signal.SIGKILL:
+                self.meter.kill()
             found, deadline, delay = self._left(), time.monotonic() + seconds, 0.005
             self.killed = max(self.killed, len(found))
             _signal_all(found, number)
@@ -4813,10 +7221,13 @@ class RunningCommand:
         if not self._is_child():
             return Ended(lost=True)
         code = os.waitstatus_to_exitcode(self._reap_one(self.pid))
-        timeout = self.kill_reason if self.kill_reason in ("timeout", "total_timeout") else None
-        if code < 0:
-            return Ended(signal=_signal_name(-code), timeout=timeout)
-        return Ended(exit_code=code, timeout=timeout)
+        memory = self.kill_reason == "memory"
+        if self.meter is not None:
+            memory = self.meter.close() or memory
+            self.max_rss_bytes = max(self.max_rss_bytes, self.meter.peak)
+        return Ended(exit_code=code if code >= 0 else None, memory=memory or None,
+                     signal=_signal_name(-code) if code < 0 else None,
+                     timeout=self.kill_reason if self.kill_reason in REASONS["timed_out"] else None)
 
     def _is_child(self):
         try:
@@ -4938,14 +7349,15 @@ class _Execution:
     """How the commands of one run are executed: environment, folder, streams, log, journal.
 
     `folder` is the store's. In the foreground there is a `console`; `base` is the caller's
-    environment where the run has that, with the caller's folder and standard input.
+    environment where the run has that, with the caller's folder and standard input. `tell()` says
+    that the journal has a notice that should not wait for the end.
     """
 
-    def __init__(self, journal, folder, signals, console=None, base=None):
+    def __init__(self, journal, folder, signals, console=None, base=None, tell=None):
         self.journal, self.folder, self.header = journal, folder, journal.header
-        self.signals, self.console, self.base = signals, console, base
+        self.signals, self.console, self.base, self.tell = signals, console, base, tell
         self.job, self.progress = Job(journal.header["spec"]), Progress(journal.events)
-        self.log = None
+        self.log, self.setup, self.masks, self.last_output = None, Setup(), Masks(()), 0.0
 
     def note(self, event, **values):
         """Write an event into the journal, and know it."""
@@ -4954,22 +7366,34 @@ class _Execution:
     def info(self, text, level="INFO"):
         """Write a line of roexec's own into the log, if there is one."""
         if self.log is not None:
-            self.log.write(text, time.time(), level)
+            self.log.write(self.masks.text(text), time.time(), level)
 
     # What `RunningCommand` asks of its sink.
 
     def output(self, stream, data):
-        """Take a chunk of output."""
-        self.log.output(stream, data, time.time())
+        """Take a chunk of output -> what of it may be seen now."""
+        self.last_output = time.time()
+        data = self.masks.feed(stream, data)
+        if data:
+            self.log.output(stream, data, self.last_output)
+        return data
+
+    def end(self, stream):
+        """The end of a stream -> what was kept back, since a secret might have begun there."""
+        data = self.masks.flush(stream)
+        if data:
+            self.log.output(stream, data, time.time())
+        return data
 
     def patience(self):
         """Seconds after which a piece of a line is to be written."""
-        return 0.2 if self.log.pending else math.inf
+        return _PIECE_WAITS if self.log.pending else math.inf
 
     def tick(self):
-        """Called after each turn: a piece that has waited is written."""
-        if self.log.pending:
-            self.log.flush(time.time())
+        """Called after each turn: a piece of a line that has waited is written."""
+        now = time.time()
+        if self.log.pending and not 0 <= now - self.last_output < _PIECE_WAITS:
+            self.log.flush(now)
 
     def is_cancelled(self):
         """Whether the run is to end: somebody has asked for it, or a signal came."""
@@ -4977,12 +7401,13 @@ class _Execution:
 
     # Commands.
 
-    def _run(self, what, command, timeout, stdin=None):
-        """Run the command of an attempt, a condition or a hook to its end -> Ended."""
+    def _run(self, what, command, timeout, stdin=None, sink=None):
+        """Run the command of an attempt, a condition or a hook to its end -> Ended. Its output goes
+        into the log, or to a sink."""
         attempt = what == "attempt"
         self.note("starting", what=what)
         try:
-            running = self._start(command, stdin, attempt)
+            running = self._start(command, stdin, attempt, sink or self)
         except CannotStart as error:
             self.info(f"Cannot start {error}", "ERROR")
             ended = Ended(exit_code=error.exit_code, error=f"cannot start {error}")
@@ -5025,17 +7450,21 @@ class _Execution:
             self.info("A process that was left holds the output open; what it writes from now on "
                       "is refused")
 
-    def _start(self, command, stdin, attempt):
+    def _start(self, command, stdin, attempt, sink):
         """Start a command -> RunningCommand. Raises CannotStart."""
         console = self.console if attempt else None
         source = self._standard_input(stdin, attempt)
         out, err = os.pipe(), os.pipe()
         try:
+            meter = self._meter() if attempt else None
             pid = self._spawn(words_of(command, self.job.shell), (source, out[1], err[1]),
-                              0 if console is not None and console.terminal else None)
-        except BaseException:
+                              0 if console is not None and console.terminal else None,
+                              meter and meter.folder)
+        except BaseException as error:
             os.close(out[0])
             os.close(err[0])
+            if isinstance(error, OSError):
+                raise CannotStart(126, f"{error.strerror}: {error.filename}") from None
             raise
         finally:
             os.close(out[1])
@@ -5044,12 +7473,23 @@ class _Execution:
                 os.close(source)
         if console is not None:
             console.give_terminal(pid)
-        return RunningCommand(pid, {out[0]: "out", err[0]: "err"}, self, self.signals, console)
+        return RunningCommand(pid, {out[0]: "out", err[0]: "err"}, sink, self.signals, console,
+                              meter)
 
-    def _spawn(self, words, descriptors, group):
+    def _meter(self):
+        meter, remark = meter_of(self.job, f"run-{self.journal.run_id}")
+        if remark is not None:
+            self.info(remark)
+        return meter
+
+    def _spawn(self, words, descriptors, group, cgroup=None):
         if self.base is not None:                   # the caller's folder and umask are ours
             return spawn(words, self.environment, descriptors, group)
         folder = self._directory()
+        setup = self.setup if cgroup is None else self.setup.changed(cgroup=cgroup)
+        if setup:
+            return spawn(words, self.environment, descriptors, group,
+                         {"setup": setup, "folder": folder, "umask": self.job.umask})
         before = os.umask(self.job.umask)
         try:
             os.chdir(folder)
@@ -5081,6 +7521,71 @@ class _Execution:
         return (self.progress.attempts[0]["started_at"] + self.job.total_timeout - time.time())
 
 
+class _Collector:
+    """A sink for output that is wanted, and is not to be seen."""
+
+    def __init__(self):
+        self.data = bytearray()
+
+    def output(self, stream, data):
+        if stream == "out":
+            self.data += data
+        return b""
+
+    def end(self, stream):
+        return b""
+
+    def patience(self):
+        return math.inf
+
+    def tick(self):
+        pass
+
+
+class _Hooks(_Execution):
+    """The hooks of a run: commands, and notices that whoever has the store sends."""
+
+    def _hooks(self, name):
+        """Run the hooks of a name in order -> whether all of them succeeded."""
+        succeeded = True
+        for index, hook in enumerate(self.job.hooks.get(name, ())):
+            data = self._printed() if name != "pre_run" else None
+            if hook.condition and \
+                    self._run(name + " condition", hook.condition, 60).exit_code != 0:
+                continue
+            if hook.kind != "command":
+                self._notice(name, index, hook)
+                continue
+            self.info(f"Hook {name}: running {command_text(hook.command)}")
+            result = self._run(name, hook.command, hook.timeout, data)
+            if result.exit_code != 0:
+                succeeded = False
+                self.info(f"Hook {name} failed, {_ending(result)}", "ERROR")
+        return succeeded
+
+    def _notice(self, name, index, hook):
+        """Ask for a notice, or for the run of another job: whoever has the store sees to it."""
+        target = f" {hook.target}" if hook.kind == "run" else ""
+        self.info(f"Hook {name}: {hook.kind}{target}")
+        self.note("notice", hook=name, index=index)
+        if self.tell is not None and name in ("pre_run", "on_retry"):
+            self.tell()
+
+    def _tell_hooks(self, state, reason, exit_code):
+        self.environment.update(ROEXEC_STATUS=state, ROEXEC_REASON=reason or "",
+                                ROEXEC_EXIT_CODE="" if exit_code is None else str(exit_code))
+
+    def _end_hooks(self, decided):
+        """The hooks at the end. (A supervisor that is lost after the decision loses them.)"""
+        self._tell_hooks(decided["state"], decided["reason"], decided.get("exit_code"))
+        if decided["state"] == "skipped":
+            return
+        if decided["state"] == "succeeded":
+            self._hooks("on_success")
+        elif decided["state"] != "cancelled":
+            self._hooks("on_failure")
+        self._hooks("post_run")
+
     def _printed(self):
         """What the run has printed: the newest MiB, without stamps."""
         self.log.flush(time.time())
@@ -5094,7 +7599,7 @@ class _Execution:
             return select_lines(file.read(), raw=True)
 
 
-class Supervision(_Execution):
+class Supervision(_Hooks):
     """One run, from its journal to its end; `_Execution` says what it is made with."""
 
     def perform(self):
@@ -5116,13 +7621,14 @@ class Supervision(_Execution):
         earlier, number = self.progress.supervisor, len(self.progress.attempts)
         self.note("supervisor", pid=os.getpid(), start=self.signals.start,
                   log=self._open_log())
-        self.environment = _job_environment(self.job, self.header, self.base)
-        self.environment["ROEXEC_LOG"] = os.path.join(self.folder, self.log.path or "")
-        self.environment["ROEXEC_ATTEMPT"] = str(number)
+        problem = self._prepare()
         if self.header.get("only"):
             if earlier is None:
                 self._tell_hooks("skipped", "missed", None)
                 self._hooks(self.header["only"])
+        elif problem is not None:
+            self.info(problem, "ERROR")
+            self.note("outcome", state="failed", reason="start", message=problem)
         elif self.progress.outcome is None:
             self.note("outcome", **self._outcome(number))
             self._end_hooks(self.progress.outcome)
@@ -5130,6 +7636,47 @@ class Supervision(_Execution):
             self._end_remnants()        # of a hook: those that were not begun are lost
         self.log.close(time.time())
         self.note("finished", log=self.log.path)
+
+    def _prepare(self):
+        """Find out as whom and with what the commands run -> what is wrong with that, or None."""
+        problem = None
+        try:
+            self.setup = setup_of(self.job)
+        except ValueError as error:
+            problem = f"cannot run as the job says: {error}"
+        self._make_environment({})
+        return problem
+
+    def _make_environment(self, variables):
+        uid = os.geteuid() if self.setup.uid is None else self.setup.uid
+        self.environment = _job_environment(self.job, self.header, self.base, uid, variables)
+        self.environment["ROEXEC_LOG"] = os.path.join(self.folder, self.log.path or "")
+        self.environment["ROEXEC_ATTEMPT"] = str(len(self.progress.attempts))
+
+    def _resolve(self):
+        """Get the variables of `env_from` -> the outcome if that is not possible, else None."""
+        if not self.job.env_from:
+            return None
+        try:
+            variables, secrets = resolve_environment(
+                self.job.env_from, vault=self.header.get("vault"),
+                user_home=self.environment["HOME"], environment=os.environ,
+                directory=self._directory(), run_command=self._capture,
+                owner=self.setup.uid, is_cancelled=self.is_cancelled)
+        except RoexecError as error:
+            self.info(str(error), "ERROR")
+            return {"state": "failed", "reason": "secret", "message": str(error)}
+        self.masks = Masks(secrets)
+        self._make_environment(variables)
+        return None
+
+    def _capture(self, command):
+        """The standard output of a command of `env_from`, which goes nowhere else."""
+        sink = _Collector()
+        ended = self._run("env_from", command, 60, sink=sink)
+        if ended.exit_code != 0:
+            raise RoexecError(f"env_from: the command failed, {ended.error or _ending(ended)}")
+        return bytes(sink.data)
 
     def _open_log(self):
         earlier = self.progress.log
@@ -5150,6 +7697,11 @@ class Supervision(_Execution):
         self._end_remnants()
         if self.journal.cancelled() is not None or self.is_cancelled():
             return self._cancelled()
+        problem = self._resolve()
+        if self.is_cancelled():
+            return self._cancelled()
+        if problem is not None and not lost:
+            return problem
         if number == 0:
             return self._decided(Ended(lost=True)) if lost else \
                 self._before_attempts() or self._attempt_until_done(0)
@@ -5219,11 +7771,27 @@ class Supervision(_Execution):
             self.environment.pop(name, None)            # what on_retry was told
         self.info(f"Attempt {number}")
         self.info(f"Running {command_text(self.job.command)}")
-        return self._run("attempt", self.job.command, self.job.timeout)
+        began = self.log.size
+        ended = self._run("attempt", self.job.command, self.job.timeout)
+        return ended.changed(matched=self._matched(began))
+
+    def _matched(self, began):
+        """The patterns of the job that a line of the output has matched from an offset on."""
+        patterns = {name: re.compile(text.encode()) for name, text in patterns_of(self.job).items()}
+        matched = []
+        self.log.flush(time.time())
+        if patterns and self.log.path is not None:
+            with read_log(os.path.join(self.folder, self.log.path)) as file:
+                file.seek(began)
+                for line in file:
+                    line = select_lines(line, raw=True)
+                    matched += [name for name in patterns if patterns[name].search(line)]
+                    patterns = {name: patterns[name] for name in patterns if name not in matched}
+        return matched
 
     def _delay_before_next(self, ended, number):
         """Seconds until the next attempt, or None. Says so, and runs `on_retry`."""
-        delay = retry_delay(self.job, ended, number)
+        delay = retry_delay(self.job, ended, number, int.from_bytes(os.urandom(4), "big") / 2**32)
         if delay is None or self.is_cancelled():
             return None
         total = self._total_left()
@@ -5274,40 +7842,9 @@ class Supervision(_Execution):
         self.info(f"Run {self.journal.run_id} cancelled, reason={reason}")
         return {"state": "cancelled", "reason": reason}
 
-    # Hooks.
-
-    def _hooks(self, name):
-        """Run the hooks of a name in order -> whether all of them succeeded."""
-        succeeded = True
-        for hook in self.job.hooks.get(name, ()):
-            data = self._printed() if name != "pre_run" else None
-            if hook.condition and \
-                    self._run(name + " condition", hook.condition, 60).exit_code != 0:
-                continue
-            self.info(f"Hook {name}: running {command_text(hook.command)}")
-            result = self._run(name, hook.command, hook.timeout, data)
-            if result.exit_code != 0:
-                succeeded = False
-                self.info(f"Hook {name} failed, {_ending(result)}", "ERROR")
-        return succeeded
-
-    def _tell_hooks(self, state, reason, exit_code):
-        self.environment.update(ROEXEC_STATUS=state, ROEXEC_REASON=reason or "",
-                                ROEXEC_EXIT_CODE="" if exit_code is None else str(exit_code))
-
-    def _end_hooks(self, decided):
-        """The hooks at the end. (A supervisor that is lost after the decision loses them.)"""
-        self._tell_hooks(decided["state"], decided["reason"], decided.get("exit_code"))
-        if decided["state"] == "skipped":
-            return
-        if decided["state"] == "succeeded":
-            self._hooks("on_success")
-        elif decided["state"] != "cancelled":
-            self._hooks("on_failure")
-        self._hooks("post_run")
-
 
 _MOST_FOR_HOOKS = 1 << 20
+_PIECE_WAITS = 0.2      # seconds for the rest of a line
 
 
 def _never():
@@ -5342,7 +7879,8 @@ def serve_runs(channel, folder):
     """The body of a supervisor: take runs from the server, one at a time, until it goes away.
 
     `channel` is a SOCK_SEQPACKET socket: a run id comes with its locked journal; the answer is
-    "done" or, where it ends now, "last", the run id, and the traceback of what went wrong here.
+    "done" or, where it ends now, "last", the run id, and the traceback of what went wrong here;
+    "notice" in between says that the journal asks for one.
     """
     signals = Signals()
     try:
@@ -5352,7 +7890,7 @@ def serve_runs(channel, folder):
             if run_id is None:
                 return
             journal = Journal(os.path.join(folder, "active", run_id), descriptor)
-            answer = _supervise(journal, folder, signals)
+            answer = _supervise(journal, folder, signals, channel)
             os.chdir("/")
             journal.close()
             # A SIGTERM for that run may still be on its way; or daemons were left.
@@ -5366,9 +7904,10 @@ def serve_runs(channel, folder):
         channel.close()
 
 
-def _supervise(journal, folder, signals):
+def _supervise(journal, folder, signals, channel):
     try:
-        Supervision(journal, folder, signals).perform()
+        Supervision(journal, folder, signals,
+                    tell=lambda: _answer(channel, f"notice {journal.run_id}")).perform()
         return journal.run_id
     except Exception:
         import traceback
@@ -5426,23 +7965,14 @@ def receive_descriptor(channel):
 
 # A command that is not recorded.
 
-class _NoSink:
-    """For a command whose output is not ours."""
-
-    def patience(self):
-        return math.inf
-
-    def tick(self):
-        pass
-
-
 def exec_here(words):
     """Run a command in the foreground and record nothing -> its exit status, as shells have it."""
     signals, console = Signals((signal.SIGINT, signal.SIGQUIT)), Console()
+    inherit_nothing()
     try:
         pid = spawn(words, dict(os.environ), (0, 1, 2), 0 if console.terminal else None)
         console.give_terminal(pid)
-        ended = RunningCommand(pid, {}, _NoSink(), signals, console).wait(
+        ended = RunningCommand(pid, {}, _Collector(), signals, console).wait(
             (), lambda: 10, lambda: signals.asked is not None)
     except CannotStart as error:
         console.error(error)
@@ -5454,7 +7984,7 @@ def exec_here(words):
     return ended.exit_code if ended.signal is None else 128 + _signal_number(ended.signal)
 
 
-# ==== 10 scheduler ================================================================================
+# ==== 14 scheduler ================================================================================
 # From due slots and requests to supervisors, and back into the store. A run gets its place in the
 # transaction that marks it as running, whoever starts it; its journal is there, and locked, before
 # that. What a crash leaves is finished by whoever holds `server.lock`, or needs the place.
@@ -5547,7 +8077,8 @@ def _make_journal(db, folder, row, job, now, **more):
         "run": row["id"], "job": row["job_id"], "spec": job.spec, "trigger": row["trigger"],
         "slot": row["slot"], "env": json.loads(row["env"] or "{}"), "store": store_id(db),
         "owner": row["owner"], "claimed_at": now, "not_before": None if row["slot"] is None else
-        row["slot"] + jitter_delay(job.id, row["slot"], job.jitter), **more})
+        row["slot"] + jitter_delay(job.id, row["slot"], job.jitter),
+        "vault": (get_settings(db) or {}).get("vault") if job.env_from else None, **more})
 
 
 def cancel_run(store, run_id, reason="user"):
@@ -5590,8 +8121,9 @@ def take_in(db, journal):
     """
     row, progress = find_run_row(db, journal.run_id), Progress(journal.events)
     if row is None or row["state"] != "running":
-        if row is not None and row["log"] is None:      # of hooks alone
+        if row is not None and row["log"] is None and progress.log:         # of hooks alone
             set_log(db, row["id"], progress.log)
+            post_notices(db, journal)
         return None
     decided, attempts = progress.outcome, progress.attempts
     reason = decided["reason"]
@@ -5602,7 +8134,79 @@ def take_in(db, journal):
                signal=decided.get("signal"), log=progress.log,
                started_at=attempts[0]["started_at"] if attempts else row["started_at"],
                finished_at=progress.finished["at"])
+    post_notices(db, journal)
     return {**decided, "id": row["id"], "job_id": row["job_id"], "reason": reason}
+
+
+def post_notices(db, journal):
+    """Put the notices that a journal asks for into the outbox, and queue the runs; what is there
+    already stays as it is, so that a journal may be read while its run is on, and again."""
+    asked = [event for event in journal.events if event["event"] == "notice"]
+    if not asked:
+        return
+    job, row = Job(journal.header["spec"]), get_run(db, journal.run_id)
+    folder = os.path.dirname(os.path.dirname(journal.path))
+    attempts = get_attempts(db, row["id"]) or Progress(journal.events).attempts
+    payload = run_payload(row, attempts)
+    for number, event in enumerate(asked):
+        hook, name = job.hooks[event["hook"]][event["index"]], event["hook"]
+        if hook.kind == "run":
+            _run_next(db, row, number, hook.target, os.path.dirname(journal.path))
+            continue
+        log = row["log"] or Progress(journal.events).log
+        output = output_tail(os.path.join(folder, log)) if log and name != "pre_run" else None
+        for notice in build_notices(hook, name, payload, key=str(number), output=output,
+                                    host=socket.gethostname(), now=time.time(), name=job.name):
+            add_notice(db, now=time.time(), **notice)
+
+
+def post_live_notices(db, store, run_id):
+    """Put the notices of a run that is on into the outbox."""
+    journal = Journal.glance(store.file(f"active/{run_id}"))
+    if journal is not None:
+        post_notices(db, journal)
+
+
+_LONGEST_CHAIN = 20     # runs that hooks start one after the other
+
+
+def _run_next(db, cause, number, job_id, folder):
+    """Queue the run that a hook asks for. Where that is refused, there is a row that says why."""
+    link = f"{cause['id']}/{number}"
+    if chain_length(db, link):
+        return
+    values = {"id": new_run_id(), "job_id": job_id, "trigger": "pipeline", "cause": link,
+              "queued_at": time.time()}
+    refused = {"state": "failed", "reason": "start", "finished_at": time.time()}
+    if chain_length(db, cause["cause"]) >= _LONGEST_CHAIN:
+        add_run(db, message=f"a chain of {_LONGEST_CHAIN} runs ends here", **values, **refused)
+        return
+    try:
+        job = effective_job(db, job_id)
+    except NoSuchJob as error:
+        add_run(db, message=str(error), **values, **refused)
+        return
+    action, other = overlap_action(job, "manual", active_runs(db, job_id))
+    if action == "skip":
+        refused.update(state="skipped", reason="overlap")
+        add_run(db, message=f"run {other['id']} was {other['state']}", **values, **refused)
+        return
+    add_run(db, version=get_job(db, job_id)["version"], state="queued", priority=job.priority,
+            **values)
+    if action == "replace":
+        _replace(db, other)
+        running = Journal.glance(os.path.join(folder, other["id"]))
+        if running is not None:
+            running.cancel("replaced")
+
+
+def deliver_alone(store):
+    """Where no server runs: send what waits in the outbox, from a process of its own."""
+    with store.read() as db:
+        due, settings = due_notices(db, time.time(), 1), get_settings(db) or {}
+    if due and store.server() is None:
+        child = _fork(lambda: _fork(lambda: (_detach(), deliver(store, settings, time.time()))))
+        os.waitpid(child, 0)
 
 
 def lose_without_journal(db, store):
@@ -5647,12 +8251,13 @@ def sort_journals(db, journals, say):
     """(done, unfinished) of free journals; those that were never committed count as done."""
     done, unfinished, ours = [], [], store_id(db)
     for journal in journals:
-        row = find_run_row(db, journal.run_id)
-        running = row is not None and row["state"] == "running"
+        row, progress = find_run_row(db, journal.run_id), Progress(journal.events)
+        ahead = row is not None and (row["state"] == "running" or journal.header.get("only")
+                                     and not progress.supervisor)
         if journal.header and journal.header.get("store") != ours:
             say(f"{journal.path} belongs to another store; it is left alone")
             journal.close()
-        elif not running or Progress(journal.events).finished:
+        elif progress.finished or not ahead:
             journal.taken = take_in(db, journal)
             done.append(journal)
         elif not journal.header:        # as a power cut leaves it
@@ -5675,13 +8280,13 @@ def discard(journals):
 def settle(store, wait=False):
     """Where no server runs: take finished journals in, and see to it that lost runs are finished.
 
-    With `wait` until they are, which may take their grace; else they are left to processes of
-    their own. A server does this itself.
+    They are left to processes of their own. With `wait` these are waited for, until what was left
+    of the runs must be dead; they may have attempts ahead. A server does this itself.
     """
     if not store.exists or not os.path.isdir(store.file("active")):
         return
     lock = open_private(store.file("server.lock"))
-    children = []
+    children, deadline = [], time.monotonic()
     try:
         if not try_lock(lock):
             return
@@ -5693,20 +8298,25 @@ def settle(store, wait=False):
         discard(done)
         while unfinished:
             journal = unfinished.pop()
+            progress = Progress(journal.events)
+            if progress.open or not progress.attempts:
+                deadline = max(deadline, time.monotonic() + 10 + Job(journal.header["spec"]).grace)
             others = [lock, *(other.descriptor for other in unfinished)]
             children.append(_fork(lambda: _finish_alone(store, journal, others)))
             journal.close()
     finally:
         os.close(lock)
     if wait and children:
-        for child in children:
-            os.waitpid(child, 0)
+        while children and time.monotonic() < deadline:
+            children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+            time.sleep(0.01)
         settle(store)
 
 
 def _finish_alone(store, journal, others):
     for descriptor in others:           # locks that are not ours
         os.close(descriptor)
+    inherit_nothing()
     _detach()
     become_subreaper()
     Supervision(journal, store.folder, Signals()).perform()
@@ -5741,7 +8351,8 @@ def run_here(store, job, *, env=None, name=None, caller=False, wait=False):
 
     With `caller` it has the caller's environment, folder and standard input. Raises Refused.
     """
-    signals, console = Signals((signal.SIGINT, signal.SIGQUIT)), Console()
+    console = Console()
+    signals = Signals((signal.SIGINT, signal.SIGQUIT), console.terminal)
     try:
         return exit_status(_run_alone(store, job, signals, console, env=env, name=name,
                                       caller=caller, wait=wait))
@@ -5754,6 +8365,7 @@ def _run_alone(store, job, signals, console, told=None, *, caller, trigger="manu
     """Queue a run, wait for its place, supervise it in this process -> its row in the end."""
     if not store.exists:
         store.create()
+    inherit_nothing()
     settle(store, wait=True)
     become_subreaper()
     run_id = request_run(store, job, trigger=trigger, owner=own_identity(), **request)
@@ -5767,15 +8379,19 @@ def _run_alone(store, job, signals, console, told=None, *, caller, trigger="manu
             take_in(db, journal)
         discard([journal])
         store.wake()
+        deliver_alone(store)
     with store.read() as db:
         return get_run(db, run_id)
 
 
 def _await_place(store, run_id, job, signals):
     """The journal of a run when it has its place; None where it was withdrawn or cancelled."""
-    told, poller = False, select.poll()
+    told, poller, settled = False, select.poll(), time.monotonic()
     poller.register(signals.descriptor, select.POLLIN)
     while True:
+        if time.monotonic() - settled > _LOOK_ALONE:
+            settle(store, wait=True)    # what is waited for may have lost its supervisor
+            settled = time.monotonic()
         with store.write() as db:
             run = get_run(db, run_id)
             if run["state"] != "queued":
@@ -5795,6 +8411,9 @@ def _await_place(store, run_id, job, signals):
             told = True
         poller.poll(200)
         signals.drain()
+
+
+_LOOK_ALONE = 1.0       # seconds between looks at the journals of other commands
 
 
 def _what_is_waited_for(db, run):
@@ -5851,6 +8470,7 @@ def start_launcher():
     """Fork the process that forks supervisors -> the socket to it. This comes first of all: it has
     no thread, lock, store or connection, only what supervisors need."""
     _warm_up()
+    inherit_nothing()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     _fork(lambda: _launch(ours, theirs))
     theirs.close()
@@ -5919,6 +8539,7 @@ _BATCH = 64             # jobs decided in one transaction
 _LEAD = 0.008           # seconds by which a start is prepared before its instant
 _IDLE = 5.0             # seconds until a supervisor that nobody needs ends
 _LOOK = 2.0             # seconds between looks at the journals of an earlier server
+_MOST_WAITING = 512     # runs that have a place and wait for a supervisor
 _STALL = 0.005          # seconds without an end after which one more supervisor is worth its fork
 _AT_LEAST = 3           # supervisors that a herd may have without waiting for that
 _CORRECTION = 3 * 3600  # seconds; a step back by more corrects the clock (cron(8))
@@ -5947,6 +8568,7 @@ class _Supervisors:
         self.all, self.idle, self.forking = {}, [], 0       # all: {descriptor: _Supervisor}
         self.waiting = collections.deque()
         self.stalled = False            # runs waited, and nobody came back
+        self.telling = []               # ids of runs whose journals ask for notices
 
     def close(self):
         """Leave the supervisors to themselves: each ends when its run has."""
@@ -5954,6 +8576,11 @@ class _Supervisors:
             supervisor.channel.close()
         for journal in self.waiting:
             journal.close()             # whoever comes next starts it, if that is in time
+
+    def take_telling(self):
+        """The ids of runs whose journals have asked for notices since the last time."""
+        told, self.telling = self.telling, []
+        return told
 
     def are_busy(self):
         """Whether any run is on, or waits for a supervisor."""
@@ -5983,8 +8610,11 @@ class _Supervisors:
         supervisor = self.all[descriptor]
         try:
             word, _, text = supervisor.channel.recv(LONGEST_ANSWER).decode().partition(" ")
-        except ConnectionError:
-            word = ""
+        except ConnectionError:         # it was killed before it had read what was sent to it
+            word = text = ""
+        if word == "notice":
+            self.telling.append(text)
+            return []
         run, supervisor.run = supervisor.run, None
         if supervisor.is_new:
             supervisor.is_new = False
@@ -5994,10 +8624,12 @@ class _Supervisors:
             self.idle.append(supervisor)
         elif word == "":
             self._forget(supervisor)
-        if "Traceback" in text:         # its journal is found at the next look
-            self.say(f"A supervisor has failed, run {text}", "ERROR")
-            return []
         journal = run and Journal.find(self.store.file(f"active/{run}"))
+        if "Traceback" in text:
+            self.say(f"A supervisor has failed, run {text}", "ERROR")
+            if journal and not Progress(journal.events).finished:
+                journal.close()         # tried again at the next look, not for ever at once
+                return []
         return [journal] if journal else []
 
     def _forget(self, supervisor):
@@ -6184,8 +8816,8 @@ class _Timetable:
 class Scheduler:
     """The loop of a server. The order of its start is that of `server` in the command line.
 
-    `say(text, level)` writes its log. `each_second` and `on_reload` are called each second and at
-    SIGHUP. `run` returns when SIGTERM or SIGINT asks for the end; runs go on.
+    `say(text, level, at)` writes its log. `each_second` and `on_reload` are called each second and
+    at SIGHUP. `run` returns when SIGTERM or SIGINT asks for the end; runs go on.
     """
 
     def __init__(self, store, launcher, say):
@@ -6194,7 +8826,10 @@ class Scheduler:
         self.poller = select.poll()
         self.supervisors = _Supervisors(store, launcher, self.poller, say)
         self.timetable = _Timetable(store, say)
+        self.postman = None             # who is to be told of new notices
         self.ended = []                 # journals that are to be taken in
+        self.more_queued = False        # whether not all have got the places that are free
+        self.said = set()               # what is to be said once
         self.drain = 0                  # seconds to wait for runs when asked to end
         self.asked, self.reload = 0, False
         self.last_look = self.last_second = -math.inf
@@ -6231,6 +8866,7 @@ class Scheduler:
         self.fifo = os.open(self.store.file("wake"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         for descriptor in (self.signals, self.fifo, self.launcher.fileno()):
             self.poller.register(descriptor, select.POLLIN)
+        _allow_many_files()
         self.supervisors.fork()
         self._take_in(self._look(), (), time.time(), True)
         boot = boot_id()
@@ -6304,46 +8940,45 @@ class Scheduler:
             if descriptor in self.supervisors.all:
                 ended += self.supervisors.hear(descriptor)
             elif descriptor == self.launcher.fileno():
-                self._restart()
+                _start_again(self.store, self.say)
             else:
                 _drain(descriptor)
                 self.last_look = -math.inf          # something has changed: look at it
         return ended
 
-    def _restart(self):
-        """The launcher has died: become a new server, as every restart does."""
-        self.say("The launcher has ended; starting again", "ERROR")
-        self.store.close()
-        _reap_all()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv")
-                 else [sys.executable, *sys.argv])
-
     # One turn.
 
     def _turn(self, ended, now):
         """Do what is due now -> whether there is more to do at once."""
+        self.ended += ended
         self._see_clock(now)
         if time.monotonic() - self.last_second >= 1 or self.reload:
             self.last_second = time.monotonic()
             if self.reload:
                 self.reload = False
-                for function in self.on_reload:
-                    function()
-            for function in self.each_second:
-                function()
-        self.ended += ended
+                self._call(self.on_reload)
+            self._call(self.each_second)
         self.supervisors.hand_over()    # before the disk is waited for
         looking = time.monotonic() - self.last_look >= _LOOK
         if looking:
             self.last_look = time.monotonic()
             self.ended += self._look()
         due = self.timetable.pop_due(now)
-        if due or looking or len(self.ended) >= (_BATCH if self.supervisors.waiting else 1):
+        waiting = len(self.supervisors.waiting)
+        if due or looking or len(self.ended) >= (_BATCH if waiting else 1) \
+                or self.supervisors.telling or self.more_queued and waiting < _MOST_WAITING // 2:
             ended, self.ended = self.ended, []
             self._take_in(ended, due, now, looking)
             self.supervisors.hand_over()
         self.supervisors.rest()
         return self.timetable.next_due() <= now
+
+    def _call(self, functions):
+        for function in functions:
+            try:
+                function()
+            except (RoexecError, OSError) as error:
+                self.say(str(error), "ERROR")
 
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
@@ -6362,17 +8997,17 @@ class Scheduler:
         started, decided, replaced = [], [], []
         try:
             with self.store.write() as db:
-                done, unfinished = sort_journals(db, journals, self.say)
+                done, unfinished = sort_journals(db, journals, self._say_once)
                 self.timetable.refresh(db)
+                for run_id in self.supervisors.take_telling():
+                    post_live_notices(db, self.store, run_id)
                 if looking:
                     lose_without_journal(db, self.store)
                     withdraw_orphans(db)
                 for job_id in due:
                     position = self.timetable.decide(db, job_id, now, replaced, started)
                     decided.append((job_id, position))
-                started += claim(db, self.store.file("active"), self.timetable.job_of,
-                                 self.timetable.limit,
-                                 lambda row: not (row["owner"] or self.asked))
+                started += self._claim(db)
                 ends = [journal.taken for journal in done if journal.taken]
         except BaseException:
             discard(started)
@@ -6386,15 +9021,34 @@ class Scheduler:
         discard(done)
         self._start(unfinished, started, replaced)
         for row in ends:
-            self._tell_end(row)
+            _tell_end(self.say, row)
+        if self.postman is not None:
+            self.postman.wake()
         self.store.checkpoint()
+
+    def _claim(self, db):
+        """The journals of runs whose turn it is: some at a time, since each is an open file."""
+        waiting = len(self.supervisors.waiting)
+        if self.asked or waiting >= _MOST_WAITING // 2:
+            return []
+        places = iter(range(_MOST_WAITING - waiting))
+        started = claim(db, self.store.file("active"), self.timetable.job_of, self.timetable.limit,
+                        lambda row: not row["owner"] and next(places, None) is not None)
+        self.more_queued = next(places, None) is None
+        return started
+
+    def _say_once(self, text):
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text, "ERROR")
 
     def _start(self, unfinished, started, replaced):
         for run_id in replaced:
             signal_cancel(self.store, run_id, "replaced")
         for journal in started:
             if not journal.header.get("only"):
-                self.say(f"Run {journal.run_id} started, job={journal.header['job']}")
+                self.say(f"Run {journal.run_id} started, job={journal.header['job']}", at=max(
+                    time.time(), journal.header["not_before"] or 0))
         for journal in unfinished:
             self.say(f"Run {journal.run_id} has lost its supervisor, job={journal.header['job']}",
                      "ERROR")
@@ -6407,17 +9061,27 @@ class Scheduler:
         known = self.supervisors.runs().union(journal.run_id for journal in self.ended)
         return found_journals(self.store, known)
 
-    def _tell_end(self, row):
-        if row["state"] == "succeeded":
-            self.say(f"Run {row['id']} completed, exit={row['exit_code']}, job={row['job_id']}")
-            return
-        how = f"reason={row['reason']}"
-        if row.get("signal"):
-            how = f"signal={row['signal']}"
-        elif row.get("exit_code") is not None:
-            how = f"exit={row['exit_code']}"
-        self.say(f"Run {row['id']} {row['state']}, {how}, job={row['job_id']}",
-                 "INFO" if row["state"] in ("cancelled", "skipped") else "ERROR")
+
+def _start_again(store, say):
+    """The launcher has died: become a new server, as every restart does."""
+    say("The launcher has ended; starting again", "ERROR")
+    store.close()
+    _reap_all()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv")
+             else [sys.executable, *sys.argv])
+
+
+def _tell_end(say, row):
+    if row["state"] == "succeeded":
+        say(f"Run {row['id']} completed, exit={row['exit_code']}, job={row['job_id']}")
+        return
+    how = f"reason={row['reason']}"
+    if row.get("signal"):
+        how = f"signal={row['signal']}"
+    elif row.get("exit_code") is not None:
+        how = f"exit={row['exit_code']}"
+    say(f"Run {row['id']} {row['state']}, {how}, job={row['job_id']}",
+        "INFO" if row["state"] in ("cancelled", "skipped") else "ERROR")
 
 
 _LAST_GRACE = 5         # seconds between SIGTERM and SIGKILL where the host ends with us
@@ -6452,6 +9116,15 @@ def unit_warning():
             "write KillMode=process into its section [Service]")
 
 
+def _allow_many_files():
+    """Raise the limit of open files: each run on takes one. Commands keep the limit there was,
+    since the launcher does."""
+    import resource
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):      # macOS takes no infinite one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _drain(descriptor):
     with contextlib.suppress(BlockingIOError):
         while len(os.read(descriptor, 4096)) == 4096:
@@ -6477,7 +9150,7 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 11 api ======================================================================================
+# ==== 15 api ======================================================================================
 # HTTP: what a request asks for, who may ask, and the answers. Each route is a line of ROUTES with
 # the scope that it needs; one gate stands before all of them, and lets nobody in but the server's
 # own user and root over loopback. Handlers are functions of (request, store) and know no sockets.
@@ -6647,7 +9320,7 @@ def peer_uid(connection):
         return None
     rows = set()
     for table in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{table}", "rb") as file:
+        with contextlib.suppress(OSError), open(f"/proc/net/{table}", "rb") as file:
             rows |= _rows_between(file, theirs, ours)
     if len(rows) != 1:
         return None
@@ -6739,7 +9412,8 @@ def job_payloads(db, rows, now):
     payloads = []
     for row in rows:
         job = effective(Job(json.loads(row["spec"])), settings.get("defaults"))
-        payloads.append(job_payload(row, job, next_run(job, now, zone, row["paused"]), zone))
+        coming = next_run(job, now, zone, row["paused"], row["position"])
+        payloads.append(job_payload(row, job, coming, zone))
     return payloads
 
 
@@ -7316,7 +9990,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 12 cli ======================================================================================
+# ==== 16 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.
@@ -7381,7 +10055,8 @@ def _settings_of(config):
     """What a server keeps in the store of its configuration, for every client."""
     return {"defaults": config.defaults,
             "scheduler": {"max_concurrent": config.scheduler.max_concurrent,
-                          "timezone": config.scheduler.timezone}}
+                          "timezone": config.scheduler.timezone},
+            "mail": config.mail, "vault": config.vault}
 
 
 _HOST_STORE = "/var/lib/roexec"
@@ -7559,10 +10234,14 @@ class Session:
         """A transaction, which under --dry-run can only read."""
         return self.store.read() if self.options.dry_run else self.store.write()
 
+    def settings(self, db=None):
+        """The settings that the last server of the store was configured with, else those of the
+        configuration here."""
+        return (db and get_settings(db)) or _settings_of(self.config)
+
     def in_effect(self, db=None):
-        """(defaults of all jobs, tzinfo of those that name none): those that the last server of the
-        store was configured with, else those of the configuration here."""
-        settings = (db and get_settings(db)) or _settings_of(self.config)
+        """(defaults of all jobs, tzinfo of those that name none), by the settings."""
+        settings = self.settings(db)
         name = settings["scheduler"].get("timezone")
         return settings["defaults"], get_zone(name) if name else host_zone()
 
@@ -7614,7 +10293,8 @@ def _job_in_effect(row, defaults):
 
 def _job_payload(row, defaults, zone):
     job = _job_in_effect(row, defaults)
-    return job_payload(row, job, next_run(job, time.time(), zone, row["paused"]), zone)
+    coming = next_run(job, time.time(), zone, row["paused"], row["position"])
+    return job_payload(row, job, coming, zone)
 
 
 def _nothing(store, what):
@@ -7939,8 +10619,12 @@ def _cmd_show(session):
 def _cmd_next(session):
     options = session.options
     after = math.ceil(_instant_of(options.from_) if options.from_ else time.time()) - 1
+    if options.to is None and options.duration is not None:
+        raise Usage("--duration is for --to, which shows what runs would meet")
     if options.cron is not None:
-        return _give_slots(session, [_job_of_cron(options)], after, session.in_effect()[1])
+        jobs, zone = [_job_of_cron(options)], session.in_effect()[1]
+        give = _give_slots if options.to is None else _give_foresight
+        return give(session, jobs, after, zone)
     if options.timezone:
         raise Usage("--timezone is for --cron; a job has its own")
     ids = [session.id()] if options.id or options.ids else []
@@ -7948,7 +10632,9 @@ def _cmd_next(session):
         defaults, zone = session.in_effect(db)
         rows = [get_job(db, job_id) for job_id in ids] or [
             row for row in list_jobs(db) if not row["paused"]]
-    jobs = [_job_in_effect(row, defaults) for row in rows]
+        jobs = [_job_in_effect(row, defaults) for row in rows]
+        if options.to is not None:
+            return _give_foresight(session, jobs, after, zone, db)
     if ids and rows[0]["paused"]:
         _say(f'job "{ids[0]}" is paused: these slots will be skipped')
     return _give_slots(session, jobs, after, zone)
@@ -7970,9 +10656,9 @@ def _give_slots(session, jobs, after, zone):
     """Print the next slots of jobs, in order."""
     def slots(job):
         return ((slot, job.id, job) for slot in upcoming_slots(job, after, zone))
-    merged = heapq.merge(*map(slots, jobs))
-    payloads = [slot_payload(job, slot, zone)
-                for slot, _, job in itertools.islice(merged, max(0, session.options.count))]
+    merged, count = heapq.merge(*map(slots, jobs)), session.options.count
+    payloads = [slot_payload(job, slot, zone) for slot, _, job in itertools.islice(
+        merged, 10 if count is None else max(0, count))]
     if not payloads:
         for job in jobs if len(jobs) == 1 else ():
             why = ("is disabled" if not job.enabled else "has no further slots" if job.schedule
@@ -7980,6 +10666,60 @@ def _give_slots(session, jobs, after, zone):
             _say(f'job "{job.id}" {why}')
     session.give({"slots": payloads},
                  lambda style: slots_table(payloads, style) if payloads else "")
+
+
+def _give_foresight(session, jobs, after, zone, db=None):
+    """Print all slots of jobs until --to, and what would become of them."""
+    options = session.options
+    end = _instant_of(options.to)
+    if options.count is not None:
+        raise Usage("--to shows all slots until then; do without --count")
+    if end <= after:
+        raise Usage(f"--to {options.to} is before the first instant asked for")
+    jobs = [job for job in jobs if job.enabled and job.schedule]
+    ids = [job.id for job in jobs]
+    if options.duration is not None:
+        usual = dict.fromkeys(ids, _duration_of("--duration", options.duration))
+    else:
+        usual = usual_durations(db, ids) if db else {}
+    most = session.settings(db)["scheduler"].get("max_concurrent")
+    foreseen = foresee(jobs, after + 1, end, zone, usual, most)
+    unknown = [job_id for job_id in ids if job_id not in usual]
+    payload = foresight_payload(foreseen, zone, unknown)
+    session.give(payload, lambda style: foresight_text(payload, style))
+
+
+def _duration_of(option, text):
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise Usage(f"{option}: {error}") from None
+
+
+# Moving from cron.
+
+def _cmd_import_crontab(session):
+    options = session.options
+    if len(options.ids) != 1:
+        raise Usage(f"name one crontab, or - for standard input: roexec {session.command.example}")
+    if options.system and options.user is not None:
+        raise Usage("--user is for the crontab of a user, --system for one that names a user in "
+                    "each line; write one of them")
+    path, me = options.ids[0], owner_name(os.geteuid())
+    text = sys.stdin.buffer.read() if path == "-" else _read_bytes(path)
+    system = options.system or (options.user is None and _is_system_crontab(path))
+    owner = None if system else me if options.user is None else options.user
+    crontab = read_crontab(text, "<stdin>" if path == "-" else path, owner, me)
+    session.give({"defaults": crontab.defaults, "jobs": crontab.jobs}, lambda style: crontab.text)
+    for note in crontab.notes:
+        _say(note)
+    return 0 if crontab.complete else 1
+
+
+def _is_system_crontab(path):
+    """Whether cron itself would look for a user in each line of this file."""
+    path = os.path.realpath(path)
+    return path == "/etc/crontab" or os.path.dirname(path) == "/etc/cron.d"
 
 
 _ANSWER_PATIENCE = 5    # seconds for a server to notice that it was woken
@@ -8204,10 +10944,11 @@ def _cmd_retry(session):
 
 # The server.
 
-def _server_log(text, level="INFO"):
-    """A line of a server's own log, on standard error."""
+def _server_log(text, level="INFO", at=None):
+    """A line of a server's own log, on standard error; `at` is an instant other than now."""
+    instant = format_instant(int(time.time() if at is None else at))
     try:
-        sys.stderr.write(f"{format_instant(int(time.time()))} [{level}] {printable(text)}\n")
+        sys.stderr.write(f"{instant} [{level}] {printable(text)}\n")
         sys.stderr.flush()
     except OSError:                     # whoever read it has gone; the jobs still run
         pass
@@ -8243,11 +10984,22 @@ def _cmd_server(session):
             address = "http://%s:%d" % http.address[:2]
         stack.callback(withdraw_announcement, announce_server(store))
         scheduler = Scheduler(store, launcher, _server_log)
+        scheduler.drain = _duration_of("--drain", options.drain) if options.drain else 0
+        scheduler.postman = start_postman(store, lambda: _stored_settings(store), _server_log)
+        stack.callback(scheduler.postman.close)
         scheduler.each_second.append(files)
         scheduler.on_reload.append(lambda: _reload(session, files))
         _server_log(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
+        warning = unit_warning()
+        if warning:
+            _server_log(warning, "ERROR")
         scheduler.run()
     _server_log("Server ended; runs that are on go on by themselves")
+
+
+def _stored_settings(store):
+    with store.read() as db:
+        return get_settings(db) or {}
 
 
 def _owned_paths(session):
@@ -8299,7 +11051,8 @@ class Command:
     def __init__(self, name, function, help, usage, example, *options, changes=False):
         self.name, self.function, self.help, self.usage = name, function, help, usage
         self.example, self.options, self.changes = example, (*_GLOBAL, *options), changes
-        self.takes_ids, self.takes_words = _WITH_ID in options, "-- COMMAND" in usage
+        self.takes_ids = _WITH_ID in options or usage.startswith("FILE")
+        self.takes_words = "-- COMMAND" in usage
 
 
 _GLOBAL = (
@@ -8335,6 +11088,11 @@ _COMMANDS = (
             "delete tidy", _WITH_ID, changes=True),
     Command("export", _cmd_export, "print jobs as a job file", "[JOB ...]", "export > jobs.yml",
             _WITH_ID),
+    Command("import crontab", _cmd_import_crontab, "print a crontab as a job file",
+            "FILE [--user USER | --system]", "import crontab /etc/crontab --system > jobs.yml",
+            ("--user", "USER", "whose crontab it is, if not yours", None),
+            ("--system", None, "its lines name a user, as in /etc/crontab and /etc/cron.d",
+             False)),
     Command("list jobs", _cmd_list_jobs, "list the jobs", "", "list jobs"),
     Command("list runs", _cmd_list_runs, "list the runs that are on, then the latest that ended",
             "", "list runs --job backup-db --state failed",
@@ -8354,8 +11112,11 @@ _COMMANDS = (
             ("--stream", "out|err", "only this stream, without stamps", None)),
     Command("next", _cmd_next, "list the next times at which jobs are due", "[JOB]",
             "next backup-db --count 5", _WITH_ID,
-            ("--count", "N", "how many (10)", 10),
+            ("--count", "N", "how many (10)", None),
             ("--from", "TIME", "from this instant on, instead of now", None),
+            ("--to", "TIME", "all before this instant, and which would meet a run of their job",
+             None),
+            ("--duration", "TIME", "with --to: let each run take as long, not as usual", None),
             ("--cron", "CRON", "those of an expression; --id gives the seed of H", None),
             ("--timezone", "ZONE", "the zone of that expression", None)),
     Command("status", _cmd_status, "tell whether the server is healthy", "", "status"),
@@ -8374,7 +11135,9 @@ _COMMANDS = (
             ("--jobs", "PATH", "a job file or folder to follow; may be repeated", []),
             ("--host", "HOST", "the address to listen on (127.0.0.1)", None),
             ("--port", "N", "the port to listen on (8080)", None),
-            ("--no-http", None, "do without the HTTP API", False), changes=True),
+            ("--no-http", None, "do without the HTTP API", False),
+            ("--drain", "TIME", "when asked to end, wait so long for runs first", None),
+            changes=True),
 )
 _OWN_STATUS = ("run", "exec", "wait")   # they end as the command did; 125 is left for roexec
 
@@ -8426,7 +11189,8 @@ def _no_command(words):
     first, name = words[0], " ".join(words[:1] if words[1:2] and words[1][:1] == "-" else words[:2])
     family = [command.name for command in _COMMANDS if command.name.startswith(f"{first} ")]
     if family:
-        return f'there is no command "{printable(name)}"; there are {" and ".join(family)}'
+        return (f'there is no command "{printable(name)}"; there {"are" if family[1:] else "is"} '
+                + " and ".join(family))
     near = nearest(first, {command.name.split()[0] for command in _COMMANDS})
     return f'there is no command "{printable(first)}"' + (near or "; see roexec --help")
 

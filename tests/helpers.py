@@ -126,15 +126,16 @@ def read_pid(path):
 class Server:
     """A server of a store, in a process of its own; `said` is what it has logged.
 
-    `prepare(scheduler)` is called before it runs.
+    `prepare(scheduler)` is called before it runs; with `wait` it is running when this returns.
     """
 
-    def __init__(self, store, log, settings=None, prepare=None):
+    def __init__(self, store, log, settings=None, prepare=None, wait=True):
         self.log = log
-        log.touch()
+        log.write_text("")
         self.pid = in_child(lambda: self._serve(store, settings, prepare))
-        wait_for(lambda: "ready" in self.said or not is_alive(self.pid))
-        assert is_alive(self.pid), self.said
+        if wait:
+            wait_for(lambda: "ready" in self.said or not is_alive(self.pid))
+            assert is_alive(self.pid), self.said
 
     def _serve(self, store, settings, prepare):
         try:
@@ -146,9 +147,10 @@ class Server:
                 with store.write() as db:
                     roexec.set_settings(db, settings)
             scheduler = roexec.Scheduler(store, launcher, self._say)
+            scheduler.each_second.append(lambda: self._say("ready"))
+            scheduler.each_second.append(scheduler.each_second.clear)
             if prepare is not None:
                 prepare(scheduler)
-            self._say("ready")
             scheduler.run()
             store.close()
             os.close(lock)
@@ -156,7 +158,7 @@ class Server:
             self._say("crashed " + traceback.format_exc())
             raise
 
-    def _say(self, text, level="INFO"):
+    def _say(self, text, level="INFO", at=None):
         with open(self.log, "a") as file:
             file.write(f"[{level}] {text}\n")
 

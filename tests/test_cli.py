@@ -127,7 +127,8 @@ CHANGING = {"run", "exec", "add", "apply", "delete", "pause", "resume", "cancel"
 
 def test_the_commands_are_those_of_the_design():
     assert set(COMMANDS) == CHANGING | {
-        "export", "list jobs", "list runs", "show", "logs", "next", "status", "wait"}
+        "export", "import crontab", "list jobs", "list runs", "show", "logs", "next", "status",
+        "wait"}
     assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
 
 
@@ -172,6 +173,14 @@ def test_global_options_stand_before_or_after_the_command(line, cli, jobs):
     ("list runs --stat failed", 'did you mean "--state"?'),
     ("list runs --limit many", "--limit"),
     ("list runs --state broken", 'there is no state "broken"'),
+    ("next --duration 5m", "--duration is for --to"),
+    ("next --cron '0 2 * * *' --to 2030-01-01 --count 3", "do without --count"),
+    ("next --cron '0 2 * * *' --to 2030-01-01 --duration 5x", '"5x" is not a duration'),
+    ("next --cron '0 2 * * *' --from 2025-01-02 --to 2025-01-01", "before the first instant"),
+    ("import tab", 'there is no command "import tab"; there is import crontab'),
+    ("import crontab", "name one crontab"),
+    ("import crontab a b", "name one crontab"),
+    ("import crontab a --system --user b", "write one of them"),
     ("list runs --since yesterday", '"yesterday" is neither'),
     ("list jobs --dry-run", "list jobs changes nothing"),
     ("--dry-run export", "export changes nothing"),
@@ -807,6 +816,95 @@ def test_next_of_an_expression_needs_no_store_and_hashes_the_id_that_is_given(cl
     assert cli('next --cron "H 2 * * *" --count 1')[0] == 2
     assert cli('next --cron "H 2 * * *" --count 1 --id backup')[0] == 0
     assert not store.exists
+
+
+def test_all_slots_until_an_instant_are_shown_with_what_they_would_meet(cli, jobs, store):
+    cli('add tick --schedule "0,30 * * * *" -- true')
+    record(store, "tick", finished_at=NOW + 2000)
+    line = "next --from 2025-08-02T02:00:00Z --to 2025-08-02T03:30:00Z"
+    status, out, err = cli(line)
+    assert (status, err) == (0, "")
+    assert [line.split()[:2] + line.split()[3:] for line in out.splitlines()[1:5]] == [
+        ["2025-08-02T02:00:00Z", "hello", "-"], ["2025-08-02T02:00:00Z", "tick", "-"],
+        ["2025-08-02T02:30:00Z", "tick",
+         *"meets the run of 2025-08-02T02:00:00Z and is skipped".split()],
+        ["2025-08-02T03:00:00Z", "tick", "-"]]
+    assert out.splitlines()[6:] == [
+        "slots             4", "busiest minutes   2025-08-02T02:00:00Z (2)", "meet a run        1",
+        "duration unknown  hello"]
+    data = json.loads(cli(line + " --json")[1])
+    assert (data["count"], data["meet"], data["unknown_durations"]) == (4, 1, ["hello"])
+    assert data["busiest"] == [{"minute": "2025-08-02T02:00:00Z", "count": 2}]
+    assert [slot["action"] for slot in data["slots"]] == ["start", "start", "skip", "start"]
+    data = json.loads(cli(line + " --json --duration 90s")[1])
+    assert (data["meet"], data["unknown_durations"]) == (0, [])
+    assert [slot["job_id"] for slot in json.loads(cli(line + " hello --json")[1])["slots"]] == [
+        "hello"]
+
+
+def test_until_an_instant_places_of_all_jobs_count_and_paused_jobs_do_not(cli, jobs, store):
+    cli('add tick --schedule "*/10 * * * *" --set overlap=queue -- true')
+    with store.write() as db:
+        roexec.set_settings(db, {"defaults": {}, "scheduler": {"max_concurrent": 1}})
+    line = "next --from 2025-08-02T01:59 --to 2025-08-02T02:25 --duration 11m --json"
+    assert [(slot["job_id"], slot["action"]) for slot in json.loads(cli(line)[1])["slots"]] == [
+        ("hello", "start"), ("tick", "start"), ("tick", "queue"), ("tick", "skip")]
+    cli("pause hello")
+    assert [slot["job_id"] for slot in json.loads(cli(line)[1])["slots"]] == ["tick"] * 3
+
+
+def test_an_expression_can_be_shown_until_an_instant(cli, store):
+    out = cli('next --cron "*/20 * * * *" --from 2025-08-01 --to 2025-08-02 --duration 25m '
+              "--json")[1]
+    assert (json.loads(out)["count"], json.loads(out)["meet"]) == (72, 36)
+    assert not store.exists
+
+
+# import crontab.
+
+def test_a_crontab_becomes_a_job_file_that_applies_as_it_is(cli, store, tmp_path):
+    (tmp_path / "tab").write_text("# Tidy up\n0,30 2 * * * /bin/tidy %x\nMAILTO=ops\n@daily log\n")
+    status, out, err = cli("import crontab tab")
+    assert status == 0 and err.splitlines() == [
+        "roexec: tab:2: where a change of clocks skips several of its times, it runs once right "
+        "after the gap; Debian's cron runs it for each of them",
+        "roexec: tab:3: MAILTO: nothing is mailed, what a job prints is in the log of its run; to "
+        'hear of failures give it a hook such as on_failure: "mail -s failed ADDRESS"']
+    assert cli("apply -f -", stdin=out)[:2] == (0, "tidy: added\nlog: added\n")
+    specs = registered(store)
+    assert specs["tidy"] == {
+        "id": "tidy", "description": "Tidy up", "schedule": "0,30 2 * * *",
+        "command": "/bin/tidy ", "directory": "~", "stdin": "x\n", "env": {"PATH": "/usr/bin:/bin"},
+        "max_concurrent": 0}
+    data = json.loads(cli("import crontab tab --json")[1])
+    assert cli("apply -f -", stdin=json.dumps(data))[1] == "tidy: unchanged\nlog: unchanged\n"
+
+
+def test_what_cannot_be_carried_over_is_told_with_its_line_and_status_1(cli, store):
+    status, out, err = cli("import crontab -", stdin="* * * * * ok\n61 * * * * x\n")
+    assert (status, err) == (1, 'roexec: <stdin>:2: left out: minute: cron refuses "61"\n')
+    assert "id: ok" in out and not store.exists
+    assert cli("import crontab nowhere")[::2] == (
+        1, "roexec: cannot read nowhere: No such file or directory\n")
+
+
+def test_the_jobs_of_another_user_are_imported_disabled(cli):
+    me = roexec.owner_name(os.geteuid())
+    text = f"@daily {me} mine\n@daily nobody-else other\n"
+    status, out, err = cli("import crontab - --system", stdin=text)
+    assert status == 0 and "<stdin>:2: it is to run as nobody-else" in err
+    jobs = roexec.load_yaml(out)["jobs"]
+    assert [(job["id"], job.get("enabled", True)) for job in jobs] == [
+        ("mine", True), ("other", False)]
+    assert "enabled: false" in cli("import crontab - --user nobody-else", stdin="@daily x\n")[1]
+    assert "enabled" not in cli(f"import crontab - --user {me}", stdin="@daily x\n")[1]
+
+
+@pytest.mark.parametrize("path, system", [
+    ("/etc/crontab", True), ("/etc/cron.d/php", True), ("/etc/../etc/crontab", True),
+    ("crontab", False), ("/var/spool/cron/crontabs/me", False)])
+def test_where_cron_itself_looks_for_users_they_are_read(path, system):
+    assert roexec._is_system_crontab(path) is system
 
 
 # status.

@@ -153,6 +153,8 @@ FIRES = [
     ("0 0 * * 7", "2025-01-01", ["2025-01-05", "2025-01-12"]),
     ("0 0 * * fri-sun", "2025-01-01", ["2025-01-03", "2025-01-04", "2025-01-05", "2025-01-10"]),
     ("0 0 * * sat-7", "2025-01-01", ["2025-01-04", "2025-01-05", "2025-01-11"]),
+    ("0 0 * * sun-sun", "2025-01-01", ["2025-01-05", "2025-01-12"]),
+    ("0 0 * * sun-tue", "2025-01-01", ["2025-01-05", "2025-01-06", "2025-01-07", "2025-01-12"]),
     ("0 0 * * 5/2", "2025-01-01", ["2025-01-03", "2025-01-05", "2025-01-10"]),
     ("0 0 * * */2", "2025-01-01", ["2025-01-02", "2025-01-04", "2025-01-05", "2025-01-07"]),
     ("0 0 * * */7", "2025-01-01", ["2025-01-05", "2025-01-12"]),
@@ -166,6 +168,7 @@ FIRES = [
     ("0 0 13 * ?", "2025-06-01", ["2025-06-13", "2025-07-13"]),
     ("0 0 ? * fri", "2025-06-01", ["2025-06-06", "2025-06-13"]),
     ("0 0 0 ? * sat#1,sat#3", "2025-06-01", ["2025-06-07", "2025-06-21"]),
+    ("0 0 0 ? * */2", "2025-01-01", ["2025-01-02", "2025-01-04", "2025-01-05"]),
     # Rules for days.
     ("0 0 L * *", "2025-01-15", ["2025-01-31", "2025-02-28", "2025-03-31", "2025-04-30"]),
     ("0 0 l 2 *", "2023-03-01", ["2024-02-29", "2025-02-28"]),
@@ -280,9 +283,17 @@ def test_the_whole_range_of_datetime_is_served(after):
     Cron("0 0 29 2 *").next(instant), Cron("0 0 29 2 *").previous(instant)
 
 
+def test_the_first_and_the_last_days_of_datetime_have_no_slots():
+    cron = Cron("0 * * * *")
+    assert local("0001-01-02") < cron.next(datetime.datetime.min.replace(tzinfo=UTC))
+    assert local("9999-12-30") > cron.previous(datetime.datetime.max.replace(tzinfo=UTC))
+
+
 def test_there_is_none_after_the_end_of_time_and_none_before_its_beginning():
     assert Cron("0 0 1 1 *").next(local("9999-06-01")) is None
     assert Cron("0 0 1 7 *").previous(local("0001-06-01")) is None
+    assert Cron("@every 366d").next(local("9999-09-01")) is None
+    assert Cron("@every 366d").previous(local("0001-02-01")) is None
     assert Cron("* * * * *").next(datetime.datetime.max.replace(tzinfo=UTC)) is None
     assert Cron("* * * * *").previous(datetime.datetime.min.replace(tzinfo=UTC)) is None
 
@@ -348,6 +359,12 @@ CHANGES = [
      ["2025-02-23 02:30", "2025-02-24 02:30"]),
     ("Africa/Casablanca", "30 2 * * *", "2025-04-05 12:00",
      ["2025-04-06 03:00", "2025-04-07 02:30"]),
+    # Two changes within a week.
+    ("America/Noronha", "30 0 * * *", "2000-10-07 12:00",
+     ["2000-10-08 01:00", "2000-10-09 00:30"]),
+    ("America/Noronha", "*/30 23 * * *", "2000-10-13 23:30",
+     ["2000-10-14 23:00", "2000-10-14 23:30", "2000-10-14 23:00+", "2000-10-14 23:30+",
+      "2000-10-15 23:00"]),
     # Corrections: the lost day is lost, the repeated one repeated.
     ("Pacific/Apia", "0 12 * * *", "2011-12-29", ["2011-12-29 12:00", "2011-12-31 12:00"]),
     ("Pacific/Apia", "0 0 30 12 *", "2011-01-01", ["2012-12-30 00:00"]),
@@ -369,6 +386,54 @@ def test_at_a_change_of_clocks(zone, expression, after, expected):
     before = slots[-1].astimezone(UTC) + SECOND
     assert list(backwards(Cron(f"CRON_TZ={zone} {expression}"), before, len(slots))) == [
         slot.astimezone(UTC) for slot in slots[::-1]]
+
+
+class Summer(datetime.tzinfo):
+    """A zone whose clocks are `shift` ahead of UTC from one instant, or always, to another."""
+
+    def __init__(self, end, shift, start=None):
+        self.start = start and start.replace(tzinfo=None)
+        self.end, self.shift = end.replace(tzinfo=None), shift
+
+    def fromutc(self, moment):
+        moment = moment.replace(tzinfo=None)
+        summer = moment < self.end and (not self.start or moment >= self.start)
+        fold = self.end <= moment < self.end + self.shift
+        return (moment + self.shift * summer).replace(tzinfo=self, fold=fold)
+
+    def utcoffset(self, moment):
+        naive = moment.replace(tzinfo=None, fold=0)
+        summer = naive < self.end + self.shift * (1 - moment.fold) and (
+            not self.start or naive >= self.start + self.shift * moment.fold)
+        return self.shift if summer else datetime.timedelta(0)
+
+
+@pytest.mark.parametrize("minutes, twice", [(20, False), (60, False), (180, False), (181, True)])
+@pytest.mark.parametrize("hour", [-2, -0.75, -0.25, 0, 0.5, 36, 71.5])
+def test_what_comes_twice_within_three_hours_counts_once(hour, minutes, twice):
+    # At its start, and 72 hours later, two chunks of Cron meet.
+    zone = Summer(local("2024-01-03") + hour * 60 * MINUTE, minutes * MINUTE)
+    change = calendar.timegm(zone.end.timetuple())
+    begin, again, end = (change + n * minutes * 60 for n in (-1, 1, 2))
+    each = Cron("* * * * *"), [*range(begin, end, 60)]
+    once = Cron("0-59 0-23 * * *"), [*range(begin, change, 60), *range(again, end, 60)]
+    for cron, slots in (each, (once[0], each[1]) if twice else once):
+        assert list(cron.slots(begin, end, zone)) == slots
+        before = [end]
+        while before[-1] > begin:
+            before.append(cron.previous_slot(before[-1], zone))
+        assert before[:0:-1] == slots
+
+
+@pytest.mark.parametrize("hours", range(0, 12 * 24, 17))
+def test_two_changes_within_four_days_are_both_seen(hours):
+    start = local("2024-01-03") + hours * 60 * MINUTE
+    zone = Summer(start + 4 * DAY, 60 * MINUTE, start)
+    begin, first = (calendar.timegm(instant.timetuple()) for instant in (start - DAY, start))
+    second, end = first + 4 * 86400, first + 5 * 86400
+    slots = [slot for slot in range(begin, end, 1800) if not second <= slot < second + 3600]
+    assert list(Cron("0,30 0-23 * * *").slots(begin, end, zone)) == slots
+    assert Cron("0,30 0-23 * * *").moved(first, zone) == start.strftime("%H:00")
 
 
 AWKWARD = ["Africa/Cairo", "Africa/Casablanca", "Africa/El_Aaiun", "America/Caracas",
@@ -500,6 +565,15 @@ def test_cron_tz_beats_the_zone_of_the_datetime_and_the_answer_bears_the_latter(
 def test_offsets_need_no_zone_data(prefix, hour):
     assert Cron(f"{prefix} 0 2 * * *").next(local("2025-01-01 12:00")) == local(
         "2025-01-02").replace(hour=hour)
+
+
+@needs_zones
+def test_one_cron_may_be_asked_in_one_zone_after_the_other():
+    cron = Cron("0 2 * * *")
+    for _ in range(2):
+        assert cron.next_slot(0, UTC) == 7200
+        assert cron.next_slot(0, get_zone("+01:00")) == 3600
+        assert cron.next_slot(0, get_zone("Asia/Tokyo")) == 17 * 3600
 
 
 class Hashless(datetime.tzinfo):

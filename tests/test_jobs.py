@@ -134,7 +134,8 @@ def test_a_job_that_says_nothing_has_the_defaults_of_the_design():
         "id": "a", "name": None, "description": None, "tags": (), "schedule": (), "timezone": None,
         "window": None, "jitter": 0, "catch_up": "latest", "catch_up_window": 3600,
         "enabled": True, "command": "x", "shell": ("/bin/sh", "-c"), "directory": "/srv/jobs",
-        "umask": 0o022, "stdin": None, "env": {}, "inherit_env": False, "timeout": None,
+        "user": None, "group": None, "nice": None, "limits": roexec.Limits(), "umask": 0o022,
+        "stdin": None, "env": {}, "env_from": (), "inherit_env": False, "timeout": None,
         "total_timeout": None, "grace": 10, "leftovers": "leave", "if_lost": "fail", "retries": 0,
         "backoff": roexec.Backoff({"delay": 10}), "retry_on": None, "success": roexec.Success(),
         "condition": None, "max_concurrent": 1, "overlap": "skip", "priority": 0, "hooks": {}}
@@ -172,6 +173,17 @@ def test_a_job_that_says_nothing_has_the_defaults_of_the_design():
     ("stdin: yes", "stdin", "yes"),
     ("env: {A: x, B: 0755, C: 1.10, D: True, 7: y, E: \"\"}", "env",
      {"A": "x", "B": "0755", "C": "1.10", "D": "True", "7": "y", "E": ""}),
+    ("env_from: {file: x.env, optional: true}", "env_from",
+     ({"file": "/srv/jobs/x.env", "optional": True},)),
+    ("env-from:\n  - file: ~/.env\n  - host: [LANG, TERM]\n  - command: [get, 1.10]", "env_from",
+     ({"file": "~/.env"}, {"host": ["LANG", "TERM"]}, {"command": ["get", "1.10"]})),
+    ("env_from: {host: LANG}", "env_from", ({"host": "LANG"},)),
+    ("env_from: {secret: vault://secret/data/x}", "env_from",
+     ({"secret": "vault://secret/data/x"},)),
+    ("env_from: [{secret: 'vault://kv/ä/b-c#pass word', as: DB_PASSWORD}]", "env_from",
+     ({"secret": "vault://kv/ä/b-c#pass word", "as": "DB_PASSWORD"},)),
+    ("env_from: []", "env_from", ()),
+    ("env_from:", "env_from", ()),
     ("inherit_env: true", "inherit_env", True),
     ("inherit-env: [LANG, TERM]", "inherit_env", ("LANG", "TERM")),
     ("timeout: 1h30m", "timeout", 5400),
@@ -191,6 +203,16 @@ def test_a_job_that_says_nothing_has_the_defaults_of_the_design():
     ("retry_on: {timeout: true, signal: true}", "retry_on",
      roexec.RetryOn({"timeout": True, "signal": True})),
     ("success: {exit_codes: 3}", "success", roexec.Success({"exit_codes": [3]})),
+    ("success: {output: done, no-output: 'ERR|WARN'}", "success",
+     roexec.Success({"output": "done", "no_output": "ERR|WARN"})),
+    ("retry_on: {output: busy}", "retry_on", roexec.RetryOn({"output": "busy"})),
+    ("backoff: {delay: 1s, jitter: 0.1}", "backoff", roexec.Backoff({"delay": 1, "jitter": 0.1})),
+    ("user: bob", "user", "bob"),
+    ("group: staff", "group", "staff"),
+    ("nice: -5", "nice", -5),
+    ("limits: {memory: 1.5GiB, cpu: 0.5, cpu-time: 1h, files: 64, processes: 9, file_size: 10MB}",
+     "limits", roexec.Limits({"memory": 1610612736, "cpu": 0.5, "cpu_time": 3600, "files": 64,
+                              "processes": 9, "file_size": 10_000_000})),
     ("condition: test -e /tmp/x", "condition", "test -e /tmp/x"),
     ("condition: [test, -e, 5]", "condition", ("test", "-e", "5")),
     ("condition: true", "condition", "true"),
@@ -286,6 +308,35 @@ def test_names_of_variables_keep_their_dashes_and_underscores():
     ("env: {A: [1]}", "4:12: env.A: a list stands where a text is wanted"),
     ("env: {\"A=B\": 1}", '4:16: env.A=B: "A=B" cannot be the name of a variable'),
     ("env: {export A: 1}", '4:19: env.export A: "export A" cannot be the name of a variable'),
+    ("env_from: /etc/x.env", "4:13: env_from: write {file: /etc/x.env}"),
+    ("env_from: [vault://secret/data/x]", "4:14: env_from: write {secret: vault://secret/data/x}"),
+    ("env_from: {}", "4:13: env_from: a source has one of file, host, command, secret"),
+    ("env_from: [{file: x}, {file: x, host: [A], command: y}]",
+     "4:25: env_from: file and host and command are 3 sources; make a list of them"),
+    ("env_from: {secrets: x}",
+     '4:14: unknown key "secrets" in a source of env_from; did you mean "secret"?'),
+    ("env_from: {file: ~bob/x}",
+     '4:20: env_from.file: "~bob/x" names another user\'s home; write the path from "/"'),
+    ("env_from: {file: [x]}", "4:20: env_from.file: a list stands where a text is wanted"),
+    ("env_from: {host: [A], optional: true}",
+     "4:13: env_from: optional goes with file, not with host"),
+    ("env_from: {command: x, as: A}", "4:13: env_from: as goes with secret, not with command"),
+    ("env_from: {host: [A, 'B C']}",
+     '4:24: env_from.host: "B C" cannot be the name of a variable'),
+    ("env_from: {host: ROEXEC_RUN_ID}", '4:20: env_from.host: "ROEXEC_RUN_ID" is set by roexec '
+                                        "itself; choose another name"),
+    ("env_from: {command: []}",
+     "4:23: env_from.command: the list is empty; write the program and its arguments"),
+    ("env_from: {secret: secret/data/x}",
+     '4:22: env_from.secret: "secret/data/x" is no secret; write vault:// and its path, for '
+     "example vault://secret/data/db, or vault://secret/data/db#password for one key"),
+    ("env_from: {secret: vault://secret/data/x, as: DB}",
+     "4:13: env_from: as: names the variable of one key; write which behind the secret, for "
+     "example vault://secret/data/db#db"),
+    ("env_from: {secret: 'vault://secret/data/x#a b'}",
+     '4:13: env_from: the key "a b" cannot be the name of a variable; add as: NAME'),
+    ("env_from: {secret: 'vault://secret/data/x#a', as: ROEXEC_A}",
+     '4:53: env_from.as: "ROEXEC_A" is set by roexec itself; choose another name'),
     ("window: {}", "4:11: window: it is empty; write start, end, or leave it out"),
     ("window: {start: 12:00}", '4:19: window.start: "12:00" is a time of day; a window is between '
                                "two dates, put hours into the schedule"),
@@ -298,9 +349,18 @@ def test_names_of_variables_keep_their_dashes_and_underscores():
      "4:12: backoff: max means nothing without a factor; write for example factor: 2"),
     ("backoff: {delay: 2m, factor: 2, max: 1m}", "4:12: backoff: max is less than delay"),
     ("retry_on: {}",
-     "4:13: retry_on: it is empty; write exit_codes, timeout, signal, or leave it out"),
+     "4:13: retry_on: it is empty; write exit_codes, timeout, signal, output, or leave it "
+     "out"),
     ("retry_on: [1]", '4:13: retry_on: a list stands where "key: value" lines are wanted '
-                      "(exit_codes, timeout, signal)"),
+                      "(exit_codes, timeout, signal, output)"),
+    ("success: {output: '('}", '4:21: success.output: "(" is no regular expression: missing ), '
+                               "unterminated subpattern at position 0"),
+    ("nice: 20", "4:9: nice: 20 is not a whole number from -20 to 19"),
+    ("user: [a]", "4:9: user: a list stands where a text is wanted"),
+    ("limits: {memory: 1 GB}", '4:20: limits.memory: "1 GB" is not a size; write for example 512M, '
+                               "1.5GiB or 4096"),
+    ("limits: {memroy: 1G}", '4:12: unknown key "memroy" in limits; did you mean "memory"?'),
+    ("limits: {cpu: 0}", "4:17: limits.cpu: 0 is not a number from 0.01 to 1000"),
     ("success: {exit_codes: [0, 256]}",
      "4:29: success.exit_codes: 256 is not a whole number from 0 to 255"),
     ("cron: x", '4:3: unknown key "cron" in a job; did you mean "schedule"?'),
@@ -316,6 +376,21 @@ def test_names_of_variables_keep_their_dashes_and_underscores():
 ])
 def test_a_wrong_value_is_refused_where_it_stands_with_what_to_write(line, expected):
     assert problem_of(line) == expected
+
+
+@pytest.mark.parametrize("secret", [
+    "vault://secret", "vault://secret/", "vault:///x", "vault://secret//x", "vault://secret/../x",
+    "vault://secret/data/x?version=2", "vault://secret/a%2fb", "vault://secret/x#", "vault:/a/b",
+    "https://secret/data/x", "vault://secret/./x", "vault://secret/a b"])
+def test_what_is_no_path_of_a_secret_is_refused(secret):
+    assert f'"{secret}" is no secret' in problem_of(f"env_from: {{secret: '{secret}'}}")
+
+
+def test_a_file_of_variables_is_relative_to_the_job_file_and_to_nothing_without_one():
+    job = {"id": "a", "command": "x", "env_from": {"file": "a.env"}}
+    assert job_from_mapping(job, "/srv").env_from == ({"file": "/srv/a.env"},)
+    with pytest.raises(Invalid, match="env_from.file: \"a.env\" is relative to nothing"):
+        job_from_mapping(job, None)
 
 
 def test_a_schedule_is_judged_by_cron_and_in_the_zone_of_the_job():
@@ -378,22 +453,11 @@ def test_an_id_is_the_text_as_written():
 
 
 @pytest.mark.parametrize("line", [
-    "user: bob", "group: staff", "nice: 5", "limits: {memory: 1G}", "env_from: {file: x}",
     "params: {a: {}}", "parallel: 2", "depends-on: [a]", "log: {keep: 1d}",
     "history: {keep: 1d}"])
 def test_a_key_that_is_not_built_yet_is_refused_not_ignored(line):
     name = line.split(":")[0].replace("-", "_")
     assert problem_of(line) == f'4:3: "{name}" is not supported yet'
-
-
-@pytest.mark.parametrize("line, name", [
-    ("retry_on: {output: x}", "output"), ("success: {output: x}", "output"),
-    ("success: {no-output: x}", "no_output"), ("backoff: {delay: 1s, jitter: 0.1}", "jitter"),
-    ("on_failure: {webhook: x}", "webhook"), ("on_failure: {mail: x}", "mail"),
-    ("hooks: {on_failure: [{ping: x}]}", "ping"), ("notify: {on_failure: {run: x}}", "run"),
-])
-def test_a_part_that_is_not_built_yet_is_refused_too(line, name):
-    assert problem_of(line).endswith(f': "{name}" is not supported yet')
 
 
 def test_a_pipeline_is_refused_without_a_word_about_the_command():
@@ -463,9 +527,12 @@ def test_a_condition_alone_belongs_to_the_entry_before_it():
      "4:35: on_failure: the entry before this one has a condition already"),
     ("on_failure: [{command: x, condition: y}, {condition: z}]",
      "4:44: on_failure: the entry before this one has a condition already"),
-    ("on_failure: {timeout: 5s}", "4:15: on_failure: a hook needs a command"),
-    ("on_failure: [x, {condition: y, timeout: 5s}]", "4:19: on_failure: a hook needs a command"),
-    ("on_failure: {}", "4:15: on_failure: a hook needs a command"),
+    ("on_failure: {timeout: 5s}",
+     "4:15: on_failure: a hook needs a command, or webhook, mail, ping or run"),
+    ("on_failure: [x, {condition: y, timeout: 5s}]",
+     "4:19: on_failure: a hook needs a command, or webhook, mail, ping or run"),
+    ("on_failure: {}",
+     "4:15: on_failure: a hook needs a command, or webhook, mail, ping or run"),
     ("on_failure: [x, ]\n  on_retry: [null]",
      "5:14: on_retry: nothing stands where a text is wanted"),
     ("on_failure: {command: x, timeout: 0}",
@@ -482,6 +549,57 @@ def test_a_condition_alone_belongs_to_the_entry_before_it():
 def test_a_wrong_hook_is_refused(line, expected):
     expected = expected.replace("nothing stands", "null stands") if "[null]" in line else expected
     assert problem_of(line) == expected
+
+
+@pytest.mark.parametrize("written, kind, target", [
+    ("x", "command", "x"), ("{command: [a, 1]}", "command", ("a", "1")),
+    ("{webhook: 'https://hooks.example.com/T0/B0?x=1&y=%20'}", "webhook",
+     "https://hooks.example.com/T0/B0?x=1&y=%20"),
+    ("{webhook: 'http://user:p%40ss@[::1]:8080'}", "webhook", "http://user:p%40ss@[::1]:8080"),
+    ("{webhook: HTTP://EXAMPLE.COM/}", "webhook", "HTTP://EXAMPLE.COM/"),
+    ("{ping: https://hc-ping.com/x}", "ping", "https://hc-ping.com/x"),
+    ("{mail: ops@example.com}", "mail", ("ops@example.com",)),
+    ("{mail: [ops@example.com, o'neil+x@example.co.uk], condition: c}", "mail",
+     ("ops@example.com", "o'neil+x@example.co.uk")),
+    ("{run: other}", "run", "other"), ("{run: 007}", "run", "007"),
+])
+def test_a_hook_is_of_one_kind_and_has_a_target(written, kind, target):
+    hook, = job_of(f"on_failure: {written}").hooks["on_failure"]
+    assert (hook.kind, hook.target) == (kind, target)
+    assert hook.condition == ("c" if "condition" in written else None)
+
+
+def test_a_condition_alone_may_belong_to_a_notice():
+    hook, = job_of("on_failure: [{ping: 'https://a/'}, {condition: c}]").hooks["on_failure"]
+    assert hook == Hook({"ping": "https://a/", "condition": "c"}) and hook.kind == "ping"
+
+
+_NO_ADDRESS = ("this is no address; write https://HOST/PATH, in ASCII and without blanks "
+               "(other characters as %XX)")
+
+
+@pytest.mark.parametrize("hook, expected", [
+    ("webhook: 'ftp://example.com/'", _NO_ADDRESS), ("webhook: example.com/x", _NO_ADDRESS),
+    ("webhook: 'https://example.com/a b'", _NO_ADDRESS),
+    ("ping: 'https://exämple.com/'", _NO_ADDRESS),
+    ('ping: "https://example.com/\\r\\nX: y"', _NO_ADDRESS), ("ping: 'https://'", _NO_ADDRESS),
+    ("ping: 'https://example.com:70000/'", _NO_ADDRESS), ("ping: 'https://h:0/'", _NO_ADDRESS),
+    ("ping: 'https://[::1'", _NO_ADDRESS), ("webhook: 'https://a#b@c/'", _NO_ADDRESS),
+    ("mail: ops", '"ops" is no mail address; write one alone, for example ops@example.com, and '
+                  "several as a list"),
+    ("mail: [a@b.c, 'Ops <ops@example.com>']", '"Ops <ops@example.com>" is no mail address; write '
+     "one alone, for example ops@example.com, and several as a list"),
+    ('mail: "a@b.c\\nBcc: x@y.z"', '"a@b.c\nBcc: x@y.z" is no mail address; write one alone, for '
+     "example ops@example.com, and several as a list"),
+    ("mail: []", "the list of mail is empty; write an address"),
+    ("mail: a@b.c, run: x", "mail and run in one hook; make a list of several"),
+    ("command: x, ping: 'https://a'", "command and ping in one hook; make a list of several"),
+    ("ping: 'https://a', timeout: 5s", "only a command has a timeout, not ping; remove it"),
+    ("run: 'a b'", '"a b" cannot be an id; an id is a letter or digit, then up to 63 letters, '
+                   'digits, ".", "_" or "-", for example "a-b"'),
+])
+def test_a_wrong_notice_is_refused(hook, expected):
+    assert problem_of(f"on_failure: {{{hook}}}").split(": ", 2)[2] == expected
 
 
 # Defaults.
@@ -599,13 +717,13 @@ def test_a_mapping_is_validated_as_a_job_of_a_file_is():
 def test_problems_of_a_mapping_name_keys_instead_of_lines():
     with pytest.raises(Invalid) as caught:
         job_from_mapping({"id": "a", "command": "x", "hooks": {"on_failure": [{"command": "x",
-                          "timeout": "x"}]}, "env": {"V": 1.1}, "directory": "x", "nice": 1}, None)
+                          "timeout": "x"}]}, "env": {"V": 1.1}, "directory": "x", "params": 1}, None)
     assert str(caught.value).splitlines() == [
         'job: hooks.on_failure.timeout: "x" is not a duration; '
         "write for example 90s, 5m, 1h30m or 2d",
         "job: env.V: 1.1 may have been written otherwise; put it in quotes",
         'job: directory: "x" is relative to nothing; write the path from "/"',
-        'job: "nice" is not supported yet',
+        'job: "params" is not supported yet',
     ]
 
 
@@ -735,6 +853,60 @@ defaults: {timeout: 60s, retries: 2, env: {A: 0755}, notify: {on-failure: x}}
     assert config.host_was_set
 
 
+def test_the_vault_of_a_configuration():
+    config = read_config("vault: {address: 'https://vault.example.com:8200/', role-id: r-1, "
+                         "secret_id_file: id, namespace: team/a, ca: ca.pem}", "c", "/etc/roexec")
+    assert config.vault == {
+        "address": "https://vault.example.com:8200", "role_id": "r-1", "namespace": "team/a",
+        "secret_id_file": "/etc/roexec/id", "ca": "/etc/roexec/ca.pem"}
+    assert roexec.VaultSettings(config.vault).role_id == "r-1"
+    assert roexec.VaultSettings(config.vault).token_file is None and Config().vault is None
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ("{}", "1:8: vault: it is empty; write address, token_file, role_id, secret_id_file, namespace, "
+           "ca, or leave it out"),
+    ("{token_file: t}",
+     "1:8: vault: write address:, for example https://vault.example.com:8200"),
+    ("{address: 'http://v'}",
+     "1:8: vault: write either token_file, or role_id and secret_id_file"),
+    ("{address: 'http://v', token_file: t, role_id: r, secret_id_file: s}",
+     "1:8: vault: write either token_file, or role_id and secret_id_file"),
+    ("{address: 'http://v', role_id: r}",
+     "1:8: vault: role_id and secret_id_file go together; write both or none"),
+    ("{address: 'http://v', token_file: t, ca: c}",
+     "1:8: vault: ca is for an address that begins with https://"),
+    ("{address: 'vault:8200', token_file: t}", '1:18: vault.address: "vault:8200" is no address of '
+     "Vault; write for example https://vault.example.com:8200"),
+    ("{address: 'http://v:70000', token_file: t}", '1:18: vault.address: "http://v:70000" is no '
+     "address of Vault; write for example https://vault.example.com:8200"),
+    ("{address: 'https://u:p@v/', token_file: t}", '1:18: vault.address: "https://u:p@v/" is no '
+     "address of Vault; write for example https://vault.example.com:8200"),
+    ("{address: 'http://v', token: t}",
+     '1:30: unknown key "token" in vault; did you mean "token_file"?'),
+])
+def test_a_wrong_vault_is_refused(lines, expected):
+    assert config_problems(f"vault: {lines}") == [f"config.yml:{expected}"]
+
+
+def test_the_mail_server_of_a_configuration():
+    config = read_config("mail: {host: mail.example.com, from: roexec@example.com, user: u, "
+                         "password-file: secret}", "config.yml", "/etc/roexec")
+    assert config.mail == {"host": "mail.example.com", "from": "roexec@example.com", "user": "u",
+                           "password_file": "/etc/roexec/secret"}
+    mail = roexec.MailSettings(config.mail)
+    assert (mail.host, mail.port, mail.sender) == ("mail.example.com", 587, "roexec@example.com")
+    assert (mail.tls, mail.timeout, mail.password_file) == ("starttls", 30, "/etc/roexec/secret")
+    assert Config().mail is None and roexec.MailSettings(None).host is None
+
+
+@pytest.mark.parametrize("written, port", [
+    ("tls: starttls", 587), ("tls: tls", 465), ("tls: none", 25), ("tls: none, port: 2525", 2525)])
+def test_the_port_of_a_mail_server_is_the_usual_one(written, port):
+    config = read_config(f"mail: {{host: h, {written}}}", "c", "/")
+    assert roexec.MailSettings(config.mail).port == port
+
+
 def test_a_host_that_was_set_to_its_default_was_set():
     assert read_config("server: {host: 127.0.0.1}", "c", "/").host_was_set
     assert not read_config("server: {port: 1}", "c", "/").host_was_set
@@ -742,7 +914,7 @@ def test_a_host_that_was_set_to_its_default_was_set():
 
 @pytest.mark.parametrize("text, expected", [
     ("[a]", '1:1: a list stands where "key: value" lines are wanted '
-            "(server, store, scheduler, jobs, defaults)"),
+            "(server, store, scheduler, jobs, defaults, mail, vault)"),
     ("sever: {}", '1:1: unknown key "sever" in the configuration; did you mean "server"?'),
     ("server: {prot: 1}", '1:10: unknown key "prot" in server; did you mean "port"?'),
     ("server: {port: 70000}", "1:16: server.port: 70000 is not a whole number from 0 to 65535"),
@@ -763,6 +935,18 @@ def test_a_host_that_was_set_to_its_default_was_set():
     ("scheduler: {max_concurrent: many}",
      '1:29: scheduler.max_concurrent: "many" is not a whole number from 0 to 1000000'),
     ("metrics: {enabled: true}", '1:1: "metrics" is not supported yet'),
+    ("mail: {from: a@b.c}", "1:7: mail: write host:, the mail server"),
+    ("mail: {host: h, user: u}",
+     "1:7: mail: user and password_file go together; write both or none"),
+    ("mail: {host: h, user: u, password-file: p, tls: none}",
+     "1:7: mail: tls: none would send the password in clear text; remove user and password_file, "
+     "or tls: none"),
+    ("mail: {host: h, timeout: 5m}", "1:7: mail: timeout is at most 100s"),
+    ("mail: {host: h, password: x}",
+     '1:17: unknown key "password" in mail; did you mean "password_file"?'),
+    ("mail: {host: h, from: x}", '1:23: mail.from: "x" is no mail address; write one alone, for '
+                                 "example ops@example.com, and several as a list"),
+    ("mail: {host: h, tls: ssl}", '1:22: mail.tls: "ssl" is none of starttls, tls, none'),
     ("defaults: {timeout: x}", '1:21: defaults.timeout: "x" is not a duration; '
                                "write for example 90s, 5m, 1h30m or 2d"),
     ("defaults: {command: x}",
@@ -770,7 +954,7 @@ def test_a_host_that_was_set_to_its_default_was_set():
     ("defaults: {directory: /x}",
      "1:12: directory is not possible here, since a job of a file has that file's folder; "
      "write it under defaults: of the file"),
-    ("defaults: {nice: 3}", '1:12: "nice" is not supported yet'),
+    ("defaults: {params: {}}", '1:12: "params" is not supported yet'),
 ])
 def test_a_wrong_configuration_is_refused_where_it_is_wrong(text, expected):
     problem, = config_problems(text)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 BANNER = re.compile(r"# ==== (\d+) (\w+)( \(pure\))? =+")
 MAP_LINE = re.compile(r" +(\d+)  (\w+)  +\S")
-PURE = ["basics", "yaml", "cron", "jobs", "policy", "render"]
+PURE = ["basics", "yaml", "cron", "jobs", "crontab", "policy", "render"]
 
 # Each Python has loaded these by the time a program starts.
 ALWAYS_LOADED = {"os", "sys", "time"}
@@ -386,6 +386,14 @@ def names_are_bound(source):
             yield at(node, f"{name} is bound nowhere")
 
 
+def names_are_bound_once(source):
+    first = {}
+    for statement in source.tree.body:
+        for name in bound_in(ast.Module([statement], [])):
+            if first.setdefault(name, statement) is not statement:
+                yield at(statement, f"{name} is bound in line {first[name].lineno} already")
+
+
 def the_oldest_python_reads_it(source):
     try:
         ast.parse(source.text, feature_version=(3, 9))
@@ -400,7 +408,7 @@ CHECKS = [map_and_banners_agree, banners_have_one_shape, nothing_refers_downward
           the_database_is_opened_in_one_place, functions_are_short,
           the_median_function_is_very_short, classes_are_short, parameters_are_few,
           lines_are_at_most_100_wide, no_error_is_swallowed, only_the_command_line_exits,
-          nothing_runs_text, names_are_bound, the_oldest_python_reads_it]
+          nothing_runs_text, names_are_bound, names_are_bound_once, the_oldest_python_reads_it]
 
 
 # The file.
@@ -641,6 +649,15 @@ BROKEN = [
                     print(item, other, [x for x in known if (y := x)], function)
             except_ = unknown  # !
             return __name__, Missing.attribute  # !
+    """),
+    (names_are_bound_once, """
+        import os
+        def first(os):
+            first = os
+        second = 1
+        def second():  # !
+            pass
+        import sys as first  # !
     """),
 ]
 

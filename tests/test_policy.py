@@ -8,7 +8,8 @@ import pytest
 
 import roexec
 from roexec import (ACTIVE_STATES, FINAL_STATES, MOST_CAUGHT_UP, MOST_COUNTED, ON_TIME, REASONS,
-                    STATES, Ended, Job, admit, backoff_delay, decide_slots, get_zone, iter_slots,
+                    STATES, Ended, Job, admit, backoff_delay, busiest_minutes, decide_slots,
+                    foresee, get_zone, iter_slots,
                     jitter_delay, last_slot, next_run, next_slot, outcome, overlap_action,
                     parse_instant, retry_delay, upcoming_slots)
 
@@ -328,12 +329,12 @@ ON, WAITS, ASKED = run("running", 1), run("queued", 2), run("queued")
     ((ON,), 0, ("start", None), ("start", None), ("start", None)),
     ((ON,), 2, ("start", None), ("start", None), ("start", None)),
     ((ON,), 1, ("skip", ON), ("queue", None), ("replace", ON)),
-    ((WAITS,), 1, ("skip", WAITS), ("skip", WAITS), ("replace", WAITS)),
+    ((WAITS,), 1, ("skip", WAITS), ("queue", None), ("replace", WAITS)),
     ((ASKED,), 1, ("skip", ASKED), ("queue", None), ("replace", ASKED)),
     ((ON, WAITS), 1, ("skip", ON), ("skip", WAITS), ("replace", WAITS)),
     ((ON, ASKED), 1, ("skip", ON), ("queue", None), ("replace", ASKED)),
     ((ON, ASKED, WAITS), 1, ("skip", ON), ("skip", WAITS), ("replace", ASKED)),
-    ((ON, WAITS), 2, ("skip", ON), ("skip", WAITS), ("replace", WAITS)),
+    ((ON, WAITS), 2, ("skip", ON), ("queue", None), ("replace", WAITS)),
     ((ON, run("running", 0)), 2, ("skip", ON), ("queue", None), ("replace", ON))])
 def test_overlap_decides_for_a_slot_at_the_limit_of_its_job(active, most, skip, queue, replace):
     for overlap, action in (("skip", skip), ("queue", queue), ("replace", replace)):
@@ -439,7 +440,8 @@ NO_PROGRAM = Ended(exit_code=127, error="nothing: no such file")
 
 @pytest.mark.parametrize("ended, state, reason", [
     (EXIT_0, "succeeded", None), (EXIT_1, "failed", "exit"),
-    (Ended(exit_code=126), "failed", "start"), (NO_PROGRAM, "failed", "start"), (KILLED, "failed", "signal"),
+    (Ended(exit_code=126), "failed", "start"), (NO_PROGRAM, "failed", "start"),
+    (KILLED, "failed", "signal"),
     (TIMEOUT, "timed_out", "timeout"), (TOTAL, "timed_out", "total_timeout"),
     (Ended(exit_code=0, timeout="timeout"), "timed_out", "timeout"),
     (LOST, "lost", "supervisor"), (Ended(lost=True, exit_code=0), "lost", "supervisor")])
@@ -517,3 +519,99 @@ def test_each_final_state_but_success_has_its_reasons():
         "timed_out": ("timeout", "total_timeout"),
         "cancelled": tuple("user replaced shutdown fail_fast parent".split()),
         "lost": ("supervisor", "power")}
+
+
+# What is to come.
+
+def foreseen(jobs, minutes, durations=(), **how):
+    """[(minutes from noon, job, action, minutes of the run that is met)]"""
+    found = foresee(jobs, NOON, NOON + minutes * 60, UTC, dict(durations), **how)
+    return [((item.slot - NOON) // 60, item.job.id, item.action,
+             item.meets and (item.meets - NOON) // 60) for item in found]
+
+
+def named(job_id, schedule, **spec):
+    return job(schedule, **{"id": job_id, **spec})
+
+
+@pytest.mark.parametrize("spec, seconds, rows", [
+    ({}, 600, [(0, "start", None), (10, "start", None), (20, "start", None), (30, "start", None)]),
+    ({}, 601, [(0, "start", None), (10, "skip", 0), (20, "start", None), (30, "skip", 20)]),
+    ({"overlap": "queue"}, 900, [
+        (0, "start", None), (10, "queue", 0), (20, "queue", 10), (30, "queue", 20)]),
+    ({"overlap": "queue"}, 1500, [
+        (0, "start", None), (10, "queue", 0), (20, "skip", 0), (30, "queue", 10)]),
+    ({"overlap": "replace"}, 900, [
+        (0, "start", None), (10, "replace", 0), (20, "replace", 10), (30, "replace", 20)]),
+    ({"max_concurrent": 0}, 1500, [
+        (0, "start", None), (10, "start", 0), (20, "start", 0), (30, "start", 10)]),
+    ({"max_concurrent": 2}, 1500, [
+        (0, "start", None), (10, "start", 0), (20, "skip", 0), (30, "start", 10)]),
+    ({"enabled": False}, 0, []),
+    ({"window": {"start": "2025-08-01T12:05:00Z", "end": "2025-08-01T12:20:00Z"}}, 600,
+     [(10, "start", None), (20, "start", None)])])
+def test_what_is_foreseen_of_a_job_is_what_its_overlap_does(spec, seconds, rows):
+    a_job = named("a", "*/10 * * * *", **spec)
+    assert foreseen([a_job], 40, {"a": seconds}) == [
+        (minute, "a", action, meets) for minute, action, meets in rows]
+
+
+def test_a_run_whose_duration_is_unknown_meets_nothing():
+    assert [row[2:] for row in foreseen([named("a", "* * * * *")], 30)] == [("start", None)] * 30
+
+
+def test_a_run_that_waits_for_a_place_of_all_meets_the_next_slot():
+    jobs = [named("a", "0 * * * *", priority=1), named("b", "*/10 * * * *")]
+    rows = foreseen(jobs, 25, {"a": 900, "b": 60}, max_concurrent=1)
+    assert rows == [(0, "a", "start", None), (0, "b", "start", None), (10, "b", "skip", 0),
+                    (20, "b", "start", None)]
+    assert [row[2] for row in foreseen(jobs, 25, {"a": 900, "b": 60})] == ["start"] * 4
+
+
+def test_what_is_foreseen_is_in_order_of_slots_and_says_when_jitter_lets_it_start():
+    jobs = [named("b", "*/5 * * * *", jitter="4m"), named("a", "*/5 * * * *")]
+    rows = foresee(jobs, NOON + 1, NOON + 1200, UTC, {})
+    assert [(item.slot - NOON, item.job.id) for item in rows] == [
+        (slot, job_id) for slot in (300, 600, 900) for job_id in "ab"]
+    for item in rows:
+        assert item.start == item.slot + jitter_delay(item.job.id, item.slot, item.job.jitter)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_foreseen_has_each_slot_once_and_agrees_with_a_slow_rehearsal(seed):
+    chance = random.Random(seed)
+    a_job = named("a", chance.choice(["*/5 * * * *", ["*/7 * * * *", "3 * * * *"], "* * * * *"]),
+                  overlap=chance.choice(["skip", "queue", "replace"]),
+                  max_concurrent=chance.choice([0, 1, 1, 2, 3]))
+    seconds, rows, active = chance.randint(1, 900), [], []
+    for now in range(NOON, NOON + 2 * HOUR):
+        for row in [row for row in active if row["end"] == now]:
+            active.remove(row)
+        for row in admit([row for row in active if row["state"] == "queued"],
+                         {"a": sum(row["state"] == "running" for row in active)},
+                         {"a": a_job.max_concurrent}, None):
+            row.update(state="running", end=now + seconds)
+        if next_slot(a_job, now - 1, UTC) == now:
+            action, other = overlap_action(a_job, "schedule", active)
+            on = sorted(active, key=lambda row: row["state"] != "running")
+            rows.append((now, action, on[0]["slot"] if on else None))
+            if action == "replace":
+                active.remove(other)
+            if action != "skip":
+                active.append({"job_id": "a", "trigger": "schedule", "state": "queued", "slot": now,
+                               "queued_at": now, "priority": 0, "seq": now, "end": None})
+            for row in admit([row for row in active if row["state"] == "queued"],
+                             {"a": sum(row["state"] == "running" for row in active)},
+                             {"a": a_job.max_concurrent}, None):
+                row.update(state="running", end=now + seconds)
+    assert rows == [(item.slot, item.action, item.meets) for item in
+                    foresee([a_job], NOON, NOON + 2 * HOUR, UTC, {"a": seconds})]
+
+
+def test_the_busiest_minutes_are_those_in_which_several_slots_start():
+    jobs = [named("a", "0 * * * *"), named("b", "*/30 * * * *"), named("c", "0,45 * * * *"),
+            named("d", "30 13 * * *")]
+    rows = foresee(jobs, NOON, NOON + 2 * HOUR, UTC, {})
+    assert busiest_minutes(rows) == [
+        (NOON, 3), (NOON + HOUR, 3), (NOON + HOUR + 1800, 2)]
+    assert busiest_minutes(rows, 1) == [(NOON, 3)] and busiest_minutes([]) == []

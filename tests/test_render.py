@@ -253,6 +253,39 @@ def test_a_job_says_in_a_word_what_it_is_up_to(row, spec, expected):
     assert expected in jobs_table([job(row, spec)], Style())
 
 
+def test_people_see_schedules_in_words_and_pipes_as_they_are_written():
+    spec = {"schedule": ["0 2 * * *", "H 1,5,8,11,17,23 1,4,9,12,19,30 1,5,8,11 *"]}
+    assert cells(jobs_table([job(spec=spec)], Style()))[1][1] == ", ".join(spec["schedule"])
+    assert cells(jobs_table([job(spec=spec)], Style(UTC)))[1][1] == \
+        "at 02:00 every day, " + spec["schedule"][1]        # in words it would be too long
+    slots = [roexec.slot_payload(Job.from_spec({**SPEC, "schedule": ["@hourly", "30 9 * * *"]}),
+                                 slot, UTC) for slot in (NOON, NOON - 1800)]
+    assert [slot["schedule"] for slot in slots] == ["@hourly", "30 9 * * *"]
+    assert [row[3] for row in cells(roexec.slots_table(slots, Style(UTC)))] == [
+        "SCHEDULE", "every hour", "at 09:30 every day"]
+    assert cells(roexec.slots_table(slots, Style()))[0] == ["SLOT", "JOB", "LOCAL", "NOTE"]
+
+
+def test_what_is_foreseen_is_shown_with_what_is_to_be_said_about_it_all():
+    both = [Job.from_spec({**SPEC, "id": job_id, "schedule": "*/30 * * * *"}) for job_id in "ab"]
+    foreseen = roexec.foresee(both, NOON, NOON + 3600, UTC, {"a": 1801})
+    payload = roexec.foresight_payload(foreseen, UTC, ["b"])
+    text = roexec.foresight_text(payload, Style())
+    assert cells(text)[3][-1] == "meets the run of 2025-08-01T10:00:00Z and is skipped"
+    assert text.endswith("""
+slots             4
+busiest minutes   2025-08-01T10:00:00Z (2), 2025-08-01T10:30:00Z (2)
+meet a run        1
+duration unknown  b
+""")
+    assert payload["slots"][2] == {
+        "job_id": "a", "slot": "2025-08-01T10:30:00Z", "local": "2025-08-01T10:30:00+00:00",
+        "schedule": "*/30 * * * *", "mark": None, "start": "2025-08-01T10:30:00Z",
+        "action": "skip", "meets": "2025-08-01T10:00:00Z"}
+    assert roexec.foresight_text(roexec.foresight_payload([], UTC, []), Style()) == \
+        "slots             0\nmeet a run        0\n"
+
+
 def test_control_characters_of_names_never_reach_a_terminal():
     assert roexec.printable("a\x1b]0;x\x07\u202eb ä") == "a\\x1b]0;x\\x07\\u202eb ä"
 

@@ -6,7 +6,6 @@ cases follow the chapters of the YAML 1.2.2 specification, numbered beside them.
 import json
 import math
 import random
-import sys
 import time
 
 import pytest
@@ -280,7 +279,10 @@ READ = {
         ("a: >+\n  b\n\n", {"a": "b\n\n"}), ("a: >+\n\n\nb: c", {"a": "\n\n", "b": "c"}),
         ("a: 'b\n\n\n  c'", {"a": "b\n\nc"}), ("a: \"b\\\n  \\tc\"", {"a": "b\tc"}),
         ("'a\n\t\n b'", "a\nb"), ("\"\\\n  a\\\n  b\\\n\"", "ab"),
-        ("'\x7f\x9f\ufeff'", "\x7f\x9f\ufeff"), ("a: b\n   \n  c", {"a": "b\nc"}),
+        ('"\\ufeff\\uFFFE\\x00\\u00e9"', "\ufeff\ufffe\0\xe9"),
+        ('"\\ud83d\\ude00\\uD83D\\uDE01"', "\U0001f600\U0001f601"),
+        ("'\x7f\x9f\ufeff'", "\x7f\x9f\ufeff"), ("a:\n  ---\n  b", {"a": "--- b"}),
+        ("a\n ...", "a ..."), ("[a\n ---\n ]", ["a ---"]), ("a: b\n   \n  c", {"a": "b\nc"}),
         ("a: b #c\n#d\ne: f", {"a": "b", "e": "f"}), ("a: b\n  #c\ne: f", {"a": "b", "e": "f"}),
         ("[a\n\n\n b, c]", ["a\n\nb", "c"]), ("{a\n b: c, d\n : e}", {"a b": "c", "d": "e"}),
         ("[\"a\":b, 'c' :d]", [{"a": "b"}, {"c": "d"}]),

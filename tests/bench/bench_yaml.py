@@ -13,7 +13,7 @@ sys.path.insert(0, ROOT)
 from roexec import load_yaml
 
 JOBS = 10_000
-ROUNDS = 5
+ROUNDS = 8
 # PyYAML takes ten seconds and more for all jobs. It reads this many, and its rate per byte counts,
 # which is, if anything, too good for it: it gets slower as the file grows.
 PYYAML_JOBS = 1_000
@@ -38,11 +38,12 @@ def jobs_file(count):
     return "jobs:\n" + "".join(JOB.format(i, i % 60, i % 24) for i in range(count))
 
 
-def seconds(load, text):
-    """The processor time that reading the text takes; what else the machine does counts little."""
+def seconds(load, text, times=1):
+    """The processor time that reading the text takes."""
     began = time.process_time()
-    load(text)
-    return time.process_time() - began
+    for _ in range(times):
+        load(text)
+    return (time.process_time() - began) / times
 
 
 def pyyaml(folder):
@@ -69,9 +70,10 @@ def main():
 
         if load_pyyaml(sample) != load_yaml(sample):
             sys.exit("PyYAML and roexec read the jobs file differently")
-        loads = (load_yaml, few), (load_yaml, many), (load_pyyaml, sample)
-        # The least of several rounds, taken in turns: what else the machine does only adds.
-        rounds = [[seconds(load, text) for load, text in loads] for _ in range(ROUNDS)]
+        loads = (load_yaml, few, 10), (load_yaml, many), (load_pyyaml, sample)
+        # The least of several rounds, taken in turns: what else the machine does only adds. All
+        # three take about as long, so that a quiet moment is as likely for each.
+        rounds = [[seconds(*load) for load in loads] for _ in range(ROUNDS)]
         small, large, theirs = map(min, zip(*rounds))
     print(f"{len(many) / large / 1e6:.1f} MB/s of {len(many) / 1e6:.2f} MB; "
           f"PyYAML {len(sample) / theirs / 1e6:.2f} MB/s of {len(sample) / 1e6:.2f} MB")
