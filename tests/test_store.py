@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import end_of, in_child
+
 import roexec
 from roexec import (ACTIVE_STATES, FINAL_STATES, REASONS, STATES, Job, NoSuchJob, NoSuchRun,
                     RoexecError, SlotRow, Store, active_runs, add_run, ask_to_cancel, change_run,
@@ -449,17 +451,19 @@ def test_who_does_not_wait_long_is_told_nothing(store, tmp_path, said):
 
 
 def test_signals_are_held_back_while_one_writes(store):
-    kept = {signal.SIGINT, signal.SIGTERM, signal.SIGTSTP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with store.write():
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before | kept
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
-    with pytest.raises(KeyboardInterrupt):
-        with store.write() as connection:
-            os.kill(os.getpid(), signal.SIGINT)
-            set_meta(connection, "x", 5)
-    assert value(store) == 5 and not lock_is_held(store.file("store.lock"))
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    def write_and_interrupt():      # without the threads that other tests may have left here
+        kept = {signal.SIGINT, signal.SIGTERM, signal.SIGTSTP}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        with store.write():
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before | kept
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+        with pytest.raises(KeyboardInterrupt):
+            with store.write() as connection:
+                os.kill(os.getpid(), signal.SIGINT)
+                set_meta(connection, "x", 5)
+        assert value(store) == 5 and not lock_is_held(store.file("store.lock"))
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    assert end_of(in_child(write_and_interrupt)) == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])
