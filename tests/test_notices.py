@@ -189,7 +189,9 @@ class _SmtpHandler(socketserver.BaseRequestHandler):
     def do_DATA(self, _):
         self.tell("354 go on", "DATA")
         lines = []
-        for line in iter(self.file.readline, b".\r\n"):
+        for line in self.file:
+            if line == b".\r\n":
+                break
             lines.append(line[1:] if line.startswith(b".") else line)
         self.server.mails.append((self.sender, self.recipients, b"".join(lines)))
         self.tell("250 taken", "END")
