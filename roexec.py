@@ -3534,6 +3534,243 @@ def backoff_delay(backoff, number, chance=0.5):
         return longest if backoff.delay else 0
 
 
+# Why.
+
+class Known(Value):
+    """What is known of a job at an instant, to say why it runs or does not.
+
+    `versions` are (since, Job), oldest first, the last of them the job as it is; `active` the rows
+    of all queued and running runs, oldest first, those of the job with `retry_at` and `attempt`;
+    `limits` {job id: max_concurrent} of those that are queued, `max_concurrent` that of all, `held`
+    the ids of paused jobs with queued runs; `server` is whether one is there; `paused_since` the
+    first slot that was skipped for the pause that is on; `zone` as in `next_slot`.
+    """
+    __slots__ = ("now", "zone", "versions", "paused", "paused_since", "position", "active",
+                 "limits", "max_concurrent", "held", "server")
+
+    @property
+    def job(self):
+        """The Job as it is."""
+        return self.versions[-1][1]
+
+
+class Met(Value):
+    """What the store has about an instant: the `row` of the run of a slot at or before it, rows of
+    `others` that were on then, and when, before it, a server has decided something (`alive`)."""
+    __slots__ = ("row", "others", "alive")
+
+
+def explain(known, instant=None, met=None):
+    """Why a job has not run, or will not, at an instant (UTC seconds), or now: what there is to say
+    in order, as [{"reason": …, what the reason is about}] (render has the sentences)."""
+    if instant is None:
+        return _explain_now(known)
+    version = max((number for number, (since, _) in enumerate(known.versions) if since < instant),
+                  default=None)
+    if version is None:
+        return [{"reason": "unregistered", "since": known.versions[0][0],
+                 "next": next(upcoming_slots(known.job, known.now, known.zone), None)}]
+    job = known.versions[version][1]
+    due = _is_slot(job, instant, known.zone)
+    row = met and met.row
+    if row is not None and (row["slot"] == instant or due and (row["last_slot"] or 0) >= instant):
+        return [_why_recorded(known, job, instant, met)]
+    later = known.versions[version + 1:]
+    if not due:
+        return [_why_not_due(known, job, instant, later)]
+    if not job.enabled:
+        return [{"reason": "disabled", "since": _since_when(known.versions[:version + 1], "enabled"),
+                 "until": next((since for since, other in later if other.enabled), None)}]
+    if instant > known.now:
+        return _explain_later(known, job, instant)
+    return [_why_no_row(known, job, instant, later)]
+
+
+def local_instants(text, zone):
+    """([second], whether it is in a gap) of an instant as text, without an offset a local time: two
+    of one that comes twice; of one that a gap jumps over the first after it. Raises ValueError."""
+    first, written = (math.floor(parse_instant(text, place))
+                      for place in (zone, datetime.timezone.utc))
+    if first == written == math.floor(parse_instant(text, fixed_zone("+01:00"))):
+        return [first], False
+    nominal = datetime.datetime.fromtimestamp(written, datetime.timezone.utc)
+    second = math.floor(nominal.replace(tzinfo=zone, fold=1).timestamp())
+    if first <= second:
+        return sorted({first, second}), False
+    before, after = second, first
+    offset = datetime.datetime.fromtimestamp(before, zone).utcoffset()
+    while after - before > 1:
+        middle = (before + after) // 2
+        if datetime.datetime.fromtimestamp(middle, zone).utcoffset() == offset:
+            before = middle
+        else:
+            after = middle
+    return [after], True
+
+
+def is_moved(job, slot, zone):
+    """Whether a slot stands for times that a gap has jumped over."""
+    zone = job.zone(zone)
+    return any(not cron.reboot and cron.moved(slot, cron.zone or zone) for cron in job.crons())
+
+
+def _is_slot(job, instant, zone):
+    return instant == next_slot(job, instant - 1, zone)
+
+
+def _since_when(versions, *names):
+    """Since when the last version's attributes are what they are."""
+    since, job = versions[-1]
+    for earlier, other in reversed(versions):
+        if any(getattr(job, name) != getattr(other, name) for name in names):
+            break
+        since = earlier
+    return since
+
+
+def _explain_now(known):
+    own = [run for run in known.active if run["job_id"] == known.job.id]
+    said = [_why_active(known, run) for run in own]
+    stopped = _why_stopped(known)
+    if stopped is not None:
+        return [*said, stopped]
+    if not known.server:
+        said.append({"reason": "no_server"})
+    late = [slot for slot in (next_slot(known.job, known.position, known.zone),)
+            if slot is not None and slot <= known.now]
+    if late and known.server:
+        said.append(_why_undecided(known, known.job, late[0]))
+    return said or [_why_not_due(known, known.job, known.now, ())]
+
+
+def _why_stopped(known):
+    """What keeps a job from having slots that start, or None."""
+    job, (start, end) = known.job, known.job.window_instants(known.zone)
+    if not job.schedule:
+        return {"reason": "manual"}
+    if not job.enabled:
+        return {"reason": "disabled", "since": _since_when(known.versions, "enabled")}
+    if known.paused:
+        return {"reason": "paused", "since": known.paused_since}
+    if all(cron.reboot for cron in job.crons()):
+        return {"reason": "reboot"}
+    if start is not None and known.now < start or end is not None and known.now > end:
+        return {"reason": "window", "start": start, "end": end}
+    return None
+
+
+def _why_active(known, run):
+    if run["state"] == "queued":
+        return _why_queued(known, run)
+    if run.get("retry_at") is not None:
+        return {"reason": "retry", "run": run["id"], "attempt": run["attempt"] + 1,
+                "until": run["retry_at"]}
+    return {"reason": "running", "run": run["id"], "since": run["started_at"],
+            "attempt": run.get("attempt")}
+
+
+def _why_queued(known, run):
+    """What a queued run waits for; the order is that of `admit`."""
+    said = {"reason": "queued", "run": run["id"], "since": run["queued_at"]}
+    if run["job_id"] in known.held and run["slot"] is not None:
+        return {**said, "reason": "queued_paused"}
+    running = [other for other in known.active if other["state"] == "running"]
+    queued = [other for other in known.active if other["state"] == "queued"]
+    counts = collections.Counter(other["job_id"] for other in running)
+    ahead = [other for other in admit(queued, counts, known.limits, None, known.held)
+             if _start_order(other) < _start_order(run)]
+    limit = 1 if run["trigger"] == "catch_up" else known.limits.get(run["job_id"])
+    same = [other["id"] for other in running + ahead if other["job_id"] == run["job_id"]]
+    if limit and len(same) >= limit:
+        reason = "queued_catch_up" if run["trigger"] == "catch_up" else "queued_job"
+        return {**said, "reason": reason, "behind": same, "limit": limit}
+    if known.max_concurrent and len(running) + len(ahead) >= known.max_concurrent:
+        return {**said, "reason": "queued_all", "limit": known.max_concurrent,
+                "behind": [other["id"] for other in running + ahead]}
+    if run["owner"]:
+        return {**said, "reason": "queued_owner"}
+    return said if known.server else {**said, "reason": "queued_no_server"}
+
+
+def _why_recorded(known, job, instant, met):
+    row = met.row
+    active = next((run for run in known.active if run["id"] == row["id"]), None)
+    if active is not None:
+        return _why_active(known, active)
+    if row["state"] != "skipped":
+        late = (row["started_at"] or instant) - instant - jitter_delay(job.id, instant, job.jitter)
+        return {"reason": "ran", "run": row["id"], "state": row["state"], "detail": row["reason"],
+                "since": row["started_at"], "until": row["finished_at"],
+                "late": late if late > ON_TIME else None, "message": row["message"]}
+    said = {"reason": row["reason"], "run": row["id"], "message": row["message"]}
+    if row["reason"] == "missed":
+        return {**said, **_why_missed(job, instant, row, met.alive)}
+    if row["reason"] == "overlap":
+        return {**said, "overlap": job.overlap, "others": [
+            {name: run[name] for name in ("id", "state", "started_at", "finished_at")}
+            for run in met.others if run["id"] != row["id"]]}
+    if row["reason"] == "paused":
+        return {**said, "reason": "paused_then", "since": row["slot"], "until": row["last_slot"]}
+    if row["reason"] == "window":
+        return {**said, **dict(zip(("start", "end"), job.window_instants(known.zone)))}
+    return said
+
+
+def _why_missed(job, slot, row, alive):
+    """Since when no server was there, as far as one can know, and why it was not caught up."""
+    seen = row["queued_at"] if slot <= row["queued_at"] else row["finished_at"]    # it has grown
+    late = seen - slot
+    why = ("none" if job.catch_up == "none" else
+           "window" if late > job.catch_up_window else "newer")
+    return {"why": why, "late": late, "seen": seen, "window": job.catch_up_window,
+            "alive": alive if seen == row["queued_at"] else None}
+
+
+def _why_not_due(known, job, instant, later):
+    """No slot of the schedule that held at an instant, perhaps one of a schedule of later."""
+    for number, (since, other) in enumerate(later):
+        if _is_slot(other, instant, known.zone) and not _is_slot(job, instant, known.zone):
+            return {"reason": "rescheduled", "since": since, "schedule": list(job.schedule),
+                    "to": list(other.schedule)}
+    if not job.schedule:
+        return {"reason": "manual"}
+    return {"reason": "not_due", "schedule": list(job.schedule),
+            "last": last_slot(job, instant, known.zone),
+            "next": next_slot(job, instant, known.zone)}
+
+
+def _explain_later(known, job, slot):
+    """What is going to become of a slot, as things are."""
+    start, end = job.window_instants(known.zone)
+    if known.paused:
+        return [{"reason": "will_be_paused", "since": known.paused_since}]
+    if start is not None and slot < start or end is not None and slot > end:
+        return [{"reason": "window", "start": start, "end": end}]
+    said = [{"reason": "due", "next": slot + jitter_delay(job.id, slot, job.jitter)}]
+    return said if known.server else [*said, {"reason": "no_server"}]
+
+
+def _why_no_row(known, job, slot, later):
+    """Why there is no row about a slot that has passed."""
+    if slot > known.position:
+        return _why_undecided(known, job, slot)
+    for since, other in later:
+        if any(getattr(job, name) != getattr(other, name)
+               for name in ("schedule", "timezone", "enabled")):
+            return {"reason": "undecided", "since": since}
+    return {"reason": "unrecorded"}
+
+
+def _why_undecided(known, job, slot):
+    start = slot + jitter_delay(job.id, slot, job.jitter)
+    if start > known.now:
+        return {"reason": "jitter", "until": start}
+    if known.server:
+        return {"reason": "overdue", "since": start}
+    return {"reason": "no_server_then", "since": start, "catch_up": job.catch_up,
+            "window": job.catch_up_window}
+
+
 # ==== 7 render (pure) =============================================================================
 # What is shown of jobs, runs and slots: payloads, which --json and the API give, and from the same
 # payloads the tables and texts of the CLI. A pipe gets UTC and nothing that changes by itself;
@@ -3682,6 +3919,14 @@ def foresight_payload(foreseen, zone, unknown):
 def page(name, items, cursor=None):
     """A page of a list: its items under their name, and the cursor of the next page or None."""
     return {name: items, "next": cursor}
+
+
+def notice_payload(row):
+    """A notice that waits to be sent, or was given up, of its row of the outbox; no target, which
+    may be a credential."""
+    return {"kind": row["kind"], "run": row["run_id"], "title": row["title"],
+            "state": row["state"], "tries": row["tries"], "error": row["error"],
+            "created_at": _instant(row["created_at"]), "next_try": _instant(row["next_try"])}
 
 
 # Text.
@@ -3862,6 +4107,147 @@ def foresight_text(payload, style):
                       ("meet a run", payload["meet"]),
                       ("duration unknown", ", ".join(payload["unknown_durations"]))), style)
     return (slots_table(payload["slots"], style) + "\n" if payload["slots"] else "") + summary
+
+
+def status_text(payload, style):
+    """What `status` has found out, and the notices that did not get to where they were to."""
+    notices = payload["unsent_notices"]
+    given_up = [notice for notice in notices if notice["state"] == "given_up"]
+    count = f"{len(notices)}, {len(given_up)} of them given up" if given_up else len(notices)
+    text = fields([(label, value) for label, value in payload.items() if label != "unsent_notices"]
+                  + [("notices", f"unsent: {count}" if notices else None)], style)
+    if not notices:
+        return text
+    header = "NOTICE", "STATUS", "SINCE", "TRIES", "NEXT TRY", "ABOUT", "ERROR"
+    return text + "\n" + table(header, [
+        (notice["kind"], notice["state"].replace("_", " "), style.time(notice["created_at"]),
+         notice["tries"], style.time(notice["next_try"]), notice["title"], notice["error"])
+        for notice in notices], style)
+
+
+# Why.
+
+# A reason of `explain` -> the clauses of its sentence; one that names what is not known is left out.
+_SENTENCES = {
+    "running": ("Run {run} is on", " since {since}", ", attempt {attempt}"),
+    "retry": ("Run {run} has failed and waits for its next attempt, number {attempt}, until "
+              "{until}",),
+    "queued": ("Run {run} is queued since {since} and starts at once",),
+    "queued_job": ("Run {run} waits for a place behind {behind}: max_concurrent of the job is "
+                   "{limit}",),
+    "queued_all": ("Run {run} waits for a place behind {behind}: max_concurrent of the scheduler "
+                   "is {limit}",),
+    "queued_catch_up": ("Run {run} waits for {behind}: runs that are caught up start one after the "
+                        "other",),
+    "queued_paused": ("Run {run} waits until the job is resumed: roexec resume {job}",),
+    "queued_owner": ("Run {run} waits for the command that asked for it, which alone starts it",),
+    "queued_no_server": ("Run {run} waits for a server: no server runs on this store",),
+    "paused": ("The job is paused", ", its slots are skipped from {since}", " until {until} so far",
+               ": roexec resume {job}"),
+    "paused_then": ("The job was paused: skipped were the slots from {since}", " until {until}"),
+    "will_be_paused": ("It will be skipped, since the job is paused", " (from {since} on)",
+                       ": roexec resume {job}"),
+    "disabled": ("The job says enabled: false", " since {since}", ", until {until}"),
+    "manual": ("The job has no schedule: it runs when somebody asks for it",),
+    "reboot": ("The job is due when the first server after a boot starts",),
+    "window": ("That is outside of its window", ", which begins {start}", ", which ends {end}"),
+    "no_server": ("No server runs on this store, so nothing starts by itself: roexec server",),
+    "not_due": ("It is not due", "; it was last {last}", "; it is next {next}",
+                " ({schedule})"),
+    "rescheduled": ("It was not due then: its schedule was {schedule}", ", and is {to}",
+                    " since {since}"),
+    "unregistered": ("The job was registered only {since}: slots count from then on",
+                     "; it is next due {next}"),
+    "due": ("It is due, and starts {next}",),
+    "jitter": ("It is due, and its jitter delays the start until {until}",),
+    "overdue": ("It was due {since}, and the server has not decided it yet",),
+    "no_server_then": ("It was due {since}, and no server has run since then; the next one "
+                       "catches up what is not older than {window} (catch_up: {catch_up})",),
+    "undecided": ("No server had decided it when the schedule was changed, {since}",),
+    "unrecorded": ("There is no record of it: it is gone by now, or the job was deleted then, or "
+                   "the clock was set",),
+    "gap": ("This time does not exist there: the clocks jump over it. What is due in the gap runs "
+            "right after it, {next}",),
+    "ran": ("Run {run}: {state}", " ({detail})", ", started {since}", ", {late} late",
+            ", ended {until}", "; {message}"),
+    "overlap": ("It was skipped, since the job was on", ": {others}", " (overlap: {overlap})"),
+    "missed": ("It was missed: no server saw it in time",
+               "; one had decided something {alive} for the last time", ", and the next {seen}",
+               ", {late} late", "; {because}"),
+    "condition": ("It was skipped by its condition", ": {message}", "; roexec logs {run}"),
+    "capacity": ("It was skipped", ": {message}"),
+    "dependency": ("It was skipped, since a step that it depends on did not succeed",),
+}
+_NOT_CAUGHT_UP = {"none": "catch_up: none", "window": "catch_up_window is {window}",
+                  "newer": "catch_up: latest has run a newer one in its place"}
+_MOMENTS = ("since", "until", "last", "next", "seen", "alive", "start", "end", "started_at",
+            "finished_at")
+
+
+def explanation_payload(job, answers, zone):
+    """What `explain` has said as --json has it: `answers` are (slot or None, [sentence]), of the
+    instants and of now, in order."""
+    given = []
+    for slot, said in answers:
+        payload = slot_payload(job, slot, zone) if slot is not None else {}
+        sentences = [_with_instants(sentence) for sentence in said]
+        given.append({"slot": payload.get("slot"), "local": payload.get("local"),
+                      "mark": payload.get("mark"), "why": [
+            {**sentence, "text": _sentence(sentence, job.id, Style())} for sentence in sentences]})
+    return {"job_id": job.id, "answers": given}
+
+
+def _with_instants(value):
+    """A sentence with the instants of payloads in the place of seconds."""
+    return {name: [_with_instants(item) if isinstance(item, dict) else item for item in entry]
+            if isinstance(entry, list) else _instant(entry) if name in _MOMENTS else entry
+            for name, entry in value.items()}
+
+
+def _sentence(sentence, job_id, style):
+    known = {name: _in_words(name, value, style) for name, value in sentence.items()
+             if value is not None and value != []}
+    known["job"] = job_id
+    if sentence["reason"] == "missed":
+        known["because"] = _NOT_CAUGHT_UP[sentence["why"]].format(**known)
+    text = ""
+    for clause in _SENTENCES[sentence["reason"]]:
+        try:
+            text += clause.format(**known)
+        except KeyError:
+            pass
+    return printable(text)
+
+
+def _in_words(name, value, style):
+    if name in _MOMENTS:
+        return style.moment(value)
+    if name in ("late", "window"):
+        return format_duration(value)
+    if name == "others":
+        return ", ".join(_on_then(run, style) for run in value)
+    if name == "behind" and len(value) > 5:
+        return ", ".join(value[:5]) + f" and {len(value) - 5} more"
+    return ", ".join(value) if isinstance(value, list) else value
+
+
+def _on_then(run, style):
+    began = run["started_at"] and f"started {style.moment(run['started_at'])}"
+    ended = run["finished_at"] and f"ended {style.moment(run['finished_at'])}"
+    return f"run {run['id']} (" + ", ".join(filter(None, (began, ended, run["state"]))) + ")"
+
+
+def explanation_text(payload, style):
+    """An explanation payload: a heading for each instant, and below it what there is to say."""
+    text = ""
+    for answer in payload["answers"]:
+        about = "now" if answer["slot"] is None else style.moment(answer["slot"])
+        local = answer["local"] and f"local {answer['local']}"
+        where = "; ".join(filter(None, (local, answer["mark"])))
+        text += f"{payload['job_id']}, {about}" + (f" ({where})" if where else "") + ":\n"
+        text += "".join(f"  {_sentence(sentence, payload['job_id'], style)}\n"
+                        for sentence in answer["why"])
+    return text
 
 
 # ==== 8 store =====================================================================================
@@ -4603,8 +4989,7 @@ _ATTEMPT = ("number", "started_at", "finished_at", "exit_code", "signal", "cpu_s
 
 def skip_slots(db, job_id, row, now):
     """Record a SlotRow that did not run -> the id of the job's last row, grown, or of a new one."""
-    last = db.execute("SELECT * FROM runs WHERE job_id = ? AND slot IS NOT NULL "
-                      "ORDER BY seq DESC LIMIT 1", (job_id,)).fetchone()
+    last = newest_slot_row(db, job_id)
     if last is not None and (last["state"], last["reason"]) == ("skipped", row.reason):
         db.execute("UPDATE runs SET last_slot = ?, count = count + ?, finished_at = ?, "
                    "message = COALESCE(?, message) WHERE id = ?",
@@ -4769,6 +5154,39 @@ def paused_in_queue(db):
     """The ids of paused jobs that have queued runs."""
     return {row[0] for row in db.execute("SELECT DISTINCT job_id FROM runs JOIN jobs ON jobs.id = "
                                          "job_id WHERE state = 'queued' AND paused")}
+
+
+# What became of slots.
+
+def newest_slot_row(db, job_id, until=None):
+    """The row of a job's newest slot (of those <= `until`: the row that would be about it)."""
+    if until is None:
+        return db.execute("SELECT * FROM runs WHERE job_id = ? AND slot IS NOT NULL "
+                          "ORDER BY seq DESC LIMIT 1", (job_id,)).fetchone()
+    return db.execute("SELECT * FROM runs WHERE job_id = ? AND slot <= ? AND parent IS NULL "
+                      "ORDER BY slot DESC LIMIT 1", (job_id, until)).fetchone()
+
+
+def runs_on_at(db, job_id, instant):
+    """Rows of the runs of a job that were queued or running at an instant, oldest first."""
+    return db.execute("SELECT * FROM runs WHERE job_id = ? AND parent IS NULL AND state != "
+                      "'skipped' AND queued_at <= ? AND (finished_at IS NULL OR finished_at > ?) "
+                      "ORDER BY seq", (job_id, instant, instant)).fetchall()
+
+
+def last_decision(db, row):
+    """The instant before the slot of a row at which a server has decided something last, or None:
+    what it was about is the row before this one, nearly always."""
+    found = db.execute(
+        "SELECT queued_at FROM runs WHERE seq < ? AND queued_at <= ? AND \"trigger\" IN "
+        "('schedule', 'catch_up') ORDER BY seq DESC LIMIT 1", (row["seq"], row["slot"])).fetchone()
+    return found and found[0]
+
+
+def job_versions(db, job_id):
+    """[(since, spec as JSON)] of what a job has been, oldest first."""
+    return [(row["since"], row["spec"]) for row in db.execute(
+        "SELECT since, spec FROM versions WHERE job_id = ? ORDER BY version", (job_id,))]
 
 
 # The outbox: notices that wait to be sent, and for a while those that were.
@@ -6363,7 +6781,8 @@ def _identity(user, group):
     if os.geteuid() != 0:
         if (uid, gid) == (os.geteuid(), os.getegid()):
             return None, None, None
-        raise ValueError(f'only root can become "{user or group}", and this is '
+        wanted = group if uid == os.geteuid() else user
+        raise ValueError(f'only root can become "{wanted}", and this is '
                          f"{owner_name(os.geteuid())}")
     return uid, gid, groups
 
@@ -6390,8 +6809,8 @@ def fork_exec(path, words, environment, descriptors, setup, *, group, folder, um
             os.execve(path, words, environment)
         except OSError as error:
             os.write(writer, f"{error.errno} {step[0]}".encode())
-        except ValueError as error:
-            os.write(writer, f"{errno.EINVAL} {step[0]}: {error}".encode())
+        except Exception as error:
+            os.write(writer, f"{errno.EPERM} {step[0]}: {error}".encode())
         finally:
             os._exit(126)
     os.close(writer)
@@ -6406,27 +6825,29 @@ def fork_exec(path, words, environment, descriptors, setup, *, group, folder, um
 def _become(setup, folder, umask, step):
     """Take on what a Setup says, in an order in which each step is still allowed."""
     if setup.cgroup is not None:
-        step[0] = "joining its cgroup"
+        step[0] = "in its cgroup"
         with open(os.path.join(setup.cgroup, "cgroup.procs"), "w") as file:
             file.write(str(os.getpid()))
     if setup.limits:
         import resource
         for name, value in setup.limits:
-            step[0] = f"setting {name}"
+            step[0] = f"with {name}"
             hard = resource.getrlimit(getattr(resource, name))[1]
+            # SIGXCPU, which says why, comes before the SIGKILL of the hard limit.
+            most = value + 1 if name == "RLIMIT_CPU" else value
             if os.geteuid() != 0 and hard != resource.RLIM_INFINITY:
-                value = min(value, hard)
-            resource.setrlimit(getattr(resource, name), (value, value))
+                value, most = min(value, hard), min(most, hard)
+            resource.setrlimit(getattr(resource, name), (value, most))
     if setup.nice is not None:
-        step[0] = "setting nice"
+        step[0] = f"with nice {setup.nice}"
         os.nice(setup.nice)
     if setup.uid is not None:
-        step[0] = "becoming another user"
+        step[0] = f"as {owner_name(setup.uid)}"
         os.setgroups(setup.groups if setup.groups is not None else [setup.gid])
         os.setresgid(setup.gid, setup.gid, setup.gid)
         os.setresuid(setup.uid, setup.uid, setup.uid)
         _verify(setup)
-    step[0] = f"entering {folder}"
+    step[0] = f"in the folder {folder}"
     os.chdir(folder)                    # as that user, who may see less than we do
     os.umask(umask)
 
@@ -6559,10 +6980,11 @@ def meter_of(job, name):
     parent = delegated_cgroup()
     if parent is not None:
         return Cgroup(parent, name, limits), "Limits are kept by a cgroup"
-    remark = "limits.memory is kept by watching the processes"
+    remarks = [] if limits["memory"] is None else [
+        "limits.memory is kept by watching the processes"]
     if limits["cpu"] is not None:
-        remark = "limits.cpu is not kept: no cgroup (v2) has been delegated to the server"
-    return Watch(math.inf if limits["memory"] is None else limits["memory"]), remark
+        remarks.append("limits.cpu is not kept: no cgroup (v2) has been delegated to the server")
+    return limits["memory"] and Watch(limits["memory"]), "; ".join(remarks)
 
 
 # ==== 13 runner ===================================================================================
@@ -6656,9 +7078,10 @@ class Journal:
         A supervisor that has missed the signal finds the reason at the start of the run, and one
         that finds it at the end takes no other run, which the signal might hit.
         """
-        with open(self.path + ".reason", "w") as file:
-            file.write(reason if grace is None else f"{reason} {grace}")
-        os.rename(self.path + ".reason", self.path + ".cancel")
+        with contextlib.suppress(OSError):          # a full disk: the signal alone will do
+            with open(self.path + ".reason", "w") as file:
+                file.write(reason if grace is None else f"{reason} {grace}")
+            os.rename(self.path + ".reason", self.path + ".cancel")
         now = Journal.glance(self.path) or self
         supervisor = Progress(now.events).supervisor
         if supervisor and process_start(supervisor["pid"]) == supervisor["start"]:
@@ -6722,7 +7145,8 @@ class Progress:
 
     def _starting(self, event):
         self.open = {"what": event["what"], "at": event["at"], "pid": None, "start": None}
-        self.done.append(event["what"])
+        if event["what"] != "env_from":         # which may be asked again
+            self.done.append(event["what"])
         if event["what"] == "attempt":
             self.retry = None
             self.attempts.append({"number": len(self.attempts) + 1, "started_at": event["at"]})
@@ -6955,8 +7379,9 @@ def spawn(words, environment, descriptors, group=None, child=None):
             return start("/bin/sh", ["sh", path, *words[1:]])
     except OSError as error:
         if error.filename not in (None, path, "/bin/sh"):       # a step before the program
-            raise CannotStart(126, f"{path}: {error.filename}: {error.strerror}") from None
-        missing = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists(path)
+            raise CannotStart(126, f"{error.filename}: {error.strerror}") from None
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists(
+            os.path.join(child["folder"] if child else "", path))
         what = "there is no such program" if missing else error.strerror
         if error.errno == errno.ENOENT and not missing:
             what = "its interpreter is missing"
@@ -7004,7 +7429,8 @@ def exit_status(run):
 
 # One command under supervision.
 
-_READ_SIZE = 1 << 16
+_READ_SIZE = 1 << 18     # bytes taken at once
+_SMALL_PIPE, _LARGE_PIPE = 1 << 15, 1 << 20
 _DRAIN = 1.0            # seconds for what is still in the pipes when the command has ended
 _UNKILLABLE = 10.0      # seconds after which one gives up on processes that survive SIGKILL
 
@@ -7025,6 +7451,8 @@ class Signals:
         self._before = {number: signal.signal(number, self._ask) for number in numbers}
         if terminal:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            # What a command has printed is passed on from the background (stty tostop).
+            self._before[signal.SIGTTOU] = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         for number in (signal.SIGCHLD, signal.SIGCONT):
             self._before[number] = signal.signal(number, self._note)
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -7077,6 +7505,7 @@ class RunningCommand:
         self.kill_reason, self.killed, self.survivors = None, 0, 0
         self.ended = False              # the command is a zombie by now; it pins pid and session
         self.cpu_seconds, self.max_rss_bytes, self.output_bytes = 0.0, 0, 0
+        self.enlarged = set()           # streams of much output
         self.refused = False            # somebody still holds a pipe, and we no longer read it
 
     def wait(self, deadlines, grace, is_cancelled, leftovers="leave"):
@@ -7106,8 +7535,13 @@ class RunningCommand:
     def _turn(self, seconds):
         """One turn of the poll: read what is there, and look whether the command has ended."""
         longest = math.inf if self.meter is None else self.meter.interval
+        status = self.console and self.console.status
+        if status:
+            longest = min(longest, status.patience())
         self._read(min(seconds, longest, self.sink.patience()))
         self.sink.tick()
+        if status and not self.console.backlog:
+            status.tick(self.pid)
 
     def _read(self, seconds, most_waiting=0):
         poller = select.poll()
@@ -7130,6 +7564,9 @@ class RunningCommand:
             del self.streams[descriptor]
             os.close(descriptor)
             return
+        if len(data) >= _SMALL_PIPE and descriptor not in self.enlarged:
+            self.enlarged.add(descriptor)
+            _enlarge_pipe(descriptor)
         self.output_bytes += len(data)
         self._pass_on(self.streams[descriptor], self.sink.output(self.streams[descriptor], data))
 
@@ -7243,6 +7680,13 @@ class RunningCommand:
         self.streams = {}
 
 
+def _enlarge_pipe(descriptor):
+    """Let more wait in a pipe (fcntl(2)): much output then costs fewer turns of its writer's and
+    ours. It is refused where the user has much in pipes already."""
+    with contextlib.suppress(OSError, AttributeError):
+        fcntl.fcntl(descriptor, getattr(fcntl, "F_SETPIPE_SZ", 1031), _LARGE_PIPE)
+
+
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024     # getrusage(2)
 
 
@@ -7257,14 +7701,88 @@ def _signal_number(name):
     return int(name[3:]) if name[3:].isdigit() else signal.Signals[name]
 
 
+class _StatusLine:
+    """How long a run is on, of how long about, in a line on standard error that is renewed each
+    second: `backup-db 12s of about 1m`.
+
+    It is not drawn where it might spoil something: a line of output that has no end yet, a
+    password prompt (the command has changed the terminal's modes), another program's screen.
+    """
+
+    def __init__(self, title):
+        self.title, self.usual = printable(title), None     # seconds that runs take usually
+        self.began = self._next = None              # the monotonic instants
+        self.is_drawn = self.inside = False         # the output stands inside of a line
+        self._group, self._modes = os.getpgrp(), self._modes_now()
+
+    @classmethod
+    def if_possible(cls, title):
+        """A status line, None where standard error is no terminal that can take one back."""
+        pipe = stat.S_ISFIFO(os.fstat(1).st_mode)   # its reader may be drawing, as less does
+        able = os.environ.get("TERM", "dumb") != "dumb"
+        return cls(title) if able and not pipe and os.isatty(2) else None
+
+    def patience(self):
+        """Seconds until `tick` has something to do."""
+        if self.began is None:
+            self.began = time.monotonic()
+            self._next = self.began + _STATUS_AFTER
+        return max(0, self._next - time.monotonic())
+
+    def tick(self, group):
+        """Draw it if it is time; `group` is the process group that may have the terminal."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + 1 - (now - self.began) % 1
+        if not self.inside and self._is_ours(group):
+            text = f"{self.title} {format_duration(int(now - self.began))}"
+            text += f" of about {format_duration(self.usual)}" if self.usual else ""
+            width = os.get_terminal_size(2).columns or 80
+            self._write(f"\r{text[:width - 1]}\x1b[K")
+            self.is_drawn = True
+
+    def clear(self):
+        """Leave the line empty, with the cursor at its beginning."""
+        if self.is_drawn:
+            self.is_drawn = False
+            self._write("\r\x1b[K")
+
+    def _is_ours(self, group):
+        try:
+            return os.tcgetpgrp(2) in (self._group, group) and self._modes_now() == self._modes
+        except OSError:                 # it is lost, or that of another session
+            return False
+
+    def _modes_now(self):
+        import termios
+        try:
+            return termios.tcgetattr(2)[3]
+        except termios.error:
+            return None
+
+    def _write(self, text):
+        """Write if the terminal takes it now: Ctrl-S may hold it."""
+        poller = select.poll()
+        poller.register(2, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            if poller.poll(0):
+                os.write(2, text.encode())
+
+
+_STATUS_AFTER = 2       # seconds; a shorter run has no status line
+
+
 class Console:
     """The caller's terminal or pipes of a run in the foreground.
 
     Output is passed on unchanged, only as fast as its reader takes it; a reader that goes away ends
-    neither run nor log. With a terminal this process acts as a shell with job control does.
+    neither run nor log. With a terminal this process acts as a shell with job control does; with a
+    title (of a run) it may have a `status` line.
     """
 
-    def __init__(self):
+    def __init__(self, title=None):
+        self.status = title and _StatusLine.if_possible(title)
         self.backlog, self._gone = collections.deque(), set()
         self._group = os.getpgrp()
         try:
@@ -7288,7 +7806,11 @@ class Console:
         """Write a piece: a pipe that is ready takes PIPE_BUF bytes without blocking (POSIX)."""
         _, data = self.backlog.popleft()
         try:
+            if self.status:
+                self.status.clear()
             written = os.write(descriptor, data[:select.PIPE_BUF])
+            if self.status and written and os.isatty(descriptor):
+                self.status.inside = data[written - 1] != 10
         except BlockingIOError:         # somebody else made it so, and has filled it
             written = 0
         except OSError:                 # EPIPE, EIO: its reader has gone
@@ -7328,6 +7850,8 @@ class Console:
             return
         # One that wanted the terminal before it had it was stopped, and only has to go on.
         if stopped.si_status not in (signal.SIGTTIN, signal.SIGTTOU) or self._owner() != pid:
+            if self.status:
+                self.status.clear()
             self.give_terminal()
             os.killpg(self._group, signal.SIGSTOP)
             # Here again: a shell has sent SIGCONT, by `fg` with the terminal, by `bg` without.
@@ -7358,6 +7882,7 @@ class _Execution:
         self.signals, self.console, self.base, self.tell = signals, console, base, tell
         self.job, self.progress = Job(journal.header["spec"]), Progress(journal.events)
         self.log, self.setup, self.masks, self.last_output = None, Setup(), Masks(()), 0.0
+        self.problem = None             # why no command may be started at all
 
     def note(self, event, **values):
         """Write an event into the journal, and know it."""
@@ -7404,13 +7929,14 @@ class _Execution:
     def _run(self, what, command, timeout, stdin=None, sink=None):
         """Run the command of an attempt, a condition or a hook to its end -> Ended. Its output goes
         into the log, or to a sink."""
-        attempt = what == "attempt"
+        attempt, began = what == "attempt", self.log.size
         self.note("starting", what=what)
         try:
             running = self._start(command, stdin, attempt, sink or self)
         except CannotStart as error:
             self.info(f"Cannot start {error}", "ERROR")
-            ended = Ended(exit_code=error.exit_code, error=f"cannot start {error}")
+            ended = Ended(exit_code=error.exit_code,
+                          error=self.masks.text(f"cannot start {error}"))
             self.note("ended", exit_code=ended.exit_code, error=ended.error)
             return ended
         self.note("started", pid=running.pid, start=process_start(running.pid))
@@ -7422,11 +7948,29 @@ class _Execution:
             self.console.give_terminal()
             if self.console.terminal and ended.signal == "SIGINT":
                 self.signals.asked = signal.SIGINT          # Ctrl-C reached the command itself
+        if attempt:
+            ended = ended.changed(matched=self._matched(began))
+        if self.console is not None and self.console.status:
+            self.console.status.clear()
         self._tell_of(running)
         self.note("ended", exit_code=ended.exit_code, signal=ended.signal, timeout=ended.timeout,
+                  memory=ended.memory, matched=ended.matched,
                   cpu_seconds=round(running.cpu_seconds, 6), max_rss_bytes=running.max_rss_bytes,
                   output_bytes=running.output_bytes)
         return ended
+
+    def _matched(self, began):
+        """The names of the job's patterns that a line of the output has matched from an offset."""
+        patterns, matched = patterns_of(self.job), set()
+        self.log.flush(time.time())
+        if patterns and self.log.path is not None:
+            patterns = {name: re.compile(text.encode()) for name, text in patterns.items()}
+            with read_log(os.path.join(self.folder, self.log.path)) as file:
+                file.seek(began)
+                for line in _printed_lines(file):
+                    matched.update(name for name in patterns.keys() - matched
+                                   if patterns[name].search(line))
+        return sorted(matched)
 
     def _grace(self):
         """Seconds between SIGTERM and SIGKILL."""
@@ -7454,7 +7998,7 @@ class _Execution:
         """Start a command -> RunningCommand. Raises CannotStart."""
         console = self.console if attempt else None
         source = self._standard_input(stdin, attempt)
-        out, err = os.pipe(), os.pipe()
+        out, err, meter = os.pipe(), os.pipe(), None
         try:
             meter = self._meter() if attempt else None
             pid = self._spawn(words_of(command, self.job.shell), (source, out[1], err[1]),
@@ -7463,6 +8007,8 @@ class _Execution:
         except BaseException as error:
             os.close(out[0])
             os.close(err[0])
+            if meter is not None:
+                meter.close()
             if isinstance(error, OSError):
                 raise CannotStart(126, f"{error.strerror}: {error.filename}") from None
             raise
@@ -7477,12 +8023,15 @@ class _Execution:
                               meter)
 
     def _meter(self):
-        meter, remark = meter_of(self.job, f"run-{self.journal.run_id}")
+        number = len(self.progress.attempts)
+        meter, remark = meter_of(self.job, f"run-{self.journal.run_id}-{number}")
         if remark is not None:
             self.info(remark)
         return meter
 
     def _spawn(self, words, descriptors, group, cgroup=None):
+        if self.problem is not None:
+            raise CannotStart(126, self.problem)
         if self.base is not None:                   # the caller's folder and umask are ours
             return spawn(words, self.environment, descriptors, group)
         folder = self._directory()
@@ -7521,6 +8070,19 @@ class _Execution:
         return (self.progress.attempts[0]["started_at"] + self.job.total_timeout - time.time())
 
 
+def _printed_lines(file):
+    """The lines of output in the rest of an open log; the pieces of one are put together."""
+    begun = {"out": b"", "err": b""}
+    for line in file:
+        for stream in begun:
+            text = begun[stream] + select_lines(line, stream=stream)
+            if text.endswith(b"\n"):
+                yield text
+                text = b""
+            begun[stream] = text[-_MOST_FOR_HOOKS:]
+    yield from filter(None, begun.values())
+
+
 class _Collector:
     """A sink for output that is wanted, and is not to be seen."""
 
@@ -7528,7 +8090,7 @@ class _Collector:
         self.data = bytearray()
 
     def output(self, stream, data):
-        if stream == "out":
+        if stream == "out" and len(self.data) <= _MOST_FOR_HOOKS:       # more is refused
             self.data += data
         return b""
 
@@ -7621,14 +8183,12 @@ class Supervision(_Hooks):
         earlier, number = self.progress.supervisor, len(self.progress.attempts)
         self.note("supervisor", pid=os.getpid(), start=self.signals.start,
                   log=self._open_log())
-        problem = self._prepare()
+        self._prepare()
         if self.header.get("only"):
             if earlier is None:
+                self._resolve()
                 self._tell_hooks("skipped", "missed", None)
                 self._hooks(self.header["only"])
-        elif problem is not None:
-            self.info(problem, "ERROR")
-            self.note("outcome", state="failed", reason="start", message=problem)
         elif self.progress.outcome is None:
             self.note("outcome", **self._outcome(number))
             self._end_hooks(self.progress.outcome)
@@ -7638,14 +8198,13 @@ class Supervision(_Hooks):
         self.note("finished", log=self.log.path)
 
     def _prepare(self):
-        """Find out as whom and with what the commands run -> what is wrong with that, or None."""
-        problem = None
+        """Find out as whom and with what the commands run. Where that is not possible, nobody else
+        is taken in place of the user: then notices are all that is left to do."""
         try:
             self.setup = setup_of(self.job)
         except ValueError as error:
-            problem = f"cannot run as the job says: {error}"
+            self.problem = f"as the job says: {error}"
         self._make_environment({})
-        return problem
 
     def _make_environment(self, variables):
         uid = os.geteuid() if self.setup.uid is None else self.setup.uid
@@ -7655,6 +8214,10 @@ class Supervision(_Hooks):
 
     def _resolve(self):
         """Get the variables of `env_from` -> the outcome if that is not possible, else None."""
+        if self.problem is not None:
+            self.info(f"Cannot start {self.problem}", "ERROR")
+            return {"state": "failed", "reason": "start",
+                    "message": f"cannot start {self.problem}"}
         if not self.job.env_from:
             return None
         try:
@@ -7691,7 +8254,8 @@ class Supervision(_Hooks):
 
     def _outcome(self, number):
         """The values of the event `outcome`, where `number` attempts were begun before."""
-        lost = self.progress.open is not None and self.progress.open["what"] != "on_retry" \
+        lost = self.progress.open is not None \
+            and not self.progress.open["what"].startswith(("on_retry", "env_from")) \
             or self.header["boot"] != boot_id() \
             or number == 0 and (bool(self.progress.done) or self._belongs_to_another())
         self._end_remnants()
@@ -7700,11 +8264,12 @@ class Supervision(_Hooks):
         problem = self._resolve()
         if self.is_cancelled():
             return self._cancelled()
-        if problem is not None and not lost:
+        if lost and (number == 0 or problem is not None):
+            return self._decided(Ended(lost=True))
+        if problem is not None:
             return problem
         if number == 0:
-            return self._decided(Ended(lost=True)) if lost else \
-                self._before_attempts() or self._attempt_until_done(0)
+            return self._before_attempts() or self._attempt_until_done(0)
         ended = Ended(lost=True) if lost else Ended(
             **{name: self.progress.attempts[-1].get(name) for name in Ended.__slots__})
         delay = self._delay_before_next(ended, number)
@@ -7771,23 +8336,7 @@ class Supervision(_Hooks):
             self.environment.pop(name, None)            # what on_retry was told
         self.info(f"Attempt {number}")
         self.info(f"Running {command_text(self.job.command)}")
-        began = self.log.size
-        ended = self._run("attempt", self.job.command, self.job.timeout)
-        return ended.changed(matched=self._matched(began))
-
-    def _matched(self, began):
-        """The patterns of the job that a line of the output has matched from an offset on."""
-        patterns = {name: re.compile(text.encode()) for name, text in patterns_of(self.job).items()}
-        matched = []
-        self.log.flush(time.time())
-        if patterns and self.log.path is not None:
-            with read_log(os.path.join(self.folder, self.log.path)) as file:
-                file.seek(began)
-                for line in file:
-                    line = select_lines(line, raw=True)
-                    matched += [name for name in patterns if patterns[name].search(line)]
-                    patterns = {name: patterns[name] for name in patterns if name not in matched}
-        return matched
+        return self._run("attempt", self.job.command, self.job.timeout)
 
     def _delay_before_next(self, ended, number):
         """Seconds until the next attempt, or None. Says so, and runs `on_retry`."""
@@ -8216,6 +8765,16 @@ def lose_without_journal(db, store):
             _lose(db, row, "its journal is gone")
 
 
+def tell_cancels(db, store):
+    """Tell the supervisors of runs that are to be cancelled once more: whoever asked for it may
+    have died between its commit and that."""
+    for row in active_runs(db):
+        journal = row["state"] == "running" and row["cancel"] and Journal.glance(
+            store.file(f"active/{row['id']}"))
+        if journal:
+            journal.cancel(*journal.cancelled() or (row["cancel"],))
+
+
 def _lose(db, row, message):
     reason = "supervisor" if row["boot"] == boot_id() else "power"
     finish_run(db, row["id"], "lost", [], reason=reason, finished_at=time.time(), message=message)
@@ -8271,9 +8830,10 @@ def sort_journals(db, journals, say):
 
 
 def discard(journals):
-    """Remove journals that have been taken in."""
+    """Remove journals that have been taken in; one that stays is found again."""
     for journal in journals:
-        journal.remove()
+        with contextlib.suppress(OSError):
+            journal.remove()
         journal.close()
 
 
@@ -8294,6 +8854,7 @@ def settle(store, wait=False):
         with store.write() as db:
             done, unfinished = sort_journals(db, journals, store.say)
             lose_without_journal(db, store)
+            tell_cancels(db, store)
             withdraw_orphans(db)
         discard(done)
         while unfinished:
@@ -8311,6 +8872,8 @@ def settle(store, wait=False):
             children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
             time.sleep(0.01)
         settle(store)
+    if done:
+        deliver_alone(store)
 
 
 def _finish_alone(store, journal, others):
@@ -8351,7 +8914,7 @@ def run_here(store, job, *, env=None, name=None, caller=False, wait=False):
 
     With `caller` it has the caller's environment, folder and standard input. Raises Refused.
     """
-    console = Console()
+    console = Console(name or job.id)
     signals = Signals((signal.SIGINT, signal.SIGQUIT), console.terminal)
     try:
         return exit_status(_run_alone(store, job, signals, console, env=env, name=name,
@@ -8374,6 +8937,9 @@ def _run_alone(store, job, signals, console, told=None, *, caller, trigger="manu
     journal = _await_place(store, run_id, job, signals)
     if journal is not None:
         base = dict(os.environ) if caller else None
+        if console is not None and console.status:
+            with store.read() as db:
+                console.status.usual = usual_durations(db, [job.id]).get(job.id)
         Supervision(journal, store.folder, signals, console, base).perform()
         with store.write() as db:
             take_in(db, journal)
@@ -9003,6 +9569,7 @@ class Scheduler:
                     post_live_notices(db, self.store, run_id)
                 if looking:
                     lose_without_journal(db, self.store)
+                    tell_cancels(db, self.store)
                     withdraw_orphans(db)
                 for job_id in due:
                     position = self.timetable.decide(db, job_id, now, replaced, started)
@@ -10696,6 +11263,75 @@ def _duration_of(option, text):
         raise Usage(f"{option}: {error}") from None
 
 
+# Why a job runs, or does not.
+
+def _cmd_why(session):
+    job_id, *words = session.ids()
+    store = session.settled
+    with store.read() as db:
+        known = _known_of(session, store, db, job_id)
+        job, zone = known.job, known.zone
+        if words:
+            answers = _why_at(db, known, " ".join(words))
+        else:
+            latest = last_slot(job, math.floor(known.now) + 1, zone)
+            coming = next(upcoming_slots(job, known.now, zone), None)
+            answers = [(None, explain(known)), *((slot, _why(db, known, slot))
+                                                 for slot in (latest, coming) if slot is not None)]
+    payload = explanation_payload(job, answers, zone)
+    session.give(payload, lambda style: explanation_text(payload, style))
+
+
+def _why_at(db, known, text):
+    """The answers to an instant as it was written."""
+    try:
+        instants, gap = local_instants(text, known.job.zone(known.zone))
+    except ValueError as error:
+        raise Usage(str(error)) from None
+    if not gap:
+        return [(instant, _why(db, known, instant)) for instant in instants]
+    instant, = instants
+    moved = is_moved(known.job, instant, known.zone)
+    return [(instant, [{"reason": "gap", "next": instant},
+                       *(_why(db, known, instant) if moved else ())])]
+
+
+def _why(db, known, instant):
+    row = newest_slot_row(db, known.job.id, instant)
+    others = runs_on_at(db, known.job.id, instant)
+    return explain(known, instant, Met(row=row, others=others, alive=row and last_decision(db, row)))
+
+
+def _known_of(session, store, db, job_id):
+    """What `explain` wants to know of a job."""
+    row, (defaults, zone) = get_job(db, job_id), session.in_effect(db)
+    active = [{**dict(run), **_attempts_of(store, db, run, job_id)} for run in active_runs(db)]
+    limits = {}
+    for run in active:
+        if run["state"] == "queued" and run["job_id"] not in limits:
+            with contextlib.suppress(NoSuchJob):
+                limits[run["job_id"]] = 0 if run["name"] is not None else _job_in_effect(
+                    get_job(db, run["job_id"]), defaults).max_concurrent
+    newest = newest_slot_row(db, job_id)
+    paused_since = newest["slot"] if newest and newest["reason"] == "paused" else None
+    return Known(
+        now=time.time(), zone=zone, paused=row["paused"], paused_since=paused_since,
+        versions=[(since, effective(Job.from_spec(json.loads(spec)), defaults))
+                  for since, spec in job_versions(db, job_id)],
+        position=row["position"], active=active, limits=limits, held=paused_in_queue(db),
+        max_concurrent=session.settings(db)["scheduler"].get("max_concurrent"),
+        server=store.server() is not None)
+
+
+def _attempts_of(store, db, run, job_id):
+    """How far a running run of the job is."""
+    if run["job_id"] != job_id or run["state"] != "running":
+        return {}
+    payload, = run_payloads(store, db, [run])
+    return {"attempt": len(payload["attempts"]) or None,
+            "retry_at": payload["retry_at"] and parse_instant(payload["retry_at"], None)}
+
+
 # Moving from cron.
 
 def _cmd_import_crontab(session):
@@ -10728,16 +11364,19 @@ _ANSWER_PATIENCE = 5    # seconds for a server to notice that it was woken
 def _cmd_status(session):
     store = session.settled
     process, health, states, jobs = store.server(), "there is no store yet", [], []
+    notices = []
     if store.exists:
         health = "no server runs" if process is None else (
             "healthy" if _answers(store) else "the server does not answer")
         with store.read() as db:
             states, jobs = [run["state"] for run in active_runs(db)], job_ids(db)
+            notices = unsent_notices(db)
             if health == "healthy":
                 health = _overdue(db, *session.in_effect(db)) or health
     payload = {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
-               "running": states.count("running"), "queued": states.count("queued")}
-    session.give(payload, lambda style: fields(payload.items(), style))
+               "running": states.count("running"), "queued": states.count("queued"),
+               "unsent_notices": [notice_payload(row) for row in notices]}
+    session.give(payload, lambda style: status_text(payload, style))
     return 3 if process is None else 0 if health == "healthy" else 1
 
 
@@ -11119,6 +11758,8 @@ _COMMANDS = (
             ("--duration", "TIME", "with --to: let each run take as long, not as usual", None),
             ("--cron", "CRON", "those of an expression; --id gives the seed of H", None),
             ("--timezone", "ZONE", "the zone of that expression", None)),
+    Command("why", _cmd_why, "tell why a job has not run at an instant, or does not run now",
+            "JOB [INSTANT]", "why backup-db 2025-08-01T02:00", _WITH_ID),
     Command("status", _cmd_status, "tell whether the server is healthy", "", "status"),
     Command("pause", _cmd_pause, "stop the schedules of jobs", "JOB [JOB ...]", "pause backup-db",
             _WITH_ID, changes=True),

@@ -1,9 +1,15 @@
-"""What the tests of processes share: stores, runs, servers, and waiting for something."""
+"""What tests share: stores, runs, servers, others that a run speaks to, and waiting."""
+import http.server
+import json
 import os
 import signal
+import socket
+import socketserver
 import sys
+import threading
 import time
 import traceback
+import urllib.parse
 
 import roexec
 
@@ -49,6 +55,38 @@ def read_attempts(store, run_id):
 def read_log_of(store, run_id, **how):
     with open(store.file(read_run(store, run_id)["log"]), "rb") as file:
         return roexec.select_lines(file.read(), **how).decode(errors="replace")
+
+
+def claimed(store, job, slot=None, **columns):
+    """The journal of a new run of a job that has its place."""
+    with store.write() as db:
+        roexec.add_run(db, **{"id": roexec.new_run_id(), "job_id": job.id, "trigger": "manual",
+                              "state": "queued", "queued_at": time.time(), "slot": slot,
+                              **columns})
+        journal, = roexec.claim(db, store.file("active"), lambda row: job, None,
+                                lambda row: True)
+    return journal
+
+
+def supervise(store, journal):
+    """Carry a run to its end in this process -> its row in the store."""
+    signals = roexec.Signals()
+    try:
+        roexec.Supervision(journal, store.folder, signals).perform()
+    finally:
+        signals.close()
+        journal.close()
+    roexec.settle(store)
+    return read_run(store, journal.run_id)
+
+
+def perform(store, command="true", **more):
+    """Run a job with this command -> the row of the run."""
+    return supervise(store, claimed(store, make_job(command, **more)))
+
+
+def output_of(store, run, **how):
+    return read_log_of(store, run["id"], raw=True, **how)
 
 
 def await_state(store, run_id, *states, seconds=20):
@@ -175,3 +213,246 @@ class Server:
         """SIGTERM, as `systemctl stop` does."""
         os.kill(self.pid, signal.SIGTERM)
         assert end_of(self.pid) == 0, self.said
+
+
+# Servers on this host.
+
+class Web(http.server.ThreadingHTTPServer):
+    """Keeps the requests that it gets; answers what `answer(handler)` does, else 200.
+
+    With a `context` it speaks TLS.
+    """
+    daemon_threads = True
+
+    def __init__(self, context=None):
+        self.requests, self.answer, self.context = [], None, context
+        super().__init__(("127.0.0.1", 0), WebHandler)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def get_request(self):
+        connection, address = super().get_request()
+        if self.context:
+            connection = self.context.wrap_socket(connection, server_side=True,
+                                                  do_handshake_on_connect=False)
+        return connection, address
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def url(self, path="/", host="127.0.0.1"):
+        return f"http{'s' if self.context else ''}://{host}:{self.server_port}{path}"
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+class WebHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, dict(self.headers.items()), body))
+        if self.server.answer:
+            self.server.answer(self)
+        else:
+            reply(200)(self)
+
+    def log_message(self, *_):
+        pass
+
+
+def reply(status, body=b"secret words", **headers):
+    def answer(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+    return answer
+
+
+class Smtp(socketserver.ThreadingTCPServer):
+    """Speaks as much SMTP as a client needs; `replies` are other replies to a verb, or an address.
+
+    `mails` are (sender, recipients, bytes), `said` the lines of clients.
+    """
+    daemon_threads = True
+
+    def __init__(self, context=None, starttls=True, implicit=False):
+        self.replies, self.mails, self.said = {}, [], []
+        self.context, self.starttls, self.implicit = context, starttls and context, implicit
+        super().__init__(("127.0.0.1", 0), SmtpHandler)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def settings(self, **more):
+        tls = "tls" if self.implicit else "starttls" if self.starttls else "none"
+        return {"mail": {"host": "localhost", "port": self.server_address[1], "tls": tls,
+                         "from": "roexec@example.com", "timeout": 5, **more}}
+
+    close = Web.close
+
+
+class SmtpHandler(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.secure, self.sender, self.recipients = False, None, []
+        self.file = self.request.makefile("rb")
+        if self.server.implicit:
+            self.wrap()
+        self.tell("220 ready")
+        while True:
+            line = self.file.readline()
+            if not line:
+                return
+            self.server.said.append(line)
+            verb, _, rest = line.decode().strip().partition(" ")
+            getattr(self, "do_" + verb.upper(), self.do_other)(rest)
+
+    def wrap(self):
+        self.file.close()
+        self.request = self.server.context.wrap_socket(self.request, server_side=True,
+                                                       do_handshake_on_connect=False)
+        self.file = self.request.makefile("rb")
+        self.request.do_handshake()
+        self.secure = True
+
+    def finish(self):
+        self.file.close()
+        self.request.close()
+
+    def tell(self, line, key=None):
+        self.request.sendall(self.server.replies.get(key, line).encode() + b"\r\n")
+
+    def do_EHLO(self, _):
+        more = "250-STARTTLS\r\n" if self.server.starttls and not self.secure else ""
+        self.tell(f"250-localhost\r\n{more}250 AUTH PLAIN")
+
+    def do_STARTTLS(self, _):
+        self.tell("220 go", "STARTTLS")
+        self.wrap()
+
+    def do_AUTH(self, _):
+        self.tell("235 in" if self.secure else "538 not in clear text", "AUTH")
+
+    def do_MAIL(self, rest):
+        self.sender, self.recipients = rest, []
+        self.tell("250 ok", "MAIL")
+
+    def do_RCPT(self, rest):
+        address = rest.split(">")[0].split("<")[1]
+        if address not in self.server.replies:
+            self.recipients.append(address)
+        self.tell("250 ok", address)
+
+    def do_DATA(self, _):
+        self.tell("354 go on", "DATA")
+        lines = []
+        for line in self.file:
+            if line == b".\r\n":
+                break
+            lines.append(line[1:] if line.startswith(b".") else line)
+        self.server.mails.append((self.sender, self.recipients, b"".join(lines)))
+        self.tell("250 taken", "END")
+
+    def do_QUIT(self, _):
+        self.tell("221 bye")
+        self.request.shutdown(socket.SHUT_RDWR)
+
+    def do_other(self, _):
+        self.tell("250 ok")
+
+
+class VaultServer:
+    """Speaks as much of Vault's API as is needed; `requests` is what it was asked.
+
+    `answers` are (status, body) or callables for the next requests, before its usual ones.
+    """
+
+    def __init__(self, tls=None):
+        self.requests, self.answers, self.tokens = [], [], {"t0k3n-of-vault"}
+        self.mounts = {"secret/": "2", "kv/": "1", "deep/er/": "2"}
+        self.secrets = {"secret/data/db": {"user": "bob", "password": "s3cr3t-Pässword"},
+                        "kv/db": {"password": "old-passw0rd"},
+                        "deep/er/data/x": {"a": "deep-value"}}
+        self.deleted = {}
+        vault = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                size = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(size)) if size else None
+                vault.requests.append((self.command, self.path, dict(self.headers), body))
+                answer = vault.answers.pop(0) if vault.answers else vault.usual
+                answer = answer(self, body) if callable(answer) else answer
+                if answer is not None:
+                    status, content, *headers = answer
+                    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data)))
+                    for name, value in headers:
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.port = self.server.server_address[1]
+        self.address = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def usual(self, request, body):
+        path = urllib.parse.unquote(request.path).removeprefix("/v1/")
+        if path == "auth/approle/login":
+            if body != {"role_id": "role", "secret_id": "s3cr3t-id"}:
+                return 400, {"errors": ["invalid role or secret ID"]}
+            self.tokens.add("t0k3n-of-role")
+            return 200, {"auth": {"client_token": "t0k3n-of-role", "lease_duration": 1200,
+                                  "renewable": True}, "data": None}
+        token = request.headers.get("X-Vault-Token")
+        if token is None:
+            return 403, {"errors": ["missing client token"]}
+        if token not in self.tokens:
+            return 403, {"errors": ["2 errors occurred:\n\t* permission denied\n\t* invalid token"
+                                    "\n\n"]}
+        asks_mount = path.startswith("sys/internal/ui/mounts/")
+        path = path.removeprefix("sys/internal/ui/mounts/")
+        mount = next((mount for mount in self.mounts if path.startswith(mount)), None)
+        if asks_mount and mount is not None:
+            return 200, {"data": {"path": mount, "type": "kv",
+                                  "options": {"version": self.mounts[mount]}}}
+        if asks_mount:
+            return 403, {"errors": ["preflight capability check returned 403"]}
+        if mount is None:
+            return 404, {"errors": [f'no handler for route "{path}". route entry not found.']}
+        versioned = self.mounts[mount] == "2"
+        if versioned and not path[len(mount):].startswith("data/"):
+            return 404, {"errors": [], "warnings": [
+                "Invalid path for a versioned K/V secrets engine. See the API docs."]}
+        if path in self.deleted:
+            return 404, {"data": {"data": None, "metadata": {
+                "deletion_time": "2026-01-01T00:00:00Z", "destroyed": self.deleted[path],
+                "version": 3}}}
+        if path not in self.secrets:
+            return 404, {"errors": []}
+        data = self.secrets[path]
+        metadata = {"created_time": "2018-03-22T02:24:06.9Z", "custom_metadata": None,
+                    "deletion_time": "", "destroyed": False, "version": 2}
+        return 200, {"request_id": "1", "lease_id": "", "renewable": False, "lease_duration": 0,
+                     "data": {"data": data, "metadata": metadata} if versioned else data}

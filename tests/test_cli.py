@@ -127,7 +127,7 @@ CHANGING = {"run", "exec", "add", "apply", "delete", "pause", "resume", "cancel"
 
 def test_the_commands_are_those_of_the_design():
     assert set(COMMANDS) == CHANGING | {
-        "export", "import crontab", "list jobs", "list runs", "show", "logs", "next", "status",
+        "export", "import crontab", "list jobs", "list runs", "show", "logs", "next", "why", "status",
         "wait"}
     assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
 
@@ -340,7 +340,8 @@ def test_a_server_that_cannot_announce_itself_says_what_to_write(store, monkeypa
     assert said and f"--store {store.path}" in said[0]
 
 
-READING = ["list jobs", "list runs", "show hello", "logs hello", "next", "status", "export",
+READING = ["list jobs", "list runs", "show hello", "logs hello", "next", "why hello", "status",
+           "export",
            "wait hello", "run hello", "delete hello", "pause hello", "cancel hello", "retry hello"]
 DRY = ["run hello", "run --name x -- true", "exec -- true", "add x -- true", "apply -f jobs.yml",
        "delete hello", "pause hello", "resume hello", "cancel latest", "retry latest"]
@@ -928,6 +929,128 @@ def test_a_server_that_does_not_answer_is_not_healthy(cli, jobs, store, monkeypa
         assert (cli("status")[0], "does not answer" in cli("status")[1]) == (1, True)
 
 
+def test_status_shows_the_notices_that_wait_and_that_were_given_up(cli, jobs, store):
+    assert "unsent" not in cli("status")[1]
+    with store.write() as db:
+        for number, until in ((1, None), (2, NOW + 10)):
+            notice = roexec.add_notice(db, "webhook", "https://chat.example/secret", f"r{number}",
+                                       b"{}", NOW, title=f"job {number} failed")
+            roexec.begin_notice(db, {"id": notice, "tries": 0}, NOW, NOW + 300)
+            roexec.notice_failed(db, notice, NOW, "chat.example: 404", until)
+    _, out, _ = cli("status")
+    assert "unsent: 2, 1 of them given up" in out and "secret" not in out
+    assert re.search(r"webhook +given up .* job 1 failed +chat.example: 404", out)
+    assert re.search(r"webhook +waiting .* job 2 failed", out)
+    told = json.loads(cli("status --json")[1])["unsent_notices"]
+    assert [(notice["run"], notice["state"], notice["next_try"]) for notice in told] == [
+        ("r2", "waiting", "2025-08-01T10:00:10Z"), ("r1", "given_up", None)]
+
+
+# why.
+
+@pytest.fixture
+def since_july(jobs, store):
+    """The job `hello` (each day at 2) has been registered since July, and is decided until NOW."""
+    with store.write() as db:
+        db.execute("UPDATE versions SET since = ?", (NOW - 31 * 86400,))
+    return store
+
+
+def skip(store, reason, slot="2025-08-01T02:00:00Z", **values):
+    slot = int(roexec.parse_instant(slot, None))
+    return record(store, state="skipped", **{"at": slot, "slot": slot, "last_slot": slot,
+                                             "reason": reason, "trigger": "schedule", **values})
+
+
+SLOT = 1754013600           # 2025-08-01T02:00:00Z
+
+
+@pytest.mark.parametrize("reason, values, words", [
+    ("paused", {"slot": "2025-07-30T02:00:00Z", "last_slot": SLOT, "count": 3},
+     ["from 2025-07-30T02:00:00Z", "until 2025-08-01T02:00:00Z"]),
+    ("window", {}, ["outside of its window"]),
+    ("missed", {"at": SLOT + 7200}, ["no server", "2025-07-31T02:00:01Z for the last time",
+                                     "the next 2025-08-01T04:00:00Z, 2h late", "window is 1h"]),
+    ("overlap", {}, ["run other12345 (started 2025-08-01T01:59:00Z, ended 2025-08-01T02:05:00Z, "
+                     "succeeded)", "overlap: skip"]),
+    ("condition", {"message": "the condition ended with 3"}, ["the condition ended with 3"]),
+    ("capacity", {"message": "10000 runs were queued"}, ["10000 runs were queued"]),
+])
+def test_why_tells_for_what_reason_a_slot_was_skipped(reason, values, words, cli, since_july):
+    record(since_july, id="before1234", at=SLOT - 86399, slot=SLOT - 4 * 86400, trigger="schedule")
+    record(since_july, id="other12345", at=SLOT - 60, finished_at=SLOT + 300)
+    skip(since_july, reason, **values)
+    status, out, err = cli("why hello 2025-08-01T02:00")
+    assert (status, err) == (0, "") and all(word in out for word in words), out
+    answer, = json.loads(cli("why --id hello 2025-08-01 02:00 --json")[1])["answers"]
+    assert answer["slot"] == "2025-08-01T02:00:00Z"
+    assert answer["why"][0]["reason"] == {"paused": "paused_then"}.get(reason, reason)
+
+
+@pytest.mark.parametrize("instant, words", [
+    ("2025-08-01T02:00", ["There is no record"]),
+    ("2025-08-01T02:01", ["not due", "last 2025-08-01T02:00:00Z", "next 2025-08-02T02:00:00Z"]),
+    ("2025-06-01T02:00", ["registered only 2025-07-01T10:00:00Z"]),
+    ("2125-08-01T02:00Z", ["It is due, and starts 2125-08-01T02:00:00Z", "No server runs"]),
+])
+def test_why_tells_of_an_instant_without_a_run(instant, words, cli, since_july):
+    status, out, _ = cli(f"why hello {instant}")
+    assert status == 0 and all(word in out for word in words), out
+
+
+def test_why_without_an_instant_is_about_now_the_latest_slot_and_the_next(cli, since_july):
+    latest = int(time.time()) // 86400 * 86400 + 7200
+    latest -= 86400 * (latest > time.time())
+    record(since_july, id="latest1234", at=latest, slot=latest, trigger="schedule")
+    run_id = record(since_july, state="queued")
+    assert cli("pause hello")[0] == 0
+    status, out, _ = cli("why hello")
+    assert status == 0
+    assert [line for line in out.splitlines() if not line.startswith("  ")] == [
+        "hello, now:",
+        *(f"hello, {roexec.format_instant(slot)} (local {roexec.format_instant(slot)[:-1]}+00:00):"
+          for slot in (latest, latest + 86400))]
+    assert f"  Run {run_id} waits for a server" in out and "  The job is paused: roexec re" in out
+    assert "  Run latest1234: succeeded, started " in out and "  It will be skipped" in out
+
+
+def test_why_reads_an_instant_as_local_time_of_the_job(cli, jobs):
+    cli('add dst --schedule "30 2 * * *" --set timezone=Europe/Berlin -- true')
+    with_gap = json.loads(cli("why dst 2125-03-25T02:30 --json")[1])["answers"]
+    assert [(each["local"], each["mark"]) for each in with_gap] == [
+        ("2125-03-25T03:00:00+02:00", "moved from 02:30")]
+    assert [said["reason"] for said in with_gap[0]["why"]] == ["gap", "due", "no_server"]
+    twice = json.loads(cli("why dst 2125-10-28T02:30 --json")[1])["answers"]
+    assert [(each["local"], each["mark"], each["why"][0]["reason"]) for each in twice] == [
+        ("2125-10-28T02:30:00+02:00", "first of two", "due"),
+        ("2125-10-28T02:30:00+01:00", None, "not_due")]
+    cli('add wall --schedule "*/30 * * * *" --set timezone=Europe/Berlin -- true')
+    gap, = json.loads(cli("why wall 2125-03-25T02:30 --json")[1])["answers"]
+    assert [said["reason"] for said in gap["why"]] == ["gap"]
+
+
+def test_why_of_a_run_that_waits_for_its_next_attempt_says_until_when(cli, store, tmp_path):
+    cli("add again --set retries=1 --set backoff=1h -- false")
+    assert cli("run again --detach")[0] == 0
+    deadline = time.monotonic() + 20
+    while "next attempt, number 2, until 20" not in cli("why again")[1]:
+        assert time.monotonic() < deadline, cli("why again")
+        time.sleep(0.05)
+    assert cli("cancel again")[0] == 0 and cli("wait again")[0] == 130
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("why", "say which one"), ("why hello soon", '"soon" is no instant')])
+def test_why_without_a_job_or_with_no_instant_is_wrong_usage(line, sentence, cli, jobs):
+    status, out, err = cli(line)
+    assert (status, out) == (2, "") and sentence in err
+
+
+def test_why_of_an_unknown_job_names_the_nearest(cli, jobs):
+    status, _, err = cli("why helo")
+    assert status == 1 and 'there is no job "helo"; did you mean "hello"?' in err
+
+
 # cancel, retry, wait.
 
 def test_a_queued_run_is_withdrawn(cli, jobs, store):
@@ -1188,24 +1311,69 @@ def test_ctrl_c_ends_a_command_with_130_and_nothing_else(jobs, store):
     assert (waiting.returncode, out) == (130, "") and "Traceback" not in err
 
 
-def test_the_same_output_has_colour_on_a_terminal_alone(jobs, store):
+def on_terminal(store, *words, redirect="", program=roexec.__file__, **variables):
+    """What a command shows on a terminal."""
     import pty
+    pid, descriptor = pty.fork()
+    if pid == 0:
+        os.environ.update({"TERM": "xterm", **variables})
+        os.execv("/bin/sh", ["sh", "-c", f'"$0" "$@" {redirect}', sys.executable, program, "--store", store.path,
+                             *words])
+    output = b""
+    with contextlib.suppress(OSError):      # EIO: the other side has been closed
+        while True:
+            data = os.read(descriptor, 4096)
+            if not data:
+                break
+            output += data
+    os.close(descriptor)
+    os.waitpid(pid, 0)
+    return output.decode()
 
-    def shown(**variables):
-        pid, descriptor = pty.fork()
-        if pid == 0:
-            os.environ.update({"TERM": "xterm", **variables})
-            os.execv(sys.executable, [sys.executable, roexec.__file__, "--store", store.path,
-                                      "list", "jobs"])
-        output = b""
-        with contextlib.suppress(OSError):      # EIO: the other side has been closed
-            while True:
-                data = os.read(descriptor, 4096)
-                if not data:
-                    break
-                output += data
-        os.close(descriptor)
-        os.waitpid(pid, 0)
-        return output.decode()
-    assert "\x1b[1mID" in shown()
-    assert "\x1b" not in shown(NO_COLOR="1") and "\x1b" not in process(store, "list", "jobs").stdout
+
+def test_the_same_output_has_colour_on_a_terminal_alone(jobs, store):
+    assert "\x1b[1mID" in on_terminal(store, "list", "jobs")
+    assert "\x1b" not in on_terminal(store, "list", "jobs", NO_COLOR="1")
+    assert "\x1b" not in process(store, "list", "jobs").stdout
+
+
+@pytest.fixture
+def soon(tmp_path):
+    """A roexec that has a status line after 0.2 s already."""
+    path = tmp_path / "soon.py"
+    path.write_text(f"import sys; sys.path.insert(0, {os.path.dirname(roexec.__file__)!r})\n"
+                    "import roexec; roexec._STATUS_AFTER = 0.2; sys.exit(roexec.main())\n")
+    return str(path)
+
+
+STATUS = re.compile(r"\r(\w+ [0-9.]+m?s(?: of about [0-9]+\w+)?)\x1b\[K")
+CLEARED = "\r\x1b[K"
+
+
+def test_a_run_that_takes_long_has_a_status_line_that_is_gone_when_output_comes(store, soon):
+    store.create()
+    at = time.time() - 100
+    record(store, "slow", at=at, finished_at=at + 42)
+    shown = on_terminal(store, "run", "--name", "slow", "--", "sh", "-c",
+                        "echo one; sleep 0.6; echo two; sleep 0.9; exit 3", program=soon)
+    assert STATUS.findall(shown) == ["slow 0s of about 42s", "slow 1s of about 42s"]
+    assert STATUS.sub("", shown) == f"one\r\n{CLEARED}two\r\n{CLEARED}"
+
+
+@pytest.mark.parametrize("script, how", [
+    ("sleep 0.4", {"redirect": "2>errors"}),
+    ("sleep 0.4", {"redirect": "| cat"}),
+    ("sleep 0.4", {"TERM": "dumb"}),
+    ("printf 'name? '; sleep 0.4; echo", {}),
+    ("stty -echo </dev/tty; sleep 0.4; stty echo </dev/tty", {}),
+    ("sleep 0.1", {}),
+])
+def test_a_status_line_is_not_drawn_where_it_might_spoil_something(script, how, store, soon):
+    shown = on_terminal(store, "run", "--name", "x", "--", "sh", "-c", script, program=soon, **how)
+    assert "\x1b" not in shown
+
+
+def test_what_stty_tostop_forbids_to_jobs_in_the_background_is_shown_nevertheless(store):
+    shown = on_terminal(store, "run", "--name", "x", "--", "sh", "-c",
+                        "stty tostop </dev/tty; echo shown")
+    assert shown == "shown\r\n"

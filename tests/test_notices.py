@@ -3,13 +3,11 @@ import base64
 import contextlib
 import email
 import email.policy
-import http.server
 import json
 import os
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import subprocess
 import threading
@@ -18,7 +16,7 @@ import time
 import pytest
 
 import roexec
-from helpers import wait_for
+from helpers import Smtp, SmtpHandler, Web, reply, wait_for
 from roexec import (Hook, NoticeError, Store, add_notice, add_run, begin_notice, build_notices,
                     deliver, due_notices, finish_run, merge_notices, next_notice, notice_failed,
                     notice_sent, notice_target, notice_title, output_tail, purge_notices,
@@ -37,62 +35,6 @@ def store(tmp_path):
 
 # Servers on this host.
 
-class Web(http.server.ThreadingHTTPServer):
-    """Keeps the requests that it gets; answers what `answer(handler)` does, else 200.
-
-    With a `context` it speaks TLS.
-    """
-    daemon_threads = True
-
-    def __init__(self, context=None):
-        self.requests, self.answer, self.context = [], None, context
-        super().__init__(("127.0.0.1", 0), _WebHandler)
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def get_request(self):
-        connection, address = super().get_request()
-        if self.context:
-            connection = self.context.wrap_socket(connection, server_side=True,
-                                                  do_handshake_on_connect=False)
-        return connection, address
-
-    def handle_error(self, request, client_address):
-        pass
-
-    def url(self, path="/", host="127.0.0.1"):
-        return f"http{'s' if self.context else ''}://{host}:{self.server_port}{path}"
-
-    def close(self):
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
-
-
-class _WebHandler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append((self.path, dict(self.headers.items()), body))
-        if self.server.answer:
-            self.server.answer(self)
-        else:
-            reply(200)(self)
-
-    def log_message(self, *_):
-        pass
-
-
-def reply(status, body=b"secret words", **headers):
-    def answer(handler):
-        handler.send_response(status)
-        for name, value in headers.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
-    return answer
-
-
 def drip(first, each):
     """An answer that begins, and then comes byte by byte for longer than one waits."""
     def answer(handler):
@@ -108,100 +50,6 @@ def web():
     server = Web()
     yield server
     server.close()
-
-
-class Smtp(socketserver.ThreadingTCPServer):
-    """Speaks as much SMTP as a client needs; `replies` are other replies to a verb, or an address.
-
-    `mails` are (sender, recipients, bytes), `said` the lines of clients.
-    """
-    daemon_threads = True
-
-    def __init__(self, context=None, starttls=True, implicit=False):
-        self.replies, self.mails, self.said = {}, [], []
-        self.context, self.starttls, self.implicit = context, starttls and context, implicit
-        super().__init__(("127.0.0.1", 0), _SmtpHandler)
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def handle_error(self, request, client_address):
-        pass
-
-    def settings(self, **more):
-        tls = "tls" if self.implicit else "starttls" if self.starttls else "none"
-        return {"mail": {"host": "localhost", "port": self.server_address[1], "tls": tls,
-                         "from": "roexec@example.com", "timeout": 5, **more}}
-
-    close = Web.close
-
-
-class _SmtpHandler(socketserver.BaseRequestHandler):
-    def handle(self):
-        self.secure, self.sender, self.recipients = False, None, []
-        self.file = self.request.makefile("rb")
-        if self.server.implicit:
-            self.wrap()
-        self.tell("220 ready")
-        while True:
-            line = self.file.readline()
-            if not line:
-                return
-            self.server.said.append(line)
-            verb, _, rest = line.decode().strip().partition(" ")
-            getattr(self, "do_" + verb.upper(), self.do_other)(rest)
-
-    def wrap(self):
-        self.file.close()
-        self.request = self.server.context.wrap_socket(self.request, server_side=True,
-                                                       do_handshake_on_connect=False)
-        self.file = self.request.makefile("rb")
-        self.request.do_handshake()
-        self.secure = True
-
-    def finish(self):
-        self.file.close()
-        self.request.close()
-
-    def tell(self, line, key=None):
-        self.request.sendall(self.server.replies.get(key, line).encode() + b"\r\n")
-
-    def do_EHLO(self, _):
-        more = "250-STARTTLS\r\n" if self.server.starttls and not self.secure else ""
-        self.tell(f"250-localhost\r\n{more}250 AUTH PLAIN")
-
-    def do_STARTTLS(self, _):
-        self.tell("220 go", "STARTTLS")
-        self.wrap()
-
-    def do_AUTH(self, _):
-        self.tell("235 in" if self.secure else "538 not in clear text", "AUTH")
-
-    def do_MAIL(self, rest):
-        self.sender, self.recipients = rest, []
-        self.tell("250 ok", "MAIL")
-
-    def do_RCPT(self, rest):
-        address = rest.split(">")[0].split("<")[1]
-        if address not in self.server.replies:
-            self.recipients.append(address)
-        self.tell("250 ok", address)
-
-    def do_DATA(self, _):
-        self.tell("354 go on", "DATA")
-        lines = []
-        for line in self.file:
-            if line == b".\r\n":
-                break
-            lines.append(line[1:] if line.startswith(b".") else line)
-        self.server.mails.append((self.sender, self.recipients, b"".join(lines)))
-        self.tell("250 taken", "END")
-
-    def do_QUIT(self, _):
-        self.tell("221 bye")
-        self.request.shutdown(socket.SHUT_RDWR)
-
-    def do_other(self, _):
-        self.tell("250 ok")
 
 
 @pytest.fixture
@@ -765,7 +613,7 @@ def test_what_a_mail_server_refuses(smtp, verb, answer, permanent, text):
 
 
 def test_a_mail_that_was_taken_has_arrived_whatever_comes_then(smtp, monkeypatch):
-    monkeypatch.setattr(_SmtpHandler, "do_QUIT", lambda self, _: self.request.shutdown(2))
+    monkeypatch.setattr(SmtpHandler, "do_QUIT", lambda self, _: self.request.shutdown(2))
     send("mail", "ops@example.com", mail_body(), **smtp.settings())
     assert len(smtp.mails) == 1
 
@@ -843,7 +691,7 @@ def test_a_mail_server_that_goes_on_slowly_ends_at_its_timeout(smtp, monkeypatch
         for _ in range(100):
             self.request.sendall(b"250-x\r\n")
             time.sleep(0.02)
-    monkeypatch.setattr(_SmtpHandler, "do_MAIL", slowly)
+    monkeypatch.setattr(SmtpHandler, "do_MAIL", slowly)
     began = time.monotonic()
     error = error_of("mail", "ops@example.com", mail_body(), **smtp.settings(timeout=0.2))
     assert str(error) == NO_ANSWER and time.monotonic() - began < 1.5

@@ -8,9 +8,9 @@ import pytest
 
 import roexec
 from roexec import (ACTIVE_STATES, FINAL_STATES, MOST_CAUGHT_UP, MOST_COUNTED, ON_TIME, REASONS,
-                    STATES, Ended, Job, admit, backoff_delay, busiest_minutes, decide_slots,
-                    foresee, get_zone, iter_slots,
-                    jitter_delay, last_slot, next_run, next_slot, outcome, overlap_action,
+                    STATES, Ended, Job, Known, Met, admit, backoff_delay, busiest_minutes,
+                    decide_slots, explain, foresee, get_zone, is_moved, iter_slots, jitter_delay,
+                    last_slot, local_instants, next_run, next_slot, outcome, overlap_action,
                     parse_instant, retry_delay, upcoming_slots)
 
 UTC = timezone.utc
@@ -615,3 +615,190 @@ def test_the_busiest_minutes_are_those_in_which_several_slots_start():
     assert busiest_minutes(rows) == [
         (NOON, 3), (NOON + HOUR, 3), (NOON + HOUR + 1800, 2)]
     assert busiest_minutes(rows, 1) == [(NOON, 3)] and busiest_minutes([]) == []
+
+
+# Why.
+
+def known(a_job=None, **more):
+    """What is known at noon of a job that was registered a day before, with a server."""
+    return Known(**{"now": NOON, "zone": UTC, "versions": [(NOON - DAY, a_job or job("0 * * * *"))],
+                    "position": NOON, "active": [], "limits": {}, "held": (), "server": True,
+                    **more})
+
+
+def run_row(**more):
+    return {"id": "r1", "job_id": "backup", "state": "running", "reason": None, "message": None,
+            "trigger": "schedule", "slot": NOON, "last_slot": None, "count": 1, "priority": 0,
+            "seq": 1, "owner": None, "queued_at": NOON, "started_at": NOON, "finished_at": None,
+            **more}
+
+
+def met(others=(), alive=None, **row):
+    return Met(row=run_row(**row) if row else None, others=others, alive=alive)
+
+
+def reasons(*arguments):
+    return [said["reason"] for said in explain(*arguments)]
+
+
+HOURLY = job("0 * * * *")
+OFF = job("0 * * * *", enabled=False)
+
+
+@pytest.mark.parametrize("facts, expected", [
+    (known(), ["not_due"]),
+    (known(server=False), ["no_server"]),
+    (known(paused=True), ["paused"]),
+    (known(OFF), ["disabled"]),
+    (known(job([])), ["manual"]),
+    (known(job("@reboot")), ["reboot"]),
+    (known(job("0 * * * *", window={"start": "2025-09-01"})), ["window"]),
+    (known(job("0 * * * *", window={"end": "2025-07-01"})), ["window"]),
+    (known(position=NOON - HOUR), ["overdue"]),
+    (known(job("0 * * * *", jitter="1h"), position=NOON - HOUR), ["jitter"]),
+    (known(active=[run_row()]), ["running"]),
+    (known(active=[run_row(retry_at=NOON + 9, attempt=1)]), ["retry"]),
+    (known(active=[run_row(job_id="other")]), ["not_due"]),
+    (known(active=[run_row()], paused=True), ["running", "paused"]),
+    (known(active=[run_row(state="queued")]), ["queued"]),
+    (known(active=[run_row(state="queued")], server=False), ["queued_no_server", "no_server"]),
+    (known(active=[run_row(state="queued", owner="boot 1 2")], server=False),
+     ["queued_owner", "no_server"]),
+    (known(active=[run_row(state="queued")], held={"backup"}, paused=True),
+     ["queued_paused", "paused"]),
+])
+def test_why_a_job_does_not_run_now(facts, expected):
+    assert reasons(facts) == expected
+
+
+def test_who_waits_for_a_place_is_told_behind_whom():
+    first, second = run_row(), run_row(id="r2", seq=2, state="queued", slot=NOON + 60)
+    third = run_row(id="r3", seq=3, state="queued", slot=NOON + 120)
+    other = run_row(id="r4", seq=4, job_id="other", state="queued", slot=NOON + 90)
+    told = [(said["run"], said["reason"], said.get("behind"), said.get("limit"))
+            for said in explain(known(active=[first, second, third, other],
+                                      limits={"backup": 2, "other": 1}, max_concurrent=3))]
+    assert told == [("r1", "running", None, None), ("r2", "queued", None, None),
+                    ("r3", "queued_job", ["r1", "r2"], 2)]
+    told = explain(known(active=[first, other, third], limits={"other": 1}, max_concurrent=2))[1]
+    assert (told["reason"], told["behind"], told["limit"]) == ("queued_all", ["r1", "r4"], 2)
+    caught_up = run_row(id="r5", state="queued", trigger="catch_up")
+    told = explain(known(active=[first, caught_up], limits={"backup": 9}))[1]
+    assert (told["reason"], told["behind"]) == ("queued_catch_up", ["r1"])
+
+
+@pytest.mark.parametrize("state, reason", [
+    (state, reason) for state in FINAL_STATES if state != "skipped"
+    for reason in REASONS.get(state, (None,))])
+def test_of_a_slot_that_ran_it_says_how(state, reason):
+    said, = explain(known(), NOON, met(state=state, reason=reason, finished_at=NOON + 9))
+    assert (said["reason"], said["state"], said["detail"]) == ("ran", state, reason)
+    assert said["late"] is None
+    said, = explain(known(), NOON, met(state=state, reason=reason, started_at=NOON + 300))
+    assert said["late"] == 300
+
+
+@pytest.mark.parametrize("reason", REASONS["skipped"])
+def test_each_reason_for_a_slot_to_be_skipped_is_told(reason):
+    said, = explain(known(), NOON, met(state="skipped", reason=reason, finished_at=NOON))
+    assert said["reason"] == {"paused": "paused_then"}.get(reason, reason)
+
+
+def test_a_slot_in_a_row_of_many_is_that_row_and_what_is_no_slot_is_not():
+    many = met(state="skipped", reason="paused", slot=NOON - 5 * HOUR, last_slot=NOON,
+               finished_at=NOON)
+    assert reasons(known(), NOON - 2 * HOUR, many) == ["paused_then"]
+    assert reasons(known(), NOON - 2 * HOUR + 1, many) == ["not_due"]
+    before = met(state="skipped", reason="paused", slot=NOON - 5 * HOUR, last_slot=NOON - 3 * HOUR)
+    assert reasons(known(), NOON - 2 * HOUR, before) == ["unrecorded"]
+
+
+def test_an_overlap_names_the_runs_in_the_way():
+    other = run_row(id="r0", slot=NOON - HOUR, state="succeeded", finished_at=NOON + 5)
+    said, = explain(known(), NOON, met(state="skipped", reason="overlap", others=[other]))
+    assert [run["id"] for run in said["others"]] == ["r0"] and said["overlap"] == "skip"
+
+
+@pytest.mark.parametrize("spec, seen, why", [
+    ({}, NOON + 2 * HOUR, "window"), ({}, NOON + 1800, "newer"),
+    ({"catch_up": "none"}, NOON + 1800, "none")])
+def test_a_missed_slot_says_how_long_nobody_was_there_and_why_it_was_not_caught_up(spec, seen, why):
+    said, = explain(known(job("0 * * * *", **spec), now=NOON + DAY, position=NOON + DAY), NOON,
+                    met(alive=NOON - 99, state="skipped", reason="missed", queued_at=seen))
+    assert (said["alive"], said["seen"], said["late"], said["why"]) == (
+        NOON - 99, seen, seen - NOON, why)
+
+
+def test_of_a_row_that_has_grown_over_outages_a_later_one_is_not_dated_by_the_first():
+    said, = explain(known(now=NOON + DAY, position=NOON + DAY), NOON + 3 * HOUR, met(
+        alive=NOON - 99, state="skipped", reason="missed", last_slot=NOON + 3 * HOUR,
+        queued_at=NOON + HOUR, finished_at=NOON + 5 * HOUR))
+    assert (said["alive"], said["seen"], said["late"]) == (None, NOON + 5 * HOUR, 2 * HOUR)
+
+
+@pytest.mark.parametrize("facts, instant, expected", [
+    (known(), NOON - 1, ["not_due"]),
+    (known(), NOON - 2 * DAY, ["unregistered"]),
+    (known(), NOON - HOUR, ["unrecorded"]),
+    (known(job([])), NOON, ["manual"]),
+    (known(OFF), NOON, ["disabled"]),
+    (known(position=NOON - HOUR), NOON, ["overdue"]),
+    (known(position=NOON - HOUR, server=False), NOON, ["no_server_then"]),
+    (known(job("0 * * * *", jitter="1h"), position=NOON - HOUR), NOON, ["jitter"]),
+    (known(), NOON + HOUR, ["due"]),
+    (known(server=False), NOON + HOUR, ["due", "no_server"]),
+    (known(paused=True), NOON + HOUR, ["will_be_paused"]),
+    (known(job("0 * * * *", window={"end": "2025-08-01"})), NOON + DAY, ["window"]),
+    (known(versions=[(NOON - DAY, OFF), (NOON - 60, HOURLY)]), NOON - HOUR, ["disabled"]),
+    (known(versions=[(NOON - DAY, job("7 * * * *")), (NOON - 60, HOURLY)]), NOON - HOUR,
+     ["rescheduled"]),
+    (known(versions=[(NOON - DAY, HOURLY), (NOON - 60, job("7 * * * *"))]), NOON - HOUR,
+     ["undecided"]),
+    (known(versions=[(NOON, HOURLY)]), NOON, ["unregistered"]),
+])
+def test_of_a_slot_without_a_row_it_says_why_there_is_none(facts, instant, expected):
+    assert reasons(facts, instant, met()) == expected
+
+
+def test_what_is_not_due_says_when_it_was_and_when_it_is():
+    said, = explain(known(), NOON + 60, met())
+    assert (said["last"], said["next"]) == (NOON, NOON + HOUR)
+
+
+def test_since_when_a_job_is_disabled_is_when_that_began():
+    versions = [(NOON - 300, HOURLY), (NOON - 200, OFF),
+                (NOON - 100, job("0 * * * *", enabled=False, tags=["x"]))]
+    assert explain(known(versions=versions))[0]["since"] == NOON - 200
+
+
+BERLIN = get_zone("Europe/Berlin")
+
+
+@pytest.mark.parametrize("text, expected, gap", [
+    ("2025-08-01T14:00", ["2025-08-01T12:00:00Z"], False),
+    ("2025-08-01T14:00Z", ["2025-08-01T14:00:00Z"], False),
+    ("2025-08-01T14:00:00.75", ["2025-08-01T12:00:00Z"], False),
+    ("2025-08-01 14:00+05:30", ["2025-08-01T08:30:00Z"], False),
+    ("2025-08-01", ["2025-07-31T22:00:00Z"], False),
+    ("2025-03-30T02:30", ["2025-03-30T01:00:00Z"], True),
+    ("2025-03-30T02:00", ["2025-03-30T01:00:00Z"], True),
+    ("2025-03-30T03:00", ["2025-03-30T01:00:00Z"], False),
+    ("2025-03-30T01:30Z", ["2025-03-30T01:30:00Z"], False),
+    ("2025-10-26T02:30", ["2025-10-26T00:30:00Z", "2025-10-26T01:30:00Z"], False),
+    ("2025-10-26T03:00", ["2025-10-26T02:00:00Z"], False),
+])
+def test_an_instant_without_an_offset_is_local_time(text, expected, gap):
+    assert local_instants(text, BERLIN) == ([parse_instant(each, UTC) for each in expected], gap)
+
+
+@pytest.mark.parametrize("zone", [UTC, get_zone("+01:00"), get_zone("Asia/Tokyo")])
+def test_a_zone_that_is_always_the_same_makes_one_instant_of_a_text(zone):
+    assert local_instants("2025-08-01T14:00", zone) == (
+        [parse_instant("2025-08-01T14:00", zone)], False)
+
+
+def test_only_what_names_a_time_of_day_is_moved_by_a_gap():
+    (after,), _ = local_instants("2025-03-30T01:00:00Z", BERLIN)
+    assert is_moved(job("30 2 * * *"), after, BERLIN)
+    assert not is_moved(job("*/30 * * * *"), after, BERLIN)
+    assert not is_moved(job(["@reboot", "30 2 * * *"]), after + DAY, BERLIN)

@@ -1,6 +1,8 @@
 """Payloads (what --json and the API give) and the text that people and pipes see."""
+import ast
 import datetime
 import json
+import re
 
 import pytest
 
@@ -168,6 +170,66 @@ def test_a_coming_slot_says_what_a_change_of_clocks_does_to_it(hourly):
         fold, fold + 3600, fold + 7200, fold + 10800)] == [
         "first of two", "second of two", "moved from 01:30", None]
     assert roexec.slot_payload(hourly(), NOON, BERLIN)["local"] == "2025-08-01T12:00:00+02:00"
+
+
+# Why.
+
+def every_reason():
+    """The reasons for a slot to be skipped, and those that stand in the code of `explain`."""
+    with open(roexec.__file__, encoding="utf-8") as file:
+        functions = [node for node in ast.parse(file.read()).body
+                     if re.match("_?(explain|why)(_|$)", getattr(node, "name", ""))]
+    dicts = [node for function in functions for node in ast.walk(function)
+             if isinstance(node, ast.Dict)]
+    found = {ast.literal_eval(value) for node in dicts for key, value in zip(node.keys, node.values)
+             if isinstance(value, ast.Constant) and getattr(key, "value", None) == "reason"}
+    return {*roexec.REASONS["skipped"], *found, "queued_job", "queued_catch_up"}
+
+
+def test_each_reason_has_a_sentence_and_each_sentence_a_reason():
+    assert set(roexec._SENTENCES) == every_reason()
+
+
+@pytest.mark.parametrize("sentence, text", [
+    ({"reason": "running", "run": "r1", "since": NOON, "attempt": None},
+     "Run r1 is on since 2025-08-01T10:00:00Z"),
+    ({"reason": "retry", "run": "r1", "attempt": 2, "until": NOON},
+     "Run r1 has failed and waits for its next attempt, number 2, until 2025-08-01T10:00:00Z"),
+    ({"reason": "queued_job", "run": "r9", "behind": list("abcdefg"), "limit": 1},
+     "Run r9 waits for a place behind a, b, c, d, e and 2 more: max_concurrent of the job is 1"),
+    ({"reason": "paused", "since": None}, "The job is paused: roexec resume backup"),
+    ({"reason": "window", "start": None, "end": NOON},
+     "That is outside of its window, which ends 2025-08-01T10:00:00Z"),
+    ({"reason": "overlap", "overlap": "skip", "others": [
+        {"id": "r0", "state": "succeeded", "started_at": NOON - 60, "finished_at": NOON}]},
+     "It was skipped, since the job was on: run r0 (started 2025-08-01T09:59:00Z, ended "
+     "2025-08-01T10:00:00Z, succeeded) (overlap: skip)"),
+    ({"reason": "missed", "alive": NOON, "seen": NOON + 7200, "late": 7000, "window": 3600,
+      "why": "window"},
+     "It was missed: no server saw it in time; one had decided something 2025-08-01T10:00:00Z for "
+     "the last time, and the next 2025-08-01T12:00:00Z, 1h57m late; catch_up_window is 1h"),
+    ({"reason": "condition", "run": "r1", "message": "the condition ended with {run}\x1b"},
+     "It was skipped by its condition: the condition ended with {run}\\x1b; roexec logs r1"),
+    ({"reason": "ran", "run": "r1", "state": "failed", "detail": "exit", "since": NOON,
+      "late": None, "until": NOON, "message": None},
+     "Run r1: failed (exit), started 2025-08-01T10:00:00Z, ended 2025-08-01T10:00:00Z"),
+])
+def test_a_sentence_leaves_out_what_is_not_known(sentence, text):
+    payload = roexec.explanation_payload(Job.from_spec(SPEC), [(None, [sentence])], UTC)
+    assert payload["answers"][0]["why"][0]["text"] == text
+    assert roexec.explanation_text(payload, Style()) == f"backup, now:\n  {text}\n"
+
+
+def test_the_instants_of_an_explanation_are_text_and_people_get_them_in_their_zone():
+    said = [{"reason": "overlap", "overlap": "skip", "others": [
+        {"id": "r0", "state": "running", "started_at": NOON, "finished_at": None}]}]
+    payload = roexec.explanation_payload(Job.from_spec(SPEC), [(NOON, said)], BERLIN)
+    answer, = payload["answers"]
+    assert (answer["slot"], answer["local"]) == ("2025-08-01T10:00:00Z",
+                                                 "2025-08-01T12:00:00+02:00")
+    assert answer["why"][0]["others"][0]["started_at"] == "2025-08-01T10:00:00Z"
+    text = roexec.explanation_text(payload, Style(BERLIN, now=NOON + 60))
+    assert "started 2025-08-01 12:00:00 CEST (1m ago)" in text
 
 
 # Text.

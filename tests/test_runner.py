@@ -10,8 +10,9 @@ import subprocess
 import time
 
 import pytest
-from helpers import (descendants, end_of, in_child, is_alive, kill_descendants, make_job,
-                     read_attempts, read_log_of, read_pid, read_run, wait_for)
+from helpers import (claimed, descendants, end_of, in_child, is_alive, kill_descendants, make_job,
+                     output_of, perform, read_attempts, read_log_of, read_pid, read_run, supervise,
+                     wait_for)
 
 import roexec
 from roexec import Journal, Progress
@@ -41,38 +42,6 @@ def marks(tmp_path):
         return path.read_text().splitlines()
     lines.path = path
     return lines
-
-
-def claimed(store, job, slot=None, **columns):
-    """The journal of a new run of a job that has its place."""
-    with store.write() as db:
-        roexec.add_run(db, **{"id": roexec.new_run_id(), "job_id": job.id, "trigger": "manual",
-                              "state": "queued", "queued_at": time.time(), "slot": slot,
-                              **columns})
-        journal, = roexec.claim(db, store.file("active"), lambda row: job, None,
-                                lambda row: True)
-    return journal
-
-
-def supervise(store, journal):
-    """Carry a run to its end in this process -> its row in the store."""
-    signals = roexec.Signals()
-    try:
-        roexec.Supervision(journal, store.folder, signals).perform()
-    finally:
-        signals.close()
-        journal.close()
-    roexec.settle(store)
-    return read_run(store, journal.run_id)
-
-
-def perform(store, command="true", **more):
-    """Run a job with this command -> the row of the run."""
-    return supervise(store, claimed(store, make_job(command, **more)))
-
-
-def output_of(store, run, **how):
-    return read_log_of(store, run["id"], raw=True, **how)
 
 
 # The journal.

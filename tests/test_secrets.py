@@ -1,6 +1,5 @@
 """Where env_from takes variables from, Vault among it, and that their values are never seen."""
 import base64
-import http.server
 import json
 import os
 import random
@@ -8,12 +7,12 @@ import shutil
 import socket
 import ssl
 import subprocess
-import threading
 import time
 import tracemalloc
 import urllib.parse
 
 import pytest
+from helpers import VaultServer
 
 import roexec
 from roexec import Masks, RoexecError, SecretError, resolve_environment
@@ -194,97 +193,6 @@ def test_what_a_command_prints_is_read_like_a_file_and_its_failure_is_passed_on(
 
 
 # Vault: a server of its own that answers as Vault does.
-
-class VaultServer:
-    """Speaks as much of Vault's API as is needed; `requests` is what it was asked.
-
-    `answers` are (status, body) or callables for the next requests, before its usual ones.
-    """
-
-    def __init__(self, tls=None):
-        self.requests, self.answers, self.tokens = [], [], {"t0k3n-of-vault"}
-        self.mounts = {"secret/": "2", "kv/": "1", "deep/er/": "2"}
-        self.secrets = {"secret/data/db": {"user": "bob", "password": "s3cr3t-Pässword"},
-                        "kv/db": {"password": "old-passw0rd"},
-                        "deep/er/data/x": {"a": "deep-value"}}
-        self.deleted = {}
-        vault = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                size = int(self.headers.get("Content-Length") or 0)
-                body = json.loads(self.rfile.read(size)) if size else None
-                vault.requests.append((self.command, self.path, dict(self.headers), body))
-                answer = vault.answers.pop(0) if vault.answers else vault.usual
-                answer = answer(self, body) if callable(answer) else answer
-                if answer is not None:
-                    status, content, *headers = answer
-                    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(data)))
-                    for name, value in headers:
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-
-            do_POST = do_GET
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.handle_error = lambda *_: None
-        if tls is not None:
-            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
-        self.port = self.server.server_address[1]
-        self.address = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def usual(self, request, body):
-        path = urllib.parse.unquote(request.path).removeprefix("/v1/")
-        if path == "auth/approle/login":
-            if body != {"role_id": "role", "secret_id": "s3cr3t-id"}:
-                return 400, {"errors": ["invalid role or secret ID"]}
-            self.tokens.add("t0k3n-of-role")
-            return 200, {"auth": {"client_token": "t0k3n-of-role", "lease_duration": 1200,
-                                  "renewable": True}, "data": None}
-        token = request.headers.get("X-Vault-Token")
-        if token is None:
-            return 403, {"errors": ["missing client token"]}
-        if token not in self.tokens:
-            return 403, {"errors": ["2 errors occurred:\n\t* permission denied\n\t* invalid token"
-                                    "\n\n"]}
-        asks_mount = path.startswith("sys/internal/ui/mounts/")
-        path = path.removeprefix("sys/internal/ui/mounts/")
-        mount = next((mount for mount in self.mounts if path.startswith(mount)), None)
-        if asks_mount and mount is not None:
-            return 200, {"data": {"path": mount, "type": "kv",
-                                  "options": {"version": self.mounts[mount]}}}
-        if asks_mount:
-            return 403, {"errors": ["preflight capability check returned 403"]}
-        if mount is None:
-            return 404, {"errors": [f'no handler for route "{path}". route entry not found.']}
-        versioned = self.mounts[mount] == "2"
-        if versioned and not path[len(mount):].startswith("data/"):
-            return 404, {"errors": [], "warnings": [
-                "Invalid path for a versioned K/V secrets engine. See the API docs."]}
-        if path in self.deleted:
-            return 404, {"data": {"data": None, "metadata": {
-                "deletion_time": "2026-01-01T00:00:00Z", "destroyed": self.deleted[path],
-                "version": 3}}}
-        if path not in self.secrets:
-            return 404, {"errors": []}
-        data = self.secrets[path]
-        metadata = {"created_time": "2018-03-22T02:24:06.9Z", "custom_metadata": None,
-                    "deletion_time": "", "destroyed": False, "version": 2}
-        return 200, {"request_id": "1", "lease_id": "", "renewable": False, "lease_duration": 0,
-                     "data": {"data": data, "metadata": metadata} if versioned else data}
-
 
 @pytest.fixture
 def vault(write):

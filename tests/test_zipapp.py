@@ -153,6 +153,13 @@ def test_without_fitting_bytecode_the_source_runs(archive, tmp_path, bytecode):
     assert output(sys.executable, changed(archive, tmp_path / "x.pyz", **members)) == "source\n"
 
 
+def test_to_say_its_version_it_does_not_load_the_program(archive, tmp_path):
+    source = '"""A program."""\n__version__ = "7.8"\nthis is no program\n'
+    other = changed(archive, tmp_path / "other.pyz", **{TAG: None}, roexec=source)
+    assert output(sys.executable, other, "--version") == "roexec 7.8\n"
+    assert subprocess.run([sys.executable, other, "--help"], capture_output=True).returncode == 1
+
+
 def test_it_can_be_imported(archive, tmp_path):
     script = "import roexec; print(roexec.__version__, roexec.__file__)"
     shown = output(sys.executable, "-c", script, env={"PYTHONPATH": str(archive)}, cwd=tmp_path)

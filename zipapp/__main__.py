@@ -37,5 +37,15 @@ def load(archive):
     return module
 
 
+def version(archive):
+    """The version that the source states, or None: to say it one need not load the program."""
+    _, found, rest = archive.get_data("roexec.py")[:16384].partition(b'\n__version__ = "')
+    return rest.partition(b'"')[0].decode() if found else None
+
+
 if __name__ == "__main__":
-    sys.exit(load(__loader__).main())
+    known = version(__loader__) if sys.argv[1:] == ["--version"] else None
+    if known:
+        print("roexec " + known)
+    else:
+        sys.exit(load(__loader__).main())
