@@ -3573,13 +3573,14 @@ def explain(known, instant=None, met=None):
     job = known.versions[version][1]
     due = _is_slot(job, instant, known.zone)
     row = met and met.row
-    if row is not None and (row["slot"] == instant or due and (row["last_slot"] or 0) >= instant):
+    if row and (row["slot"] == instant or due and (row["last_slot"] or 0) >= instant):
         return [_why_recorded(known, job, instant, met)]
     later = known.versions[version + 1:]
     if not due:
         return [_why_not_due(known, job, instant, later)]
     if not job.enabled:
-        return [{"reason": "disabled", "since": _since_when(known.versions[:version + 1], "enabled"),
+        since = _since_when(known.versions[:version + 1], "enabled")
+        return [{"reason": "disabled", "since": since,
                  "until": next((since for since, other in later if other.enabled), None)}]
     if instant > known.now:
         return _explain_later(known, job, instant)
@@ -3665,8 +3666,9 @@ def _why_active(known, run):
     if run.get("retry_at") is not None:
         return {"reason": "retry", "run": run["id"], "attempt": run["attempt"] + 1,
                 "until": run["retry_at"]}
+    number = run.get("attempt") or 1
     return {"reason": "running", "run": run["id"], "since": run["started_at"],
-            "attempt": run.get("attempt")}
+            "attempt": number if number > 1 else None}
 
 
 def _why_queued(known, run):
@@ -3768,7 +3770,7 @@ def _why_undecided(known, job, slot):
     if known.server:
         return {"reason": "overdue", "since": start}
     return {"reason": "no_server_then", "since": start, "catch_up": job.catch_up,
-            "window": job.catch_up_window}
+            "window": None if job.catch_up == "none" else job.catch_up_window}
 
 
 # ==== 7 render (pure) =============================================================================
@@ -4127,7 +4129,7 @@ def status_text(payload, style):
 
 # Why.
 
-# A reason of `explain` -> the clauses of its sentence; one that names what is not known is left out.
+# A reason of `explain` -> the clauses of its sentence; one about what is not known is left out.
 _SENTENCES = {
     "running": ("Run {run} is on", " since {since}", ", attempt {attempt}"),
     "retry": ("Run {run} has failed and waits for its next attempt, number {attempt}, until "
@@ -4161,8 +4163,9 @@ _SENTENCES = {
     "due": ("It is due, and starts {next}",),
     "jitter": ("It is due, and its jitter delays the start until {until}",),
     "overdue": ("It was due {since}, and the server has not decided it yet",),
-    "no_server_then": ("It was due {since}, and no server has run since then; the next one "
-                       "catches up what is not older than {window} (catch_up: {catch_up})",),
+    "no_server_then": ("It was due {since}, and no server has run since then",
+                       "; the next one catches up what is not older than {window} (catch_up: "
+                       "{catch_up})"),
     "undecided": ("No server had decided it when the schedule was changed, {since}",),
     "unrecorded": ("There is no record of it: it is gone by now, or the job was deleted then, or "
                    "the clock was set",),
@@ -4172,7 +4175,7 @@ _SENTENCES = {
             ", ended {until}", "; {message}"),
     "overlap": ("It was skipped, since the job was on", ": {others}", " (overlap: {overlap})"),
     "missed": ("It was missed: no server saw it in time",
-               "; one had decided something {alive} for the last time", ", and the next {seen}",
+               "; one had decided something {alive} for the last time", "; one saw it {seen}",
                ", {late} late", "; {because}"),
     "condition": ("It was skipped by its condition", ": {message}", "; roexec logs {run}"),
     "capacity": ("It was skipped", ": {message}"),
@@ -4300,7 +4303,7 @@ def boot_id():
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
-    except OSError:             # macOS and the BSDs have the instant of the boot only
+    except FileNotFoundError:   # macOS and the BSDs have the instant of the boot only
         return str(int(time.time() - time.monotonic()) // 60)
 
 
@@ -4338,7 +4341,7 @@ def host_zone():
             return get_zone(target.split("/zoneinfo/")[-1])
         with open(target, "rb") as file:
             return zoneinfo.ZoneInfo.from_file(file, "localtime")
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return datetime.timezone.utc
 
 
@@ -4608,6 +4611,9 @@ class Store:
 
     def failure(self, error):
         """The RoexecError of one of SQLite's."""
+        with contextlib.suppress(OSError):
+            if os.statvfs(self.folder).f_flag & os.ST_RDONLY:
+                error = os.strerror(errno.EROFS)
         return RoexecError(f"the database {self.database}: {error}")
 
     def _migrate(self):
@@ -4679,7 +4685,8 @@ class _StoreLock:
         except BaseException:
             os.close(self.file)
             raise
-        os.pwrite(self.file, b"%-10d\n" % os.getpid(), 0)
+        with contextlib.suppress(OSError):      # the disk is full: then nobody is told who holds it
+            os.pwrite(self.file, b"%-10d\n" % os.getpid(), 0)
 
     def _wait(self):
         deadline, delay = time.monotonic() + _PATIENCE, 0.0005
@@ -4989,8 +4996,10 @@ _ATTEMPT = ("number", "started_at", "finished_at", "exit_code", "signal", "cpu_s
 
 def skip_slots(db, job_id, row, now):
     """Record a SlotRow that did not run -> the id of the job's last row, grown, or of a new one."""
-    last = newest_slot_row(db, job_id)
+    last = newest_slot_row(db, job_id, row.slot - 1)
     if last is not None and (last["state"], last["reason"]) == ("skipped", row.reason):
+        if last["last_slot"] >= row.slot:       # counted already, before the clock was set back
+            return last["id"]
         db.execute("UPDATE runs SET last_slot = ?, count = count + ?, finished_at = ?, "
                    "message = COALESCE(?, message) WHERE id = ?",
                    (row.last_slot, row.count, now, row.message, last["id"]))
@@ -6956,10 +6965,8 @@ def delegated_cgroup():
     processes of its own cannot have limited ones below it.
     """
     try:
-        with open("/proc/self/cgroup") as file:
-            own = next(line.strip().partition("::")[2] for line in file if line.startswith("0::"))
-        parent = os.path.dirname("/sys/fs/cgroup" + own)
-        if own.count("/") < 2 or not os.access(parent, os.W_OK):
+        parent = os.path.dirname(_own_cgroup())
+        if not _is_delegated(parent) or not os.access(parent, os.W_OK):
             return None
         with open(os.path.join(parent, "cgroup.controllers")) as file:
             if not {"memory", "cpu"} <= set(file.read().split()):
@@ -6969,6 +6976,38 @@ def delegated_cgroup():
         return parent
     except (OSError, StopIteration):
         return None
+
+
+def _own_cgroup():
+    with open("/proc/self/cgroup") as file:
+        return next("/sys/fs/cgroup" + line.strip()[3:] for line in file if line.startswith("0::"))
+
+
+def _is_delegated(folder):
+    """Whether the service manager has given this part of its tree away: only then it is ours to
+    change (systemd's CGROUP_DELEGATION; systemd 251 sets the mark)."""
+    return os.getxattr(folder, "user.delegate") == b"1"
+
+
+def prepare_cgroup():
+    """What a server does first: take a place that leaves room for runs beside it, where it stands
+    in a delegated scope itself (systemd-run --scope); remove empty cgroups that runs have left.
+
+    Not in a service: systemd could not start it again while runs are on (219/CGROUP), since no
+    process can be put into a cgroup that has limited ones. DelegateSubgroup= is made for that.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        own = _own_cgroup()
+        if own.endswith(".scope") and _is_delegated(own):
+            os.makedirs(own + "/server", exist_ok=True)
+            with open(own + "/server/cgroup.procs", "w") as file:
+                file.write(str(os.getpid()))
+    parent = delegated_cgroup()
+    for name in os.listdir(parent) if parent else ():
+        folder = os.path.join(parent, name)
+        with contextlib.suppress(OSError):          # it has processes
+            if name.startswith("run-") and os.stat(folder).st_mtime < time.time() - 60:
+                os.rmdir(folder)
 
 
 def meter_of(job, name):
@@ -8596,11 +8635,11 @@ def _is_alive(identity):
     return boot == boot_id() and str(process_start(int(pid))) == start
 
 
-def claim(db, folder, jobs, max_concurrent, wanted):
+def claim(db, folder, jobs, max_concurrent, wanted, **header):
     """Give the queued runs that `wanted(row)` their places if it is their turn -> their journals.
 
     `jobs(row)` is the effective Job of a run, or None if there is none any more. Each journal is
-    made and locked before the run is marked as running.
+    made and locked before the run is marked as running; `header` is what its header has besides.
     """
     queued = queued_runs(db)
     if not queued:
@@ -8613,7 +8652,7 @@ def claim(db, folder, jobs, max_concurrent, wanted):
         for row in admit(queued, count_running(db), limits, max_concurrent, paused_in_queue(db)):
             if wanted(row) and known[row["id"]] is not None:
                 journals.append(_make_journal(db, folder, row, known[row["id"]], now,
-                                              boot=boot))
+                                              boot=boot, **header))
                 change_run(db, row["id"], "running", started_at=now, boot=boot)
     except BaseException:
         discard(journals)
@@ -8749,10 +8788,10 @@ def _run_next(db, cause, number, job_id, folder):
             running.cancel("replaced")
 
 
-def deliver_alone(store):
+def deliver_alone(store, settings=None):
     """Where no server runs: send what waits in the outbox, from a process of its own."""
     with store.read() as db:
-        due, settings = due_notices(db, time.time(), 1), get_settings(db) or {}
+        due, settings = due_notices(db, time.time(), 1), get_settings(db) or settings or {}
     if due and store.server() is None:
         child = _fork(lambda: _fork(lambda: (_detach(), deliver(store, settings, time.time()))))
         os.waitpid(child, 0)
@@ -8887,6 +8926,8 @@ def _finish_alone(store, journal, others):
 
 def _fork(function):
     """Perform a function in a child -> its pid. The child never comes back from here."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # inherited so: none could be waited
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # for (wait(2))
     pid = os.fork()
     if pid == 0:
         try:
@@ -8909,22 +8950,24 @@ def _detach():
 
 # A run without a server.
 
-def run_here(store, job, *, env=None, name=None, caller=False, wait=False):
+def run_here(store, job, *, env=None, name=None, caller=False, wait=False, settings=None):
     """Run a job in the foreground, recorded -> its exit status.
 
-    With `caller` it has the caller's environment, folder and standard input. Raises Refused.
+    With `caller` it has the caller's environment, folder and standard input. `settings` count where
+    the store has none of a server. Raises Refused.
     """
     console = Console(name or job.id)
     signals = Signals((signal.SIGINT, signal.SIGQUIT), console.terminal)
     try:
         return exit_status(_run_alone(store, job, signals, console, env=env, name=name,
-                                      caller=caller, wait=wait))
+                                      caller=caller, wait=wait, settings=settings))
     finally:
         console.flush()
         signals.close()
 
 
-def _run_alone(store, job, signals, console, told=None, *, caller, trigger="manual", **request):
+def _run_alone(store, job, signals, console, told=None, *, caller, settings=None,
+               trigger="manual", **request):
     """Queue a run, wait for its place, supervise it in this process -> its row in the end."""
     if not store.exists:
         store.create()
@@ -8934,7 +8977,7 @@ def _run_alone(store, job, signals, console, told=None, *, caller, trigger="manu
     run_id = request_run(store, job, trigger=trigger, owner=own_identity(), **request)
     if told is not None:
         told(run_id)
-    journal = _await_place(store, run_id, job, signals)
+    journal = _await_place(store, run_id, signals, settings)
     if journal is not None:
         base = dict(os.environ) if caller else None
         if console is not None and console.status:
@@ -8945,12 +8988,12 @@ def _run_alone(store, job, signals, console, told=None, *, caller, trigger="manu
             take_in(db, journal)
         discard([journal])
         store.wake()
-        deliver_alone(store)
+        deliver_alone(store, settings)
     with store.read() as db:
         return get_run(db, run_id)
 
 
-def _await_place(store, run_id, job, signals):
+def _await_place(store, run_id, signals, settings):
     """The journal of a run when it has its place; None where it was withdrawn or cancelled."""
     told, poller, settled = False, select.poll(), time.monotonic()
     poller.register(signals.descriptor, select.POLLIN)
@@ -8965,10 +9008,10 @@ def _await_place(store, run_id, job, signals):
             if signals.asked is not None:
                 finish_run(db, run_id, "cancelled", [], reason="user", finished_at=time.time())
                 return None
-            settings = get_settings(db) or {}
+            settings = get_settings(db) or settings or {}
             limit = (settings.get("scheduler") or {}).get("max_concurrent")
             journals = claim(db, store.file("active"), lambda row: _job_of(db, row, settings),
-                             limit, lambda row: row["id"] == run_id)
+                             limit, lambda row: row["id"] == run_id, vault=settings.get("vault"))
             reason = None if journals or told else _what_is_waited_for(db, run)
         if journals:
             return journals[0]
@@ -9035,6 +9078,7 @@ def _run_detached(store, job, reader, writer, request):
 def start_launcher():
     """Fork the process that forks supervisors -> the socket to it. This comes first of all: it has
     no thread, lock, store or connection, only what supervisors need."""
+    prepare_cgroup()    # before the fork: supervisors are where the launcher is
     _warm_up()
     inherit_nothing()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -9333,7 +9377,12 @@ class _Timetable:
         if now < entry.instant and active_runs(db, job_id):     # it may have ended until then
             self._look_at(job_id, entry, entry.instant)
             return None
-        rows, position = decide_slots(job, entry.position, max(now, entry.instant), self.zone,
+        position = entry.position
+        if now - position > _CORRECTION:        # it may be that of a clock that was wrong
+            newest = newest_slot_row(db, job_id, now)
+            if newest is not None:
+                position = max(position, min(now, newest["last_slot"] or newest["slot"]))
+        rows, position = decide_slots(job, position, max(now, entry.instant), self.zone,
                                       entry.paused)
         for row in rows:
             if slot_is_known(db, job.id, row.slot):     # before a clock was corrected
@@ -9408,6 +9457,7 @@ class Scheduler:
             more = True
             while not self.asked:
                 ended = self._sleep(0 if more else self._seconds())
+                self._see_store()
                 try:
                     more = self._turn(ended, time.time())
                 except (RoexecError, OSError) as error:     # a full disk, say: tried again
@@ -9471,11 +9521,7 @@ class Scheduler:
 
     def _end_runs(self):
         """End all runs at once, since what ends us ends the host, in 10 s (docker stop)."""
-        with self.store.write() as db:
-            running = [row["id"] for row in active_runs(db) if row["state"] == "running"]
-            for run_id in running:
-                ask_to_cancel(db, run_id, "shutdown")
-        for run_id in running:
+        for run_id in _ask_all_to_end(self.store):
             signal_cancel(self.store, run_id, "shutdown", _LAST_GRACE)
         self._await_runs(_LAST_GRACE + 2)
 
@@ -9522,8 +9568,8 @@ class Scheduler:
             self.last_second = time.monotonic()
             if self.reload:
                 self.reload = False
-                self._call(self.on_reload)
-            self._call(self.each_second)
+                _call(self.on_reload, self.say)
+            _call(self.each_second, self.say)
         self.supervisors.hand_over()    # before the disk is waited for
         looking = time.monotonic() - self.last_look >= _LOOK
         if looking:
@@ -9539,12 +9585,14 @@ class Scheduler:
         self.supervisors.rest()
         return self.timetable.next_due() <= now
 
-    def _call(self, functions):
-        for function in functions:
-            try:
-                function()
-            except (RoexecError, OSError) as error:
-                self.say(str(error), "ERROR")
+    def _see_store(self):
+        """End where the store was removed, or another one has its name: what is written now would
+        be read by nobody, and the jobs of the new one would have two servers."""
+        if not is_at(self.fifo, self.store.file("wake")):
+            self.store.kept.close()     # without the lock, which is not that of this database
+            self.store.kept = None
+            raise RoexecError(f"the store {self.store.path} was removed, or replaced by another; "
+                              "start the server again")
 
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
@@ -9577,9 +9625,8 @@ class Scheduler:
                 started += self._claim(db)
                 ends = [journal.taken for journal in done if journal.taken]
         except BaseException:
-            discard(started)
-            for journal in journals:    # found again at the next look
-                journal.close()
+            for journal in journals + started:      # found again at the next look, which knows
+                journal.close()                     # whether the commit holds after all
             for job_id in due:
                 self.timetable.plan(job_id)
             raise
@@ -9610,6 +9657,7 @@ class Scheduler:
             self.say(text, "ERROR")
 
     def _start(self, unfinished, started, replaced):
+        self.supervisors.waiting += unfinished + started    # first, whatever fails below
         for run_id in replaced:
             signal_cancel(self.store, run_id, "replaced")
         for journal in started:
@@ -9619,7 +9667,6 @@ class Scheduler:
         for journal in unfinished:
             self.say(f"Run {journal.run_id} has lost its supervisor, job={journal.header['job']}",
                      "ERROR")
-        self.supervisors.waiting += unfinished + started
 
     # Ends.
 
@@ -9627,6 +9674,22 @@ class Scheduler:
         """Journals that nobody looks after: of an earlier server, or of commands that died."""
         known = self.supervisors.runs().union(journal.run_id for journal in self.ended)
         return found_journals(self.store, known)
+
+
+def _ask_all_to_end(store):
+    with store.write() as db:
+        running = [row["id"] for row in active_runs(db) if row["state"] == "running"]
+        for run_id in running:
+            ask_to_cancel(db, run_id, "shutdown")
+    return running
+
+
+def _call(functions, say):
+    for function in functions:
+        try:
+            function()
+        except (RoexecError, OSError) as error:
+            say(str(error), "ERROR")
 
 
 def _start_again(store, say):
@@ -9672,10 +9735,11 @@ def unit_warning():
     try:
         with open("/proc/self/cgroup") as file:
             unit = file.read().strip().rpartition(":")[2]
-        unit = [name for name in unit.split("/") if name.endswith(".service")][-1]
-        mode = subprocess.run(["systemctl", "show", "--property=KillMode", "--value", unit],
+        *managers, unit = [name for name in unit.split("/") if name.endswith(".service")]
+        whose = ["--user"] if managers else []      # user@1000.service, a manager of its own
+        mode = subprocess.run(["systemctl", *whose, "show", "--property=KillMode", "--value", unit],
                               capture_output=True, text=True, timeout=5).stdout.strip()
-    except (OSError, IndexError, subprocess.TimeoutExpired):
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
     if mode in ("", "process", "none"):
         return None
@@ -11299,7 +11363,8 @@ def _why_at(db, known, text):
 def _why(db, known, instant):
     row = newest_slot_row(db, known.job.id, instant)
     others = runs_on_at(db, known.job.id, instant)
-    return explain(known, instant, Met(row=row, others=others, alive=row and last_decision(db, row)))
+    alive = row and last_decision(db, row)
+    return explain(known, instant, Met(row=row, others=others, alive=alive))
 
 
 def _known_of(session, store, db, job_id):
@@ -11328,7 +11393,10 @@ def _attempts_of(store, db, run, job_id):
     if run["job_id"] != job_id or run["state"] != "running":
         return {}
     payload, = run_payloads(store, db, [run])
-    return {"attempt": len(payload["attempts"]) or None,
+    if not payload["attempts"]:
+        return {}
+    return {"attempt": len(payload["attempts"]),
+            "started_at": parse_instant(payload["attempts"][0]["started_at"], None),
             "retry_at": payload["retry_at"] and parse_instant(payload["retry_at"], None)}
 
 
@@ -11523,7 +11591,8 @@ def _cmd_run(session):
         return _would_run(session, job.command, job.id)
     if by_name:
         session.store.create()
-    how = {"env": env, "name": options.name, "caller": by_name, "wait": options.queue}
+    how = {"env": env, "name": options.name, "caller": by_name, "wait": options.queue,
+           "settings": _settings_of(session.config)}
     if not options.detach:
         return run_here(session.store, job, **how)
     return _give_run(session, run_detached(session.store, job, **how))
@@ -11576,9 +11645,9 @@ def _cmd_retry(session):
         job = effective_job(db, run["job_id"], _settings_of(session.config))
     if session.options.dry_run:
         return _would_run(session, job.command, job.id)
-    start = run_detached if store.server() is None else request_run
-    return _give_run(session, start(store, job, env=json.loads(run["env"] or "{}"),
-                                    retry_of=run["id"], trigger="retry"))
+    how = {"env": json.loads(run["env"] or "{}"), "retry_of": run["id"], "trigger": "retry"}
+    return _give_run(session, request_run(store, job, **how) if store.server() is not None else
+                     run_detached(store, job, settings=_settings_of(session.config), **how))
 
 
 # The server.

@@ -7,12 +7,15 @@ import contextlib
 import mmap
 import os
 import random
+import re
+import select
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from datetime import timezone
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,10 @@ def briefly(store):
     return on[:20], collections.Counter((row["state"], row["reason"]) for row in rows)
 
 
+def journals(store):
+    return [name for name in os.listdir(store.file("active")) if "." not in name]
+
+
 def has_settled(store):
     return all(row["state"] in roexec.FINAL_STATES for row in read_runs(store))
 
@@ -97,7 +104,7 @@ def check_store(store, witness):
         assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         kept = {row["id"]: row["position"] for row in db.execute("SELECT * FROM jobs")}
     assert not roexec.lock_is_held(store.file("store.lock"))
-    assert [name for name in os.listdir(store.file("active")) if "." not in name] == []
+    assert journals(store) == []
     started, slots = witness.lines, {}
     assert len(started) == len(set(started)), "started twice"
     rows = {row["id"]: row for row in read_runs(store)}
@@ -244,12 +251,20 @@ FAULTS = {
     "ENOSPC": ("error=ENOSPC", ["openat", "pwrite64", "write", "ftruncate", "?mkdir", "?rename",
                                 "?renameat", "?renameat2"]),
     "EMFILE": ("error=EMFILE", ["openat", "?pipe", "pipe2", "socketpair"]),
-    "EAGAIN": ("error=EAGAIN", ["clone", "?clone3", "?fork", "?vfork"])}
+    "EAGAIN": ("error=EAGAIN", ["clone", "?clone3", "?fork", "?vfork", "flock", "sendmsg", "sendto"])}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def strace():
-    """What injects faults. CI has it; elsewhere a test that needs it is skipped."""
+    """What injects faults. CI has it; elsewhere a test that needs it is skipped.
+
+    The modules that are imported at their first use are imported here: their files are not ours.
+    """
+    for module in vars(roexec).values():
+        if type(module).__name__ == "_Module":
+            module.__name__
+    for name in ("ctypes", "gc", "resource", "sqlite3", "traceback"):
+        __import__(name)
     if shutil.which("strace"):
         return True
     assert not os.environ.get("CI"), "strace is missing"
@@ -260,30 +275,35 @@ NEVER = 65_000          # the call that fails, where none is to
 
 
 class Faulty:
-    """A child whose N-th call of some kinds fails, or kills it.
+    """A child one call of which fails, or kills it: `point` is the name of the call, and the
+    number among those of that name.
 
     `begin(wait)` starts it -> its pid; it calls `wait` to be let go on when strace watches it. Its
     commands are not watched: they are not ours.
     """
 
-    def __init__(self, begin, fault, number, trace):
+    def __init__(self, begin, fault, point, trace):
         reader, go = os.pipe()
         action, calls = FAULTS[fault]
-        chosen = ",".join(calls)
-        self.pid = begin(lambda: (_let_be_traced(), os.close(go), os.read(reader, 1)))
+        name, number = point or (calls[0], NEVER)
+        self.pid = begin(lambda: (_let_be_traced(), select.select([reader], (), ())))
         os.close(reader)
         trace.write_text("")
         self.strace = subprocess.Popen(
-            ["strace", "-p", str(self.pid), "-o", str(trace), "-e", f"trace={chosen}", "-e",
-             f"inject={chosen}:{action}:when={number}"], stderr=subprocess.PIPE)
+            ["strace", "-p", str(self.pid), "-o", str(trace), "-e", f"trace={','.join(calls)}",
+             "-e", f"inject={name}:{action}:when={number}"], stderr=subprocess.PIPE)
         assert b"attached" in self.strace.stderr.readline(), self.strace.stderr.read()
         os.write(go, b"g")
         os.close(go)
 
     def end(self):
         status = end_of(self.pid)
-        self.strace.communicate()
+        self.close()
         return status
+
+    def close(self):
+        if not self.strace.stderr.closed:
+            self.strace.communicate()
 
 
 def _let_be_traced():
@@ -346,6 +366,22 @@ class Case:
                 job for job in jobs if job.id == row["job_id"]), None, lambda row: row["id"] in ids)
 
 
+class Told(Server):
+    """A server whose log never fails, as the program's never does; it begins after `ready()`."""
+
+    def __init__(self, ready, *values, **options):
+        self.ready = ready
+        super().__init__(*values, **options)
+
+    def _serve(self, *values):
+        self.ready()
+        super()._serve(*values)
+
+    def _say(self, text, level="INFO", at=None):
+        with contextlib.suppress(OSError):
+            super()._say(text, level, at)
+
+
 class Claim(Case):
     """A server claims slots and a request, hands them over, takes their ends in, and is told to
     end."""
@@ -364,18 +400,17 @@ class Claim(Case):
         self.ask(numbered_job(self.witness, "asked", 5))
 
     def serve(self, ready, **options):
-        def soon(scheduler):
-            sleep, roexec._LOOK = time.sleep, 0.1
+        def hurry(scheduler):
+            sleep, roexec._LOOK, roexec._LONGEST_SLEEP = time.sleep, 0.1, 0.2
             time.sleep = lambda seconds: sleep(min(seconds, 0.02))
-            ready()
-        return Server(self.store, self.log, prepare=soon, **options)
+        return Told(ready, self.store, self.log, prepare=hurry, **options)
 
     def begin(self, wait):
         return self.serve(wait, wait=False).pid
 
     def is_done(self):
         return sum(row["count"] for row in read_runs(self.store)) == 8 \
-            and has_settled(self.store) and self.hook.lines
+            and has_settled(self.store) and self.hook.lines and not journals(self.store)
 
     def act(self, pid):
         wait_for(lambda: self.is_done() or not is_alive(pid), what=lambda: (
@@ -386,7 +421,7 @@ class Claim(Case):
     def check(self, status):
         said = self.log.read_text()
         if status not in (0, -signal.SIGKILL):      # it could not begin, or not end; that is said
-            assert "RoexecError" in said or "OSError" in said, said
+            assert re.search("RoexecError|OSError|BlockingIOError", said), said
         server = self.serve(lambda: None)
         wait_for(self.is_done, what=lambda: (briefly(self.store), said, server.said))
         server.stop()
@@ -543,30 +578,379 @@ def test_each_call_that_touches_a_file_may_be_the_last_or_fail(strace, case, fau
                                                                chance):
     if not strace:
         pytest.skip("strace is not installed here")
-    count = perform(case(tmp_path / "all"), fault, NEVER, tmp_path / "trace")
-    numbers = range(1, count + 1)
+    trace = tmp_path / "trace"
+    perform(case(tmp_path / "all"), fault, None, trace)
+    names, points = calls_in(trace), []
+    for index, name in enumerate(names):
+        points.append((name, names[:index].count(name) + 1))
+    assert points
     if not LONG:
-        numbers = chance.sample(numbers, min(count, case.most[fault == "SIGKILL"]))
-    for number in numbers:
-        perform(case(tmp_path / str(number)), fault, number, tmp_path / "trace")
+        points = chance.sample(points, min(len(points), case.most[fault == "SIGKILL"]))
+    for number, point in enumerate(points):
+        perform(case(tmp_path / str(number)), fault, point, trace)
         shutil.rmtree(tmp_path / str(number))
-    print(count)
 
 
-Case.most = (4, 16)     # how many of the calls fail, or kill, in a short run
+Case.most = (6, 24)     # how many of the calls fail, or kill, in a short run
 
 
-def perform(case, fault, number, trace):
-    """Perform a case, the N-th call of which fails -> how many calls there were."""
+def perform(case, fault, point, trace):
+    """Perform a case, one call of which fails, if a point is given, and check what it left."""
+    faulty = Faulty(case.begin, fault, point, trace)
     try:
-        faulty = Faulty(case.begin, fault, number, trace)
         case.act(faulty.pid)
         case.check(faulty.end())
     except BaseException:
-        print(f"{fault} at call {number}; the last calls until then:\n"
-              + "\n".join(trace.read_text().split("\n")[:number + 20][-60:]))
+        lines = trace.read_text().splitlines()
+        failed = [number for number, line in enumerate(lines) if line.endswith("(INJECTED)")]
+        last = failed[0] if failed else len(lines)
+        print(f"{fault} at {point}:", *lines[max(0, last - 8):last + 9], sep="\n")
         raise
     finally:
         kill_descendants()
-    return sum("(" in line and line[:3] not in ("---", "+++")
-               for line in trace.read_text().splitlines())
+        faulty.close()
+
+
+def calls_in(trace):
+    """The names of the calls that strace has seen, in order."""
+    return [line.partition("(")[0] for line in trace.read_text().splitlines()
+            if line[0].isalpha() and not line.startswith("strace")]
+
+
+# Disks.
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system in memory; only root can have one."""
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)],
+            stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("only root can mount a small file system")
+    try:
+        yield
+    finally:
+        kill_descendants()
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path):
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        for size in (65536, 512):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+def test_a_full_disk_stops_no_run_and_loses_no_slot_and_no_exit_code(tmp_path, witness):
+    gate = tmp_path / "gate"
+    gate.touch()
+    with small_disk(tmp_path / "disk", "2m"):
+        store = roexec.Store(str(tmp_path / "disk/store")).create()
+        long = numbered_job(witness, "long", 3, f"while test -e {gate}; do echo out; sleep 0.02; "
+                            "done; seq 1000;")
+        apply(store, numbered_job(witness, "short", 0, schedule="@every 1s", overlap="queue"), long,
+              since=time.time() - 2)
+        run_id = roexec.request_run(store, long, trigger="manual")
+        server = Server(store, tmp_path / "said")
+        wait_for(lambda: len(witness.lines) > 2 and run_id in witness.lines)
+        fill(tmp_path / "disk/filler")
+        wait_for(lambda: "ERROR" in server.said)
+        with pytest.raises(RoexecError, match="full"):
+            roexec.request_run(store, long, trigger="manual", wait=True)
+        gate.unlink()
+        ended = wait_for(lambda: roexec.Progress(roexec.Journal.glance(
+            store.file(f"active/{run_id}")).events).finished)
+        assert read_run(store, run_id)["state"] == "running"      # there is no room to say more
+        (tmp_path / "disk/filler").unlink()
+        run = await_state(store, run_id, "failed")
+        assert (run["exit_code"], run["finished_at"]) == (3, ended["at"])
+        count = len(witness.lines)
+        wait_for(lambda: len(witness.lines) > count + 1)
+        apply(store, make_job(job_id="short-0"))
+        wait_for(lambda: has_settled(store), what=lambda: briefly(store))
+        server.stop()
+        check_slots(check_store(store, witness)["short-0"], 1)
+        assert "Traceback" not in server.said
+
+
+def roexec_program(*words, program=(), **options):
+    """Run the program as a person would -> subprocess.CompletedProcess."""
+    program = program or [sys.executable, "-I", roexec.__file__]
+    return subprocess.run([*map(str, program), *map(str, words)], capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=60, **options)
+
+
+def test_a_store_that_cannot_be_written_is_refused_in_words(tmp_path):
+    with small_disk(tmp_path / "disk", "2m"):
+        store = roexec.Store(str(tmp_path / "disk/store")).create()
+        apply(store, make_job())
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        for words in ("server --no-http", "run --id x", "run --name n -- true", "pause x",
+                      "list runs"):
+            done = roexec_program("--store", store.path, *words.split())
+            said = done.stderr.splitlines()
+            assert done.returncode and len(said) == 1 and store.path in said[0], (words, done)
+            assert "ead-only" in said[0], (words, said)
+        subprocess.run(["mount", "-o", "remount,rw", str(tmp_path / "disk")], check=True)
+        assert roexec_program("--store", store.path, "run", "--id", "x").returncode == 0
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_a_server_whose_store_was_deleted_ends_and_says_so(store, start, tmp_path, another):
+    job = make_job(f"echo $$ > {tmp_path}/pid; sleep 600", "long", grace=0.2)
+    apply(store, job, make_job(schedule="@every 1s", max_concurrent=0), since=time.time() - 3)
+    server = start()
+    roexec.request_run(store, job, trigger="manual")
+    command = read_pid(tmp_path / "pid")
+    os.rename(store.path, tmp_path / "away")
+    if another:
+        roexec.Store(store.path).create()
+    shutil.rmtree(tmp_path / "away")
+    assert end_of(server.pid) != 0
+    assert f"the store {store.path} was removed" in server.said
+    assert is_alive(command)            # nobody has asked for its end
+    if another:
+        assert read_runs(store) == []
+        server = start()
+        apply(store, make_job())
+        await_state(store, roexec.request_run(store, make_job(), trigger="manual"), "succeeded")
+        server.stop()
+    else:
+        assert not os.path.exists(store.path)
+
+
+# The clock.
+
+class Clock:
+    """The clock of all processes of a test, which can be set."""
+
+    def __init__(self, monkeypatch, instant):
+        self.shared, self.real = mmap.mmap(-1, 8), time.time
+        self.set(instant)
+        monkeypatch.setattr(time, "time", self.time)
+
+    def time(self):
+        return self.real() + struct.unpack("d", self.shared[:])[0]
+
+    def set(self, instant):
+        self.shared[:] = struct.pack("d", instant - self.real())
+
+
+NOON = 1754049600           # 2025-08-01T12:00:00Z
+YEARS = 10 * 365 * 24       # hours
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch, NOON - 0.4)
+
+
+class Hourly:
+    """A server with an hourly job, one of which the slot at noon has run."""
+
+    def __init__(self, store, start, clock, tmp_path):
+        self.store, self.clock, self.start = store, clock, start
+        self.marks = Witness(tmp_path / "marks")
+        apply(store, make_job(self.marks.note("$ROEXEC_SLOT"), schedule="0 * * * *",
+                              timezone="UTC"), make_job("true", "probe"),
+              make_job(job_id="paused", schedule="0 * * * *", timezone="UTC"))
+        with store.write() as db:
+            roexec.pause_job(db, "paused", True)
+        self.server = start()
+        wait_for(lambda: self.hours == [0])
+        self.settle()
+
+    @property
+    def hours(self):
+        """The slots that have run, in hours after noon."""
+        return [(roexec.parse_instant(line, timezone.utc) - NOON) / HOUR
+                for line in self.marks.lines]
+
+    def settle(self):
+        """Wait until the server has seen what the clock is now, and has done what is due."""
+        for _ in range(2):
+            self.store.wake()
+            probe = make_job("true", "probe")
+            await_state(self.store, roexec.request_run(self.store, probe, trigger="manual"),
+                        "succeeded")
+        wait_for(lambda: has_settled(self.store), what=lambda: briefly(self.store))
+
+    def jump(self, hours, seconds=0.1):
+        """Set the clock to hours after noon, and some seconds."""
+        self.clock.set(NOON + hours * HOUR + seconds)
+        self.settle()
+
+    def skipped(self, job_id="x"):
+        """(first, last in hours after noon, count) of the rows of slots that did not run."""
+        return [((row["slot"] - NOON) / HOUR, (row["last_slot"] - NOON) / HOUR, row["count"])
+                for row in read_runs(self.store, job_id=job_id, state="skipped")]
+
+
+@pytest.fixture
+def hourly(store, start, clock, tmp_path):
+    hourly = Hourly(store, start, clock, tmp_path)
+    yield hourly
+    hourly.server.stop()
+
+
+def test_a_second_forth_and_back_repeats_no_slot(hourly, clock):
+    hourly.jump(0, 1.5)
+    hourly.jump(0, -0.6)
+    wait_for(lambda: clock.time() > NOON + 0.2)
+    hourly.settle()
+    assert (hourly.hours, hourly.skipped()) == ([0], [])
+
+
+def test_an_hour_forth_is_the_next_slot(hourly):
+    hourly.jump(1)
+    assert (hourly.hours, hourly.skipped()) == ([0, 1], [])
+
+
+def test_an_hour_back_repeats_no_slot_even_where_its_run_was_removed(hourly, store):
+    with store.write() as db:
+        db.execute("DELETE FROM runs WHERE job_id = 'x'")       # as the retention of history does
+    hourly.jump(-1)
+    hourly.jump(0)
+    assert hourly.hours == [0]
+    hourly.jump(1)
+    assert (hourly.hours, hourly.skipped()) == ([0, 1], [])
+
+
+def test_after_a_suspend_the_newest_slot_runs_and_the_others_are_one_row(hourly):
+    hourly.jump(8)
+    assert (hourly.hours, hourly.skipped()) == ([0, 8], [(1, 7, 7)])
+    assert hourly.skipped("paused") == [(0, 8, 9)]
+
+
+def test_a_year_forth_is_an_outage_like_any_other(hourly):
+    before = cpu_seconds(hourly.server.pid)
+    hourly.jump(365 * 24)
+    assert (hourly.hours, hourly.skipped()) == ([0, 8760], [(1, 8759, 8759)])
+    assert cpu_seconds(hourly.server.pid) - before < 2
+
+
+def cpu_seconds(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_ten_years_back_slots_count_from_then_and_none_is_repeated_or_made_up(hourly):
+    hourly.jump(-YEARS)
+    assert "The clock was set back by" in hourly.server.said
+    hourly.jump(1 - YEARS)
+    assert hourly.hours == [0, 1 - YEARS]
+    hourly.jump(0, 9)
+    assert hourly.hours == [0, 1 - YEARS]
+    hourly.jump(1)
+    assert (hourly.hours, hourly.skipped()) == ([0, 1 - YEARS, 1], [])
+    assert hourly.skipped("paused") == [(0, 1, 2), (1 - YEARS, 1 - YEARS, 1)]
+
+
+def test_a_start_in_1970_repeats_nothing_and_misses_what_was_missed(hourly, clock, start):
+    hourly.server.stop()
+    clock.set(30)                       # as a host without a clock of its own starts
+    hourly.server = start()
+    hourly.settle()
+    hourly.jump(3)
+    assert (hourly.hours, hourly.skipped()) == ([0, 3], [(1, 2, 2)])
+    assert hourly.skipped("paused") == [(0, 3, 4)]
+
+
+# What a process was given.
+
+def test_many_runs_leave_no_descriptor_no_process_and_no_memory(store, start):
+    jobs = [make_job(f"exit {number % 3}", f"j-{number % 3}-{number}", max_concurrent=0,
+                     retries=number % 2, backoff=0.001, hooks={"on_success": "true"})
+            for number in range(20)]
+    apply(store, *jobs)
+    server, counts, total = start(settings={"scheduler": {"max_concurrent": 6}}), [], 0
+
+    def count():
+        return (len(os.listdir(f"/proc/{server.pid}/fd")), len(descendants(server.pid)),
+                memory_of(server.pid))
+    for _ in range(200 if LONG else 10):
+        with store.write() as db:
+            for number in range(50):
+                job = jobs[number % 20]
+                roexec.add_run(db, id=roexec.new_run_id(), job_id=job.id, trigger="manual",
+                               state="queued", queued_at=time.time(), version=1)
+        store.wake()
+        total += 50
+        wait_for(lambda: not active(store), 60, lambda: briefly(store))
+        counts.append(count())
+    files, children, memory = zip(*counts)
+    assert len(read_runs(store)) == total
+    assert {row["exit_code"] for row in read_runs(store)} == {0, 1, 2}
+    assert max(files[2:]) - min(files[2:]) <= 10, files         # a supervisor each
+    assert max(children) <= 10, children
+    assert memory[-1] - memory[2] < 8 << 20, memory
+    assert not [pid for pid, process in roexec.processes().items()
+                if process.parent in (server.pid, *descendants(server.pid)) and not process.alive]
+    assert os.listdir(store.file("active")) == []
+    server.stop()
+    wait_for(lambda: not descendants())
+
+
+def active(store):
+    with store.read() as db:
+        return roexec.active_runs(db)
+
+
+def memory_of(pid):
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def ignoring_children():
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("words, status", [
+    ("run --name n -- false", 1), ("exec -- false", 1), ("run --id x", 3),
+    ("run --id x --detach", 0)])
+def test_commands_know_exit_codes_where_sigchld_is_inherited_as_ignored(store, words, status):
+    apply(store, make_job("exit 3"))
+    done = roexec_program("--store", store.path, *words.split(), preexec_fn=ignoring_children)
+    assert (done.returncode, done.stderr) == (status, ""), done
+    for run in read_runs(store):
+        row = await_state(store, run["id"], *roexec.FINAL_STATES)
+        assert (row["state"], row["exit_code"]) == ("failed", status or 3)
+
+
+def test_a_server_knows_exit_codes_where_sigchld_is_inherited_as_ignored(store, tmp_path):
+    job = make_job("exit 3", hooks={"on_failure": "exit 4"}, retries=1, backoff=0.01)
+    apply(store, job)
+    pid = in_child(lambda: (ignoring_children(), os.execv(sys.executable, [
+        sys.executable, "-I", roexec.__file__, "--store", store.path, "server", "--no-http"])))
+    run = await_state(store, roexec.request_run(store, job, trigger="manual"), "failed")
+    assert [row["exit_code"] for row in read_attempts(store, run["id"])] == [3, 3]
+    os.kill(pid, signal.SIGTERM)
+    assert end_of(pid) == 0
+    wait_for(lambda: not descendants())
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archive")
+    subprocess.run([sys.executable, ROOT / "zipapp/build.py", sys.executable, "--output", folder],
+                   check=True, capture_output=True)
+    return folder / "roexec.pyz"
+
+
+@pytest.mark.parametrize("kind", ["archive", "file"])
+def test_modules_in_the_current_folder_are_not_ours(archive, tmp_path, kind):
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    for name in ("json", "sqlite3", "argparse", "socket", "sitecustomize", "roexec"):
+        (folder / f"{name}.py").write_text("raise SystemExit('hostile')")
+    assert "hostile" in subprocess.run([sys.executable, "-c", "import json"], cwd=folder, text=True,
+                                       capture_output=True).stderr
+    program = [sys.executable, archive] if kind == "archive" else [
+        sys.executable, "-I", roexec.__file__]
+    for words, status in (("run --name n -- false", 1), ("list runs --json", 0),
+                          ("exec -- false", 1), ("no such command", 2)):
+        done = roexec_program("--store", tmp_path / "store", *words.split(), program=program,
+                              cwd=folder)
+        assert done.returncode == status and "hostile" not in done.stdout + done.stderr, done

@@ -433,15 +433,22 @@ def tree(home, monkeypatch):
                 return f"{home}/{target}{path[len(prefix):]}"
         return path
 
-    def make(own, controllers="cpu io memory pids"):
+    def mark(path, name):
+        if name != "user.delegate" or marks.get(place(path)) is None:
+            raise OSError(61, "No data available")
+        return marks[place(path)]
+
+    def make(own, controllers="cpu io memory pids", delegated=b"1"):
         folder = pathlib.Path(home)
         (folder / "self").write_text(f"12:pids:/other\n0::{own}\n" if own else "3:cpu:/\n")
         parent = folder / f"tree{os.path.dirname(own or '/x')}"
         parent.mkdir(parents=True, exist_ok=True)
+        marks[str(parent)] = delegated
         if controllers is not None:
             (parent / "cgroup.controllers").write_text(controllers + "\n")
         return parent
-    access = os.access
+    access, marks = os.access, {}
+    monkeypatch.setattr(os, "getxattr", mark)
     monkeypatch.setattr(roexec, "open", lambda path, *more: open(place(path), *more), raising=False)
     monkeypatch.setattr(os, "access", lambda path, mode: access(place(path), mode))
     return make
@@ -453,12 +460,14 @@ def test_a_delegated_part_is_found_beside_the_group_of_the_server(tree):
     assert (parent / "cgroup.subtree_control").read_text() == "+memory +cpu"
 
 
-@pytest.mark.parametrize("own, controllers", [
-    ("/roexec.service", "cpu memory"),              # the root of the tree is nobody's
-    ("/a/b", "cpu pids"), ("/a/b", None), (None, None), ("/", "cpu memory")])
-def test_where_no_part_with_both_controllers_is_delegated_there_is_none(tree, own, controllers):
-    tree(own, controllers)
+@pytest.mark.parametrize("own, controllers, delegated", [
+    ("/a/b", "cpu memory", None), ("/a/b", "cpu memory", b"0"), ("/a/b", "cpu pids", b"1"),
+    ("/a/b", None, b"1"), (None, None, b"1")])
+def test_where_no_part_with_both_controllers_is_delegated_there_is_none(tree, own, controllers,
+                                                                         delegated):
+    parent = tree(own, controllers, delegated)
     assert roexec.delegated_cgroup() is None
+    assert not (parent / "cgroup.subtree_control").exists()
 
 
 def test_a_part_that_cannot_have_controllers_is_none(tree):

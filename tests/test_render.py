@@ -207,7 +207,7 @@ def test_each_reason_has_a_sentence_and_each_sentence_a_reason():
     ({"reason": "missed", "alive": NOON, "seen": NOON + 7200, "late": 7000, "window": 3600,
       "why": "window"},
      "It was missed: no server saw it in time; one had decided something 2025-08-01T10:00:00Z for "
-     "the last time, and the next 2025-08-01T12:00:00Z, 1h57m late; catch_up_window is 1h"),
+     "the last time; one saw it 2025-08-01T12:00:00Z, 1h57m late; catch_up_window is 1h"),
     ({"reason": "condition", "run": "r1", "message": "the condition ended with {run}\x1b"},
      "It was skipped by its condition: the condition ended with {run}\\x1b; roexec logs r1"),
     ({"reason": "ran", "run": "r1", "state": "failed", "detail": "exit", "since": NOON,

@@ -1046,3 +1046,19 @@ def test_settings_of_the_server_are_below_the_jobs_of_all_clients(store):
         assert (job.timeout, job.retries) == (60, 4)
         with pytest.raises(roexec.NoSuchJob, match="did you mean"):
             roexec.effective_job(db, "xx")
+
+
+@pytest.mark.parametrize("state, line", [
+    ("succeeded", "[INFO] Run r1 completed, exit=0, job=x"),
+    ("failed", "[ERROR] Run r1 failed, exit=3, job=x"),
+    ("timed_out", "[ERROR] Run r1 timed_out, signal=SIGKILL, job=x"),
+    ("lost", "[ERROR] Run r1 lost, reason=supervisor, job=x"),
+    ("cancelled", "[INFO] Run r1 cancelled, reason=user, job=x"),
+    ("skipped", "[INFO] Run r1 skipped, reason=overlap, job=x")])
+def test_only_an_end_that_somebody_should_look_at_is_an_error_in_the_servers_log(state, line):
+    said, more = [], {"succeeded": {"exit_code": 0}, "failed": {"exit_code": 3},
+                      "timed_out": {"signal": "SIGKILL"}}.get(state, {})
+    reason = roexec.REASONS.get(state, [None])[0]
+    roexec._tell_end(lambda text, level="INFO": said.append(f"[{level}] {text}"),
+                     {"id": "r1", "job_id": "x", "state": state, "reason": reason, **more})
+    assert said == [line]

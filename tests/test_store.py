@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import fcntl
+import json
 import os
 import re
 import resource
@@ -25,9 +26,10 @@ from roexec import (ACTIVE_STATES, FINAL_STATES, REASONS, STATES, Job, NoSuchJob
                     RoexecError, SlotRow, Store, active_runs, add_run, ask_to_cancel, change_run,
                     changed_jobs, count_changes, count_queued, count_running, delete_jobs,
                     file_system, find_run, finish_run, get_attempts, get_job, get_meta, get_run,
-                    get_settings, host_zone, is_at, job_ids, list_jobs, list_runs, lock_is_held,
-                    new_run_id, newest_run, open_private, pause_job, paused_in_queue, perform_apply,
-                    plan_apply, process_start, queued_runs, run_filter, set_log, set_meta,
+                    get_settings, host_zone, is_at, job_ids, job_versions, last_decision, list_jobs,
+                    list_runs, lock_is_held, new_run_id, newest_run, newest_slot_row, open_private,
+                    pause_job, paused_in_queue, perform_apply, plan_apply, process_start,
+                    queued_runs, run_filter, runs_on_at, set_log, set_meta,
                     set_position, set_settings, skip_slots, slot_is_known, store_id, try_lock,
                     usual_durations)
 
@@ -1256,6 +1258,43 @@ def test_the_usual_duration_is_the_middle_of_the_newest_successes(db):
     assert usual_durations(db, ["backup", "other", "nothing"]) == {"backup": 6}
 
 
+# What became of slots.
+
+def test_the_row_about_a_slot_is_the_newest_that_begins_at_or_before_it(db):
+    run(db, "1", slot=60, state="skipped", last_slot=180)
+    run(db, "2", slot=240)
+    run(db, "3", "other", slot=100)
+    run(db, "4", slot=None)
+    assert [row and row["id"] for row in (newest_slot_row(db, "backup", until) for until in (
+        59, 60, 180, 239, 240, 9999))] == [None, "1", "1", "1", "2", "2"]
+    assert newest_slot_row(db, "backup")["id"] == "2" and newest_slot_row(db, "none") is None
+
+
+def test_the_runs_that_were_on_at_an_instant_are_those_between_their_begin_and_end(db):
+    run(db, "1", state="succeeded", queued_at=NOW, finished_at=NOW + 10)
+    run(db, "2", state="running", queued_at=NOW + 5)
+    run(db, "3", state="skipped", queued_at=NOW, finished_at=NOW + 10)
+    run(db, "4", "other", "running", queued_at=NOW)
+    on = [[row["id"] for row in runs_on_at(db, "backup", NOW + at)] for at in (-1, 0, 5, 10)]
+    assert on == [[], ["1"], ["1", "2"], ["2"]]
+
+
+def test_the_last_decision_before_a_slot_is_that_of_a_server(db):
+    run(db, "1", "other", trigger="schedule", queued_at=NOW - 50)
+    run(db, "2", "other", trigger="manual", queued_at=NOW - 20)
+    run(db, "3", "other", trigger="catch_up", queued_at=NOW + 90)
+    run(db, "4", trigger="schedule", slot=int(NOW), queued_at=NOW + 90)
+    assert last_decision(db, get_run(db, "4")) == NOW - 50
+    assert last_decision(db, {"seq": 1, "slot": int(NOW)}) is None
+
+
+def test_the_versions_of_a_job_say_since_when_it_is_what_it_is(db):
+    for number, schedule in enumerate(["* * * * *", "0 * * * *", "0 * * * *"]):
+        perform_apply(db, plan_apply(db, {None: [job(schedule=schedule)]}), NOW + number)
+    assert [(since, Job(json.loads(spec)).schedule) for since, spec in job_versions(db, "backup")
+            ] == [(NOW, ("* * * * *",)), (NOW + 1, ("0 * * * *",))]
+
+
 # How the database is asked.
 
 class Listener:
@@ -1278,7 +1317,10 @@ class Listener:
     (lambda db: slot_is_known(db, "a", 5), "runs_slot (job_id=? AND slot=?)"),
     (lambda db: newest_run(db, "a"), "runs_job (job_id=?)"),
     (lambda db: usual_durations(db, ["a"]), "runs_job (job_id=?)"),
-    (lambda db: skip_slots(db, "a", skipped(60), NOW), "runs_job (job_id=?)"),
+    (lambda db: newest_slot_row(db, "a"), "runs_job (job_id=?)"),
+    (lambda db: newest_slot_row(db, "a", 5), "runs_slot (job_id=? AND slot<?)"),
+    (lambda db: runs_on_at(db, "a", 5), "runs_job (job_id=?)"),
+    (lambda db: skip_slots(db, "a", skipped(60), NOW), "runs_slot (job_id=? AND slot<?)"),
     (lambda db: list_runs(db, run_filter(job_id="a")), "runs_job (job_id=?)"),
     (lambda db: list_runs(db, run_filter(["failed"], "a")), "runs_job (job_id=?)"),
     (lambda db: list_runs(db, run_filter(ACTIVE_STATES)), "runs_state (state=?)"),

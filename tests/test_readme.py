@@ -1,0 +1,84 @@
+"""The README: it names every command and every key, and what it shows can be meant."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import roexec
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = [re.sub("^    ", "", block, flags=re.M).strip("\n")
+          for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, re.M)]
+NAMED = set(re.findall(r"[a-z]\w*", " ".join(re.findall(r"`([^`\n]+)`", README))))
+LINES = [line for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [re.search(r"(?:^|\W)(roexec (?!=).*)", line)[1] for line in LINES
+            if re.match(r"(id=\$\(|.* \| )?roexec ", line)]
+
+
+def tables():
+    """The tables of keys of the configuration and of a job, by what they are called in messages."""
+    records = {"a job": roexec.Job, "limits": roexec.Limits, "backoff": roexec.Backoff,
+               "retry_on": roexec.RetryOn, "success": roexec.Success, "a hook": roexec.Hook,
+               "the configuration": roexec.Config, "mail": roexec.MailSettings,
+               "vault": roexec.VaultSettings, "a source of env_from": roexec._EnvSource}
+    return [(name, key) for name, record in records.items() for key in record.KEYS]
+
+
+@pytest.mark.parametrize("name", [command.name for command in roexec.commands()])
+def test_every_command_stands_in_an_example(name):
+    assert any(roexec._split(words)[0].name == name
+               for words in map(words_of, COMMANDS) if "--help" not in words)
+
+
+@pytest.mark.parametrize("name, key", tables(), ids=" ".join)
+def test_every_key_is_told(name, key):
+    shown = {key for block in BLOCKS for key in re.findall(r"([a-z_]+):", block)}
+    assert key in NAMED | (shown if name == "the configuration" else set())
+
+
+@pytest.mark.parametrize("hook", roexec.HOOKS)
+def test_every_hook_is_told(hook):
+    assert hook in NAMED
+
+
+def words_of(line):
+    """The words of a command line of the README, without what belongs to the shell."""
+    line = re.sub(r"\$\w+", "x", line.rstrip(")"))
+    words = shlex.split(line, comments=True)[1:]
+    return words[:words.index(">")] if ">" in words else words
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_line_can_be_meant(line):
+    words = words_of(line)
+    if not {"--help", "--version"} & set(words):
+        command, rest, behind = roexec._split(words)
+        assert roexec._parse(command, rest, behind) is not None
+
+
+def documents():
+    return [block for block in BLOCKS if re.match(r"\w+:(\s|$)", block)]
+
+
+@pytest.mark.parametrize("text", documents(), ids=lambda text: text.partition(":")[0])
+def test_every_piece_of_a_file_is_accepted(text, tmp_path):
+    if text.startswith("server:"):
+        assert roexec.read_config(text, "config.yml", str(tmp_path))
+    else:
+        if not text.startswith("jobs:"):
+            text = "job:\n  id: x\n  command: x\n" + re.sub("^(?=.)", "  ", text, flags=re.M)
+        assert roexec.read_job_file(text, "jobs.yml", str(tmp_path)).jobs
+
+
+def test_there_are_examples_of_all_kinds():
+    assert len(COMMANDS) > 25
+    assert [text.partition(":")[0] for text in documents()] == [
+        "jobs", "hooks", "env_from", "limits", "server"]
+
+
+def test_the_changes_name_every_command():
+    changes = (Path(__file__).parent.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    for command in roexec.commands():
+        name = command.name
+        assert f"`{name.split()[0] if name.startswith('list') else name}`" in changes
