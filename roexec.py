@@ -9457,7 +9457,7 @@ class Scheduler:
             more = True
             while not self.asked:
                 ended = self._sleep(0 if more else self._seconds())
-                self._see_store()
+                _see_store(self.store, self.fifo)
                 try:
                     more = self._turn(ended, time.time())
                 except (RoexecError, OSError) as error:     # a full disk, say: tried again
@@ -9585,15 +9585,6 @@ class Scheduler:
         self.supervisors.rest()
         return self.timetable.next_due() <= now
 
-    def _see_store(self):
-        """End where the store was removed, or another one has its name: what is written now would
-        be read by nobody, and the jobs of the new one would have two servers."""
-        if not is_at(self.fifo, self.store.file("wake")):
-            self.store.kept.close()     # without the lock, which is not that of this database
-            self.store.kept = None
-            raise RoexecError(f"the store {self.store.path} was removed, or replaced by another; "
-                              "start the server again")
-
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
         before, offset = self.offset, now - time.monotonic()
@@ -9690,6 +9681,16 @@ def _call(functions, say):
             function()
         except (RoexecError, OSError) as error:
             say(str(error), "ERROR")
+
+
+def _see_store(store, fifo):
+    """End where the store was removed, or another one has its name: what is written now would be
+    read by nobody, and the jobs of the new one would have two servers."""
+    if not is_at(fifo, store.file("wake")):
+        store.kept.close()              # without the lock, which is not that of this database
+        store.kept = None
+        raise RoexecError(f"the store {store.path} was removed, or replaced by another; start the "
+                          "server again")
 
 
 def _start_again(store, say):

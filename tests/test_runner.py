@@ -594,7 +594,7 @@ def test_waiting_for_the_grace_costs_no_cpu(store):
 
 
 def test_what_is_printed_during_the_grace_is_kept(store):
-    run = perform(store, "trap 'seq 30000; exit 1' TERM; sleep 600 & wait", timeout=0.1, grace=60)
+    run = perform(store, "trap 'seq 30000; exit 1' TERM; sleep 600 & wait", timeout=1, grace=60)
     assert output_of(store, run).splitlines()[-1] == "30000"
 
 
