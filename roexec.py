@@ -6882,6 +6882,7 @@ class Watch:
 
     def __init__(self, limit):
         self.limit, self.peak, self.folder, self.due = limit, 0, None, 0.0
+        self.floor = _own_peak()
 
     def exceeded(self, processes):
         """Whether the processes, {pid: start} that a function gives, hold more than the limit."""
@@ -6900,6 +6901,17 @@ class Watch:
         return False
 
 
+def _own_peak():
+    """The most memory that this process has held: what getrusage(2) says of a child is never less,
+    since a child begins with what its parent holds."""
+    with contextlib.suppress(OSError):
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    return 0
+
+
 def _resident(pid):
     try:
         with open(f"/proc/{pid}/statm") as file:
@@ -6914,7 +6926,7 @@ class Cgroup:
     interval = float("inf")
 
     def __init__(self, parent, name, limits):
-        self.folder, self.peak = os.path.join(parent, name), 0
+        self.folder, self.peak, self.floor = os.path.join(parent, name), 0, _own_peak()
         os.mkdir(self.folder)
         try:
             if limits.get("memory") is not None:
@@ -7700,7 +7712,8 @@ class RunningCommand:
         memory = self.kill_reason == "memory"
         if self.meter is not None:
             memory = self.meter.close() or memory
-            self.max_rss_bytes = max(self.max_rss_bytes, self.meter.peak)
+            told = self.max_rss_bytes if self.max_rss_bytes > self.meter.floor else 0
+            self.max_rss_bytes = max(told, self.meter.peak)
         return Ended(exit_code=code if code >= 0 else None, memory=memory or None,
                      signal=_signal_name(-code) if code < 0 else None,
                      timeout=self.kill_reason if self.kill_reason in REASONS["timed_out"] else None)

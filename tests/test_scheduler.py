@@ -1062,3 +1062,25 @@ def test_only_an_end_that_somebody_should_look_at_is_an_error_in_the_servers_log
     roexec._tell_end(lambda text, level="INFO": said.append(f"[{level}] {text}"),
                      {"id": "r1", "job_id": "x", "state": state, "reason": reason, **more})
     assert said == [line]
+
+
+@pytest.mark.parametrize("cgroup, options", [
+    ("/system.slice/roexec.service/server", []),
+    ("/user.slice/user@1000.service/app.slice/roexec.service", ["--user"]),
+])
+def test_the_manager_of_the_unit_is_asked_how_it_would_be_stopped(tmp_path, monkeypatch, cgroup,
+                                                                  options):
+    (tmp_path / "cgroup").write_text(f"0::{cgroup}\n")
+    program = tmp_path / "systemctl"
+    program.write_text(f"#!/bin/sh\necho \"$@\" >{tmp_path}/asked; cat {tmp_path}/mode\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("INVOCATION_ID", "0" * 32)
+    monkeypatch.setattr(roexec, "open", lambda path, *more: open(
+        tmp_path / "cgroup" if path == "/proc/self/cgroup" else path, *more), raising=False)
+    (tmp_path / "mode").write_text("control-group\n")
+    assert "write KillMode=process" in roexec.unit_warning()
+    words = (tmp_path / "asked").read_text().split()
+    assert words == [*options, "show", "--property=KillMode", "--value", "roexec.service"]
+    (tmp_path / "mode").write_text("process\n")
+    assert roexec.unit_warning() is None
