@@ -11716,7 +11716,8 @@ def _cmd_server(session):
         if warning:
             _server_log(warning, "ERROR")
         scheduler.run()
-    _server_log("Server ended; runs that are on go on by themselves")
+    _server_log("Server ended" if ends_with_us() else
+                "Server ended; runs that are on go on by themselves")
 
 
 def _stored_settings(store):
