@@ -7263,7 +7263,7 @@ def _remnants(run_id, session, start):
     not a later process with its number), what bears the run's id in its environment, and what
     descends from these.
     """
-    if not _HAS_PROC():
+    if not _has_proc():
         return {session: None} if session and _signal_group(session, 0) else {}
     table, mark = processes(), f"ROEXEC_RUN_ID={run_id}\0".encode()
     if session in table and table[session].start != start:
@@ -7272,7 +7272,7 @@ def _remnants(run_id, session, start):
                   if process.session == session or mark in _environment_of(pid)], table)
 
 
-def _HAS_PROC():
+def _has_proc():
     return os.path.isdir("/proc/self")      # macOS and the BSDs have none: a group is all we know
 
 
@@ -7696,7 +7696,7 @@ class RunningCommand:
         """{pid: start} of what is alive of the tree: the command's session, and what descends from
         this supervisor, which inherits orphans. Orphans that have ended are reaped."""
         self._has_ended()
-        if not _HAS_PROC():
+        if not _has_proc():
             return {self.pid: None} if _signal_group(self.pid, 0) and not self.ended else {}
         table, own = processes(), os.getpid()
         for pid, process in table.items():
