@@ -16,9 +16,14 @@ The file is read from top to bottom; a section uses only sections above it.
     11  notices    webhook, mail and ping, and the outbox that they wait in
     12  limits     as whom a command runs, and what it may use
     13  runner     the supervisor: journal, process tree, signals, attempts, hooks
-    14  scheduler  the loop of the server, claims, recovery, the launcher
-    15  api        routes, the one gate, streaming
-    16  cli        one function per command; main(argv) -> exit status
+    14  pipelines  steps in order, in parallel, and again from where they failed
+    15  scheduler  the loop of the server, claims, recovery, the launcher
+    16  upkeep     retention, purge, check, backup, restore
+    17  page       the web page, served with a strict content policy
+    18  api        routes, the one gate, streaming
+    19  client     a server elsewhere, for the same commands
+    20  host       what a host needs: doctor, install, init, completion
+    21  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -8585,7 +8590,12 @@ def exec_here(words):
     return ended.exit_code if ended.signal is None else 128 + _signal_number(ended.signal)
 
 
-# ==== 14 scheduler ================================================================================
+# ==== 14 pipelines ================================================================================
+# A run that has steps: its supervisor starts a run for each step that is ready, as a server starts
+# the runs of jobs, and goes on from their ends. Which steps are ready is decided in policy.
+
+
+# ==== 15 scheduler ================================================================================
 # From due slots and requests to supervisors, and back into the store. A run gets its place in the
 # transaction that marks it as running, whoever starts it; its journal is there, and locked, before
 # that. What a crash leaves is finished by whoever holds `server.lock`, or needs the place.
@@ -9795,7 +9805,16 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 15 api ======================================================================================
+# ==== 16 upkeep ===================================================================================
+# What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
+# mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone.
+
+
+# ==== 17 page =====================================================================================
+# What a browser gets at `/`: one page without any other file, which asks the API as a client does.
+
+
+# ==== 18 api ======================================================================================
 # HTTP: what a request asks for, who may ask, and the answers. Each route is a line of ROUTES with
 # the scope that it needs; one gate stands before all of them, and lets nobody in but the server's
 # own user and root over loopback. Handlers are functions of (request, store) and know no sockets.
@@ -10635,7 +10654,15 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 16 cli ======================================================================================
+# ==== 19 client ===================================================================================
+# With --url a command asks a server through its API what it else asks the store.
+
+
+# ==== 20 host =====================================================================================
+# How roexec stands on a host: what it finds there, how it is put into place and taken away again.
+
+
+# ==== 21 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.

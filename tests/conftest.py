@@ -1,7 +1,45 @@
-"""What holds for all tests."""
+"""What holds for all tests, and the fixtures that several files use."""
 import signal
+
+import pytest
+from helpers import Server, kill_descendants
+
+import roexec
 
 # A shell starts what it runs in the background with SIGINT ignored (POSIX, "Asynchronous Lists"),
 # and so would be each command that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def clean(tmp_path, monkeypatch):
+    """No process and no setting of this process outlives a test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    roexec.become_subreaper()
+    yield
+    kill_descendants()
+
+
+@pytest.fixture
+def store(tmp_path):
+    return roexec.Store(str(tmp_path / "store")).create()
+
+
+@pytest.fixture
+def start(store, tmp_path):
+    """`start(**options)` starts a server of the store."""
+    return lambda **options: Server(store, tmp_path / "said", **options)
+
+
+@pytest.fixture
+def marks(tmp_path):
+    """A file to which commands add lines; `marks()` are its lines."""
+    path = tmp_path / "marks"
+    path.touch()
+
+    def lines():
+        return path.read_text().splitlines()
+    lines.path = path
+    return lines

@@ -2,6 +2,7 @@
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import socketserver
@@ -10,6 +11,8 @@ import threading
 import time
 import traceback
 import urllib.parse
+
+import pytest
 
 import roexec
 
@@ -456,3 +459,13 @@ class VaultServer:
                     "deletion_time": "", "destroyed": False, "version": 2}
         return 200, {"request_id": "1", "lease_id": "", "renewable": False, "lease_duration": 0,
                      "data": {"data": data, "metadata": metadata} if versioned else data}
+
+
+def tool(name, package=None):
+    """The path of a program that tests ask. CI has all of them; elsewhere a test that needs one
+    which is not there is skipped. `package` is Debian's, where it has another name."""
+    path = shutil.which(name)
+    if path is None:
+        assert not os.environ.get("CI"), f"{name} is missing"
+        pytest.skip(f"{name} is not here; Debian has it in {package or name}")
+    return path

@@ -26,30 +26,11 @@ from helpers import (Server, apply, await_state, descendants, end_of, in_child, 
 import roexec
 from roexec import RoexecError
 
+pytestmark = pytest.mark.usefixtures("clean")      # of processes
+
 HOUR = 3600
 LONG = bool(os.environ.get("ROEXEC_LONG"))
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    """No process and no setting of this process outlives a test."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
-    roexec.become_subreaper()
-    yield
-    kill_descendants()
-
-
-@pytest.fixture
-def store(tmp_path):
-    return roexec.Store(str(tmp_path / "store")).create()
-
-
-@pytest.fixture
-def start(store, tmp_path):
-    """`start(**options)` starts a server of the store."""
-    return lambda **options: Server(store, tmp_path / "said", **options)
 
 
 @pytest.fixture

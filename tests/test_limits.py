@@ -10,29 +10,17 @@ import tempfile
 import time
 
 import pytest
-from helpers import (claimed, descendants, end_of, in_child, kill_descendants, make_job, output_of,
-                     perform, read_attempts, read_log_of, supervise, wait_for)
+from helpers import (claimed, descendants, end_of, in_child, make_job, output_of, perform,
+                     read_attempts, read_log_of, supervise, wait_for)
 
 import roexec
+
+pytestmark = pytest.mark.usefixtures("clean")      # of processes
 
 UID, GID, MORE = 54321, 54322, [54323, 54324]       # of a user that no host has
 IS_ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
 MEBIBYTE = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    """No process and no setting of this process outlives a test."""
-    monkeypatch.chdir(tmp_path)
-    roexec.become_subreaper()
-    yield
-    kill_descendants()
-
-
-@pytest.fixture
-def store(tmp_path):
-    return roexec.Store(str(tmp_path / "store")).create()
 
 
 @pytest.fixture

@@ -10,38 +10,13 @@ import subprocess
 import time
 
 import pytest
-from helpers import (claimed, descendants, end_of, in_child, is_alive, kill_descendants, make_job,
-                     output_of, perform, read_attempts, read_log_of, read_pid, read_run, supervise,
-                     wait_for)
+from helpers import (claimed, descendants, end_of, in_child, is_alive, make_job, output_of,
+                     perform, read_attempts, read_log_of, read_pid, read_run, supervise, wait_for)
 
 import roexec
 from roexec import Journal, Progress
 
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    """No process and no setting of this process outlives a test."""
-    monkeypatch.chdir(tmp_path)
-    roexec.become_subreaper()
-    yield
-    kill_descendants()
-
-
-@pytest.fixture
-def store(tmp_path):
-    return roexec.Store(str(tmp_path / "store")).create()
-
-
-@pytest.fixture
-def marks(tmp_path):
-    """A file to which commands add lines; `marks()` are its lines."""
-    path = tmp_path / "marks"
-    path.touch()
-
-    def lines():
-        return path.read_text().splitlines()
-    lines.path = path
-    return lines
+pytestmark = pytest.mark.usefixtures("clean")      # of processes
 
 
 # The journal.

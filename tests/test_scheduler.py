@@ -10,47 +10,15 @@ import sys
 import time
 
 import pytest
-from helpers import (Server, apply, await_state, descendants, end_of, in_child, is_alive,
-                     kill_descendants, make_job, read_attempts, read_log_of, read_pid, read_run,
-                     read_runs, wait_for)
+from helpers import (apply, await_state, descendants, end_of, in_child, is_alive, make_job,
+                     read_attempts, read_log_of, read_pid, read_run, read_runs, wait_for)
 
 import roexec
 from roexec import RoexecError, own_identity
 
+pytestmark = pytest.mark.usefixtures("clean")      # of processes
+
 HOUR = 3600
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    """No process and no setting of this process outlives a test."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
-    roexec.become_subreaper()
-    yield
-    kill_descendants()
-
-
-@pytest.fixture
-def store(tmp_path):
-    return roexec.Store(str(tmp_path / "store")).create()
-
-
-@pytest.fixture
-def start(store, tmp_path):
-    """`start(**options)` starts a server of the store."""
-    return lambda **options: Server(store, tmp_path / "said", **options)
-
-
-@pytest.fixture
-def marks(tmp_path):
-    """A file to which commands add lines; `marks()` are its lines."""
-    path = tmp_path / "marks"
-    path.touch()
-
-    def lines():
-        return path.read_text().splitlines()
-    lines.path = path
-    return lines
 
 
 def ask(store, job, **more):

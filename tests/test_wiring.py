@@ -12,29 +12,16 @@ import time
 
 import pytest
 from helpers import (Server, Smtp, VaultServer, Web, apply, await_state, claimed, descendants,
-                     end_of, in_child, kill_descendants, make_job, output_of, perform,
-                     read_attempts, read_log_of, read_run, read_runs, supervise, wait_for)
+                     end_of, in_child, make_job, output_of, perform, read_attempts, read_log_of,
+                     read_run, read_runs, supervise, wait_for)
 
 import roexec
+
+pytestmark = pytest.mark.usefixtures("clean")      # of processes
 
 SECRET = "pässw0rd-of-vault/1"
 FROM_COMMAND, FROM_FILE, FROM_HOST = "value+of+a+command", "value of a file", "value-of-the-host"
 HOUR = 3600
-
-
-@pytest.fixture(autouse=True)
-def clean(tmp_path, monkeypatch):
-    """No process and no setting of this process outlives a test."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("INVOCATION_ID", raising=False)
-    roexec.become_subreaper()
-    yield
-    kill_descendants()
-
-
-@pytest.fixture
-def store(tmp_path):
-    return roexec.Store(str(tmp_path / "store")).create()
 
 
 class Lines:
