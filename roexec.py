@@ -3778,6 +3778,37 @@ def _why_undecided(known, job, slot):
             "window": None if job.catch_up == "none" else job.catch_up_window}
 
 
+# Who may do what.
+
+SCOPES = ("job:read", "job:write", "job:pause", "run:list", "run:create", "run:cancel", "log:read",
+          "token:admin", "metrics:read")
+ROLES = {                               # a name -> the scopes that it stands for
+    "viewer": ("job:read", "run:list", "log:read"),
+    "operator": ("job:read", "run:list", "log:read", "run:create", "run:cancel", "job:pause"),
+    "admin": ("*",)}
+_OF_ALL_JOBS = ("token:admin", "metrics:read")      # nobody has these for some jobs only
+
+
+class Caller(Value):
+    """Who asks for something: `name`, as audit rows have it (`user root`, `token ci-token`), the
+    `scopes` (`*` is all), the `pattern` of the ids of jobs that it is about (`*` and `?` as in a
+    shell; None: all), and whether it is the `owner`, who may do everything."""
+    __slots__ = ("name", "scopes", "pattern", "owner")
+
+    def may(self, scope):
+        """Whether it has a scope, for the jobs that it sees."""
+        if self.pattern is not None and scope in _OF_ALL_JOBS:
+            return False
+        return bool(self.owner or "*" in self.scopes or scope in self.scopes)
+
+    def sees(self, job_id):
+        """Whether a job, and with it its runs and logs, is one of those that it is about."""
+        if self.pattern is None:
+            return True
+        wanted = re.escape(self.pattern).replace(r"\*", ".*").replace(r"\?", ".")
+        return re.fullmatch(wanted, job_id) is not None
+
+
 # ==== 7 render (pure) =============================================================================
 # What is shown of jobs, runs and slots: payloads, which --json and the API give, and from the same
 # payloads the tables and texts of the CLI. A pipe gets UTC and nothing that changes by itself;
@@ -9821,7 +9852,7 @@ def hold_server_lock(store):
 # Whatever a client does, it can hold a thread or memory for a bounded time and size only.
 
 OPEN = "open"                   # the scope of a route that anybody may use
-SCOPES = ("job:read", "run:create", "run:list", "log:read")
+ANY = "any"                     # that of one for whoever is known, with whatever scopes
 
 _MOST_HEAD = 16 << 10           # bytes of a request before its body
 _MOST_FIELDS = 100              # of a head
@@ -9841,13 +9872,14 @@ class Request:
     """A request: `method`, `path` and `query` as they were sent, `version` the 1 of HTTP/1.1,
     `headers` {lower-case name: [values]}, `length` of the body (bytes).
 
-    `arguments` (texts in the path) and `body` (bytes) are put in when they are known.
+    `arguments` (texts in the path), `body` (bytes) and `caller` (a Caller) are put in when they are
+    known.
     """
 
     def __init__(self, method, target, headers=None, *, version=1):
         self.method, self.version, self.headers = method, version, headers or {}
         self.path, _, self.query = target.partition("?")
-        self.length, self.arguments, self.body = 0, (), b""
+        self.length, self.arguments, self.body, self.caller = 0, (), b"", None
 
     def header(self, name):
         """The value of a header; that of one that is repeated joined by commas; None without."""
@@ -10041,8 +10073,8 @@ _OF_PROXIES = ("forwarded", "via", "x-real-ip")
 
 
 def gate(scope, request, port, owned):
-    """Let a request pass, or raise Refusal. `scope` is that of its route, None without a route;
-    `port` the server's; `owned()` says whether the connection is one of the owner's.
+    """The Caller of a request that may pass; raises Refusal. `scope` is that of its route, None
+    without a route; `port` the server's; `owned()` says whether the owner is at the other end.
 
     The owner's authority is ambient: any page in a browser of theirs can make it send requests,
     also to a name that it has made to mean this host. So such a request must be for a name of ours.
@@ -10052,7 +10084,7 @@ def gate(scope, request, port, owned):
         raise Refusal(403, "foreign_origin", f"a page of {printable(origin)} asks, which is not "
                       "this server")
     if scope == OPEN:
-        return
+        return Caller(name="anybody", scopes=())
     proxied = any(name in _OF_PROXIES or name.startswith("x-forwarded-")
                   for name in request.headers)
     site = request.header("sec-fetch-site") in (None, "same-origin", "none")
@@ -10064,6 +10096,7 @@ def gate(scope, request, port, owned):
             name in _LOOPBACK_NAMES and its_port == str(port)):
         raise Refusal(421, "foreign_host", f'this server is not called "{host or ""}"; ask it as '
                       f"http://localhost:{port}")
+    return Caller(name=f"user {owner_name(os.geteuid())}", scopes=("*",), owner=True)
 
 
 # Payloads of rows, the same for --json of the CLI.
@@ -10361,7 +10394,7 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
 def check_routes(routes):
     """Raise ValueError for a route that does not say who may use it."""
     for route in routes:
-        if route.scope != OPEN and route.scope not in SCOPES:
+        if route.scope not in (OPEN, ANY, *SCOPES):
             raise ValueError(f"{route.method} {route.path} has no scope")
 
 
@@ -10385,7 +10418,7 @@ def admitted(request, port, owned):
     """The Route of a request that may pass the gate; its arguments are put into the request."""
     routes, request.arguments = find_routes(request.path)
     route = routes.get(request.method)
-    gate(route and route.scope, request, port, owned)
+    request.caller = gate(route and route.scope, request, port, owned)
     if route is None and routes:
         allowed = ", ".join(sorted(routes))
         raise Refusal(405, "method_not_allowed", f"{request.path} knows {allowed} only",

@@ -525,9 +525,10 @@ def refusal_of(scope, headers, owned=True, port=8080):
     """The status and code with which the gate refuses; None where it does not."""
     request = Request("GET", "/", {name: [text] for name, text in headers.items()})
     try:
-        gate(scope, request, port, lambda: owned)
+        caller = gate(scope, request, port, lambda: owned)
     except Refusal as refusal:
         return refusal.status, refusal.code
+    assert all(caller.may(each) is (scope != roexec.OPEN) for each in roexec.SCOPES)
 
 
 @pytest.mark.parametrize("headers, expected", [

@@ -8,10 +8,10 @@ import pytest
 
 import roexec
 from roexec import (ACTIVE_STATES, FINAL_STATES, MOST_CAUGHT_UP, MOST_COUNTED, ON_TIME, REASONS,
-                    STATES, Ended, Job, Known, Met, admit, backoff_delay, busiest_minutes,
-                    decide_slots, explain, foresee, get_zone, is_moved, iter_slots, jitter_delay,
-                    last_slot, local_instants, next_run, next_slot, outcome, overlap_action,
-                    parse_instant, retry_delay, upcoming_slots)
+                    ROLES, SCOPES, STATES, Caller, Ended, Job, Known, Met, admit, backoff_delay,
+                    busiest_minutes, decide_slots, explain, foresee, get_zone, is_moved, iter_slots,
+                    jitter_delay, last_slot, local_instants, next_run, next_slot, outcome,
+                    overlap_action, parse_instant, retry_delay, upcoming_slots)
 
 UTC = timezone.utc
 NOON = 1754049600           # 2025-08-01T12:00:00Z, a Friday
@@ -802,3 +802,38 @@ def test_only_what_names_a_time_of_day_is_moved_by_a_gap():
     assert is_moved(job("30 2 * * *"), after, BERLIN)
     assert not is_moved(job("*/30 * * * *"), after, BERLIN)
     assert not is_moved(job(["@reboot", "30 2 * * *"]), after + DAY, BERLIN)
+
+
+# Who may do what.
+
+@pytest.mark.parametrize("caller, scopes", [
+    (Caller(name="user me", scopes=(), owner=True), SCOPES),
+    (Caller(name="token x", scopes=("*",)), SCOPES),
+    (Caller(name="token x", scopes=ROLES["admin"]), SCOPES),
+    (Caller(name="token x", scopes=()), ()),
+    (Caller(name="token x", scopes=("run:create",)), ("run:create",)),
+    (Caller(name="token x", scopes=ROLES["viewer"]), ("job:read", "run:list", "log:read")),
+    (Caller(name="token x", scopes=ROLES["operator"]),
+     ("job:read", "job:pause", "run:list", "run:create", "run:cancel", "log:read")),
+    (Caller(name="token x", scopes=("*",), pattern="*"),
+     tuple(scope for scope in SCOPES if scope not in ("token:admin", "metrics:read"))),
+    (Caller(name="token x", scopes=("token:admin", "metrics:read", "job:read"), pattern="a"),
+     ("job:read",))])
+def test_a_caller_may_do_what_its_scopes_say(caller, scopes):
+    assert tuple(scope for scope in SCOPES if caller.may(scope)) == scopes
+    assert not any(caller.may(other) for other in ("job", "job:", "")) or "*" in caller.scopes \
+        or caller.owner
+
+
+@pytest.mark.parametrize("pattern, job_id, seen", [
+    (None, "deploy", True), ("*", "deploy", True), ("deploy*", "deploy", True),
+    ("deploy*", "deploy-web", True), ("deploy*", "Deploy", False), ("deploy*", "redeploy", False),
+    ("deploy", "deploy-web", False), ("d?ploy", "deploy", True), ("d?ploy", "dploy", False),
+    ("a.b", "a-b", False)])
+def test_a_caller_sees_the_jobs_of_its_pattern(pattern, job_id, seen):
+    assert Caller(name="token x", scopes=("*",), pattern=pattern).sees(job_id) is seen
+
+
+def test_each_role_is_made_of_scopes():
+    assert {scope for scopes in ROLES.values() for scope in scopes} <= {*SCOPES, "*"}
+    assert set(ROLES["viewer"]) < set(ROLES["operator"])
