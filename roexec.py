@@ -3175,13 +3175,15 @@ def upcoming_slots(job, after, zone):
         slot = next_slot(job, slot, zone)
 
 
-def next_run(job, now, zone, paused=False, position=None):
+def next_run(job, now, zone, paused=0, position=None):
     """When a job starts next: its next slot and the jitter of that; None if it will not.
 
-    With the job's `position` a slot counts that has passed and is still delayed by its jitter.
+    `paused` is the instant until which it is paused, infinity for one that has to be resumed. With
+    the job's `position` a slot counts that has passed and is still delayed by its jitter.
     """
     after = now if position is None else max(position, now - job.jitter)
-    for slot in () if paused else upcoming_slots(job, after, zone):
+    after = max(after, paused - 1)
+    for slot in () if paused == math.inf else upcoming_slots(job, after, zone):
         start = slot + jitter_delay(job.id, slot, job.jitter)
         if slot > now or start > now:
             return start
@@ -3196,12 +3198,12 @@ class SlotRow(Value):
     __slots__ = ("slot", "last_slot", "count", "trigger", "reason", "message")
 
 
-def decide_slots(job, position, now, zone, paused=False):
+def decide_slots(job, position, now, zone, paused=0):
     """What becomes of the slots of a job that are due -> ([SlotRow], the new position).
 
     `position` is where an earlier decision ended (UTC seconds): no slot at or before it is
-    considered. Slots are decided in order: one delayed by jitter holds up later ones, which are
-    late only from then on.
+    considered; `paused` is the instant until which the job is paused. Slots are decided in order:
+    one delayed by jitter holds up later ones, which are late only from then on.
     """
     if not job.enabled:
         return [], max(position, now)
@@ -3223,7 +3225,7 @@ def decide_slots(job, position, now, zone, paused=False):
 def _fate(job, slot, lateness, window, paused):
     """The trigger with which a slot that is due starts, or the reason for which it does not."""
     start, end = window
-    if paused:
+    if slot < paused:
         return "paused"
     if start is not None and slot < start or end is not None and slot > end:
         return "window"
@@ -3272,10 +3274,10 @@ def _too_old(job, position, now, zone):
 def _pass_over(job, position, before, zone, paused):
     """The rows of the slots > `position` and < `before`, however many, and the new position."""
     start, end = job.window_instants(zone)
-    spans = ((-math.inf if start is None else start, "window"),
+    spans = ((paused, "paused"), (-math.inf if start is None else start, "window"),
              (math.inf if end is None else math.floor(end) + 1, "missed"), (math.inf, "window"))
     rows = []
-    for until, reason in ((math.inf, "paused"),) if paused else spans:
+    for until, reason in spans:
         until = min(until, before)
         first = next_slot(job, position, zone) if position < until else None
         if first is not None and first < until:
@@ -3547,8 +3549,9 @@ class Known(Value):
     `versions` are (since, Job), oldest first, the last of them the job as it is; `active` the rows
     of all queued and running runs, oldest first, those of the job with `retry_at` and `attempt`;
     `limits` {job id: max_concurrent} of those that are queued, `max_concurrent` that of all, `held`
-    the ids of paused jobs with queued runs; `server` is whether one is there; `paused_since` the
-    first slot that was skipped for the pause that is on; `zone` as in `next_slot`.
+    the ids of paused jobs with queued runs; `server` is whether one is there; `paused` the instant
+    until which the job is paused, `paused_since` the first slot that was skipped for that; `zone`
+    as in `next_slot`.
     """
     __slots__ = ("now", "zone", "versions", "paused", "paused_since", "position", "active",
                  "limits", "max_concurrent", "held", "server")
@@ -3656,13 +3659,18 @@ def _why_stopped(known):
         return {"reason": "manual"}
     if not job.enabled:
         return {"reason": "disabled", "since": _since_when(known.versions, "enabled")}
-    if known.paused:
-        return {"reason": "paused", "since": known.paused_since}
+    if known.paused > known.now:
+        return {"reason": "paused", **_pause_of(known)}
     if all(cron.reboot for cron in job.crons()):
         return {"reason": "reboot"}
     if start is not None and known.now < start or end is not None and known.now > end:
         return {"reason": "window", "start": start, "end": end}
     return None
+
+
+def _pause_of(known):
+    return {"since": known.paused_since,
+            "until": None if known.paused == math.inf else known.paused}
 
 
 def _why_active(known, run):
@@ -3749,8 +3757,8 @@ def _why_not_due(known, job, instant, later):
 def _explain_later(known, job, slot):
     """What is going to become of a slot, as things are."""
     start, end = job.window_instants(known.zone)
-    if known.paused:
-        return [{"reason": "will_be_paused", "since": known.paused_since}]
+    if slot < known.paused:
+        return [{"reason": "will_be_paused", **_pause_of(known)}]
     if start is not None and slot < start or end is not None and slot > end:
         return [{"reason": "window", "start": start, "end": end}]
     said = [{"reason": "due", "next": slot + jitter_delay(job.id, slot, job.jitter)}]
@@ -3898,12 +3906,13 @@ def _attempt_payload(attempt):
             "exit_code", "signal", "cpu_seconds", "max_rss_bytes", "output_bytes")}}
 
 
-def job_payload(row, job, next_run, zone):
+def job_payload(row, job, next_run, zone, now):
     """A job as --json and the API give it: `spec` as written, the rest as it is in effect.
 
     `job` is the Job with the defaults in effect, `next_run` seconds or None, `zone` the
-    scheduler's tzinfo.
+    scheduler's tzinfo, `now` seconds.
     """
+    paused = row["paused"] > now
     last = None if row["last_id"] is None else {
         "id": row["last_id"], "state": row["last_state"],
         "started_at": _instant(row["last_started_at"]),
@@ -3911,7 +3920,9 @@ def job_payload(row, job, next_run, zone):
     return {
         "id": job.id, "name": job.name, "schedule": list(job.schedule),
         "timezone": job.timezone or str(zone), "enabled": job.enabled,
-        "paused": bool(row["paused"]), "next_run": _instant(next_run), "last_run": last,
+        "paused": paused,
+        "paused_until": _instant(row["paused"]) if paused and row["paused"] < math.inf else None,
+        "next_run": _instant(next_run), "last_run": last,
         "tags": list(job.tags), "source": row["source"], "spec": json.loads(row["spec"]),
         "version": row["version"], "active": row["active"]}
 
@@ -4075,9 +4086,12 @@ def _as(form, value):
     return None if value is None else form(value)
 
 
-def job_status(job):
+def job_status(job, style):
     """In a word what the job of a payload is up to: running, queued, paused, scheduled …"""
-    stopped = "paused" if job["paused"] else None if job["enabled"] else "disabled"
+    stopped = None if job["enabled"] else "disabled"
+    if job["paused"]:
+        until = style.time(job["paused_until"])
+        stopped = f"paused until {until}" if until else "paused"
     if job["active"]:
         return f"{job['active']} ({stopped})" if stopped else job["active"]
     return stopped or ("scheduled" if job["schedule"] else "manual")
@@ -4092,7 +4106,7 @@ def jobs_table(jobs, style):
 def _job_row(job, style):
     last = job["last_run"] or {"started_at": None, "state": None}
     schedule = [_schedule(expression, job["id"], style) for expression in job["schedule"]]
-    return (job["id"], ", ".join(schedule), job_status(job), style.time(job["next_run"]),
+    return (job["id"], ", ".join(schedule), job_status(job, style), style.time(job["next_run"]),
             style.time(last["started_at"]), last["state"], job["name"])
 
 
@@ -4108,7 +4122,7 @@ def job_text(payload, job, style):
     result = last and "  ".join(filter(None, (
         style.moment(last["started_at"]), last["state"], last["id"])))
     return fields((
-        ("job", payload["id"]), ("name", payload["name"]), ("status", job_status(payload)),
+        ("job", payload["id"]), ("name", payload["name"]), ("status", job_status(payload, style)),
         *(("schedule", f"{cron.expression}  ({cron.describe()})") for cron in job.crons()),
         ("timezone", payload["timezone"]), ("next run", style.moment(payload["next_run"])),
         ("last run", result), ("tags", ", ".join(payload["tags"])), ("source", payload["source"]),
@@ -4180,10 +4194,11 @@ _SENTENCES = {
     "queued_paused": ("Run {run} waits until the job is resumed: roexec resume {job}",),
     "queued_owner": ("Run {run} waits for the command that asked for it, which alone starts it",),
     "queued_no_server": ("Run {run} waits for a server: no server runs on this store",),
-    "paused": ("The job is paused", ", its slots are skipped from {since}", " until {until} so far",
+    "paused": ("The job is paused", " until {until}", ", its slots are skipped from {since}",
                ": roexec resume {job}"),
     "paused_then": ("The job was paused: skipped were the slots from {since}", " until {until}"),
     "will_be_paused": ("It will be skipped, since the job is paused", " (from {since} on)",
+                       " until {until}",
                        ": roexec resume {job}"),
     "disabled": ("The job says enabled: false", " since {since}", ", until {until}"),
     "manual": ("The job has no schedule: it runs when somebody asks for it",),
@@ -4444,7 +4459,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE jobs (
     id TEXT PRIMARY KEY, spec TEXT NOT NULL, version INTEGER NOT NULL, source TEXT,
     position REAL NOT NULL,             -- each slot at or before it is decided (UTC seconds)
-    paused INTEGER NOT NULL DEFAULT 0, deleted INTEGER NOT NULL DEFAULT 0,
+    paused REAL NOT NULL DEFAULT 0,     -- until when (UTC seconds), infinity until it is resumed
+    deleted INTEGER NOT NULL DEFAULT 0,
     changed INTEGER NOT NULL,           -- the count of changes when this row changed last
     last_run TEXT) WITHOUT ROWID;
 CREATE INDEX jobs_changed ON jobs (changed);
@@ -4951,7 +4967,7 @@ def _put_job(db, job, source, now):
     old = db.execute("SELECT * FROM jobs WHERE id = ?", (job.id,)).fetchone()
     spec, version, position, paused = json.dumps(job.spec), 1, now, 0
     if old is not None:
-        version, paused = old["version"] + 1, old["paused"] and not old["deleted"]
+        version, paused = old["version"] + 1, 0 if old["deleted"] else old["paused"]
         before = Job.from_spec(json.loads(old["spec"]))
         same = not old["deleted"] and all(getattr(before, name) == getattr(job, name)
                                           for name in ("schedule", "timezone", "enabled"))
@@ -4977,12 +4993,14 @@ def delete_jobs(db, ids, now):
                            message="the job was deleted")
 
 
-def pause_job(db, job_id, paused):
-    """Pause or resume the schedule of a job -> whether that changed anything."""
-    if bool(get_job(db, job_id)["paused"]) == paused:
+def pause_job(db, job_id, paused, until=None):
+    """Pause the schedule of a job until an instant (UTC seconds), else until it is resumed; or,
+    with `paused` false, resume it -> whether that changed anything."""
+    until = (math.inf if until is None else until) if paused else 0
+    if get_job(db, job_id)["paused"] == until:
         return False
     db.execute("UPDATE jobs SET paused = ?, changed = ? WHERE id = ?",
-               (paused, _next_change(db), job_id))
+               (until, _next_change(db), job_id))
     return True
 
 
@@ -5195,10 +5213,10 @@ def usual_durations(db, job_ids):
     return usual
 
 
-def paused_in_queue(db):
-    """The ids of paused jobs that have queued runs."""
+def paused_in_queue(db, now):
+    """The ids of jobs that have queued runs and are paused at an instant (UTC seconds)."""
     return {row[0] for row in db.execute("SELECT DISTINCT job_id FROM runs JOIN jobs ON jobs.id = "
-                                         "job_id WHERE state = 'queued' AND paused")}
+                                         "job_id WHERE state = 'queued' AND paused > ?", (now,))}
 
 
 # What became of slots.
@@ -8703,7 +8721,8 @@ def claim(db, folder, jobs, max_concurrent, wanted, **header):
               else known[row["id"]].max_concurrent for row in queued}
     journals, now = [], time.time()
     try:
-        for row in admit(queued, count_running(db), limits, max_concurrent, paused_in_queue(db)):
+        for row in admit(queued, count_running(db), limits, max_concurrent,
+                         paused_in_queue(db, now)):
             if wanted(row) and known[row["id"]] is not None:
                 journals.append(_make_journal(db, folder, row, known[row["id"]], now,
                                               boot=boot, **header))
@@ -9389,7 +9408,7 @@ class _Timetable:
             return
         entry = self.entries[row["id"]] = _Entry()
         entry.job, entry.version = job, row["version"]
-        entry.position, entry.paused = row["position"], bool(row["paused"])
+        entry.position, entry.paused = row["position"], row["paused"]
         if entry.position > time.time() + _CORRECTION:
             entry.position = time.time()
         self.plan(row["id"])
@@ -9416,7 +9435,7 @@ class _Timetable:
         for entry in self.entries.values():
             start, end = entry.job.window_instants(self.zone)
             if any(cron.reboot for cron in entry.job.crons()) and entry.job.enabled \
-                    and not entry.paused and (start or 0) <= time.time() <= (end or math.inf):
+                    and max(entry.paused, start or 0) <= time.time() <= (end or math.inf):
                 self._add(db, entry, "schedule", time.time())
 
     def decide(self, db, job_id, now, replaced, started):
@@ -10101,16 +10120,17 @@ def gate(scope, request, port, owned):
 
 # Payloads of rows, the same for --json of the CLI.
 
-def job_payloads(db, rows, now):
-    """Payloads of rows of jobs, as they are in effect, with their next runs after `now`."""
-    settings = get_settings(db) or {}
+def job_payloads(db, rows, now, settings=None):
+    """Payloads of rows of jobs, as they are in effect, with their next runs after `now`; the
+    settings count where the store has none of a server."""
+    settings = get_settings(db) or settings or {}
     name = (settings.get("scheduler") or {}).get("timezone")
     zone = get_zone(name) if name else host_zone()
     payloads = []
     for row in rows:
         job = effective(Job(json.loads(row["spec"])), settings.get("defaults"))
         coming = next_run(job, now, zone, row["paused"], row["position"])
-        payloads.append(job_payload(row, job, coming, zone))
+        payloads.append(job_payload(row, job, coming, zone, now))
     return payloads
 
 
@@ -10996,12 +11016,6 @@ def _job_in_effect(row, defaults):
     return effective(Job.from_spec(json.loads(row["spec"])), defaults)
 
 
-def _job_payload(row, defaults, zone):
-    job = _job_in_effect(row, defaults)
-    coming = next_run(job, time.time(), zone, row["paused"], row["position"])
-    return job_payload(row, job, coming, zone)
-
-
 def _nothing(store, what):
     """Say where nothing was found, and whether a server runs there."""
     there = "" if store.exists else " (there is no store there yet)"
@@ -11227,36 +11241,48 @@ def _cmd_export(session):
 
 
 def _cmd_pause(session):
-    pausing, changes = session.command.name == "pause", []
-    words = ("paused", "already paused") if pausing else ("resumed", "not paused")
+    options, changes = session.options, []
+    pausing, until = session.command.name == "pause", math.inf
+    if pausing and options.for_ is not None:
+        until = math.ceil(time.time() + _duration_of("--for", options.for_))
+    if options.all and (options.id or options.ids):
+        raise Usage("--all is for all jobs; write it without an id")
     with session.change() as db:
-        for job_id in session.ids():
-            same = bool(get_job(db, job_id)["paused"]) == pausing
-            changes.append((job_id, words[same]))
+        for job_id in job_ids(db) if options.all else session.ids():
+            before = get_job(db, job_id)["paused"]
+            changes.append((job_id, _pause_in_words(before, until if pausing else 0)))
             if not session.options.dry_run:
-                pause_job(db, job_id, pausing)
+                pause_job(db, job_id, pausing, until)
     session.report(changes)
+
+
+def _pause_in_words(before, until):
+    """What becomes of a job that was paused until an instant, 0 or infinity among them."""
+    if not until:
+        return "resumed" if before > time.time() else "not paused"
+    if before == until:
+        return "already paused"
+    return "paused" if until == math.inf else f"paused until {format_instant(until)}"
 
 
 # Commands that show.
 
 def _cmd_list_jobs(session):
-    payloads = _job_payloads(session)
+    payloads = _listed_jobs(session)
     if any(payload["active"] for payload in payloads):
         settle(session.store)           # only then there can be anything to take in
-        payloads = _job_payloads(session)
+        payloads = _listed_jobs(session)
     if not payloads:
         _nothing(session.store, "jobs")
     session.give(page("jobs", payloads),
                  lambda style: jobs_table(payloads, style) if payloads else "")
 
 
-def _job_payloads(session):
+def _listed_jobs(session):
     if not session.store.exists:
         return []
     with session.store.read() as db:
-        defaults, zone = session.in_effect(db)
-        return [_job_payload(row, defaults, zone) for row in list_jobs(db)]
+        return job_payloads(db, list_jobs(db), time.time(), session.settings(db))
 
 
 def _cmd_list_runs(session):
@@ -11313,7 +11339,8 @@ def _cmd_show(session):
     with store.read() as db:
         if target in job_ids(db):
             row = get_job(db, target)
-            payload, job = _job_payload(row, *session.in_effect(db)), _job_in_effect(row, None)
+            payload, = job_payloads(db, [row], time.time(), session.settings(db))
+            job = _job_in_effect(row, None)
             return session.give(payload, lambda style: job_text(payload, job, style))
         payload, = run_payloads(store, db, [find_run(db, target)])
         usual = usual_durations(db, [payload["job_id"]]).get(payload["job_id"])
@@ -11336,12 +11363,15 @@ def _cmd_next(session):
     with session.store.read() as db:
         defaults, zone = session.in_effect(db)
         rows = [get_job(db, job_id) for job_id in ids] or [
-            row for row in list_jobs(db) if not row["paused"]]
+            row for row in list_jobs(db) if row["paused"] <= max(after, time.time())]
         jobs = [_job_in_effect(row, defaults) for row in rows]
         if options.to is not None:
             return _give_foresight(session, jobs, after, zone, db)
-    if ids and rows[0]["paused"]:
-        _say(f'job "{ids[0]}" is paused: these slots will be skipped')
+    if ids and rows[0]["paused"] > time.time():
+        paused = rows[0]["paused"]
+        until, before = ("", "") if paused == math.inf else (
+            f" until {format_instant(paused)}", " before that")
+        _say(f'job "{ids[0]}" is paused{until}: these slots{before} will be skipped')
     return _give_slots(session, jobs, after, zone)
 
 
@@ -11457,7 +11487,8 @@ def _known_of(session, store, db, job_id):
         now=time.time(), zone=zone, paused=row["paused"], paused_since=paused_since,
         versions=[(since, effective(Job.from_spec(json.loads(spec)), defaults))
                   for since, spec in job_versions(db, job_id)],
-        position=row["position"], active=active, limits=limits, held=paused_in_queue(db),
+        position=row["position"], active=active, limits=limits,
+        held=paused_in_queue(db, time.time()),
         max_concurrent=session.settings(db)["scheduler"].get("max_concurrent"),
         server=store.server() is not None)
 
@@ -11905,10 +11936,12 @@ _COMMANDS = (
     Command("why", _cmd_why, "tell why a job has not run at an instant, or does not run now",
             "JOB [INSTANT]", "why backup-db 2025-08-01T02:00", _WITH_ID),
     Command("status", _cmd_status, "tell whether the server is healthy", "", "status"),
-    Command("pause", _cmd_pause, "stop the schedules of jobs", "JOB [JOB ...]", "pause backup-db",
-            _WITH_ID, changes=True),
-    Command("resume", _cmd_pause, "let the schedules of jobs go on", "JOB [JOB ...]",
-            "resume backup-db", _WITH_ID, changes=True),
+    Command("pause", _cmd_pause, "stop the schedules of jobs", "JOB [JOB ...] | --all",
+            "pause backup-db --for 2h", _WITH_ID,
+            ("--all", None, "of all jobs", False),
+            ("--for", "TIME", "for so long; they go on by themselves", None), changes=True),
+    Command("resume", _cmd_pause, "let the schedules of jobs go on", "JOB [JOB ...] | --all",
+            "resume backup-db", _WITH_ID, ("--all", None, "of all jobs", False), changes=True),
     Command("cancel", _cmd_cancel, "end runs, or withdraw those that are queued",
             "RUN | JOB ...", "cancel backup-db", _WITH_ID, changes=True),
     Command("retry", _cmd_retry, "run again what a run ran", "RUN | JOB | latest", "retry latest",
@@ -11947,7 +11980,7 @@ class Options:
 def _attribute(flags):
     """`-v --dry-run` -> dry_run."""
     name = flags.split()[-1].strip("-").replace("-", "_")
-    return "from_" if name == "from" else name
+    return f"{name}_" if name in ("from", "for") else name      # words of Python
 
 
 def _split(words):

@@ -629,6 +629,37 @@ def test_pause_and_resume_say_whether_they_changed_anything(cli, jobs, store):
     assert cli("resume hello")[1] == "hello: not paused\n"
 
 
+def test_a_pause_for_some_time_says_until_when_and_is_over_by_itself(cli, jobs, store):
+    until = r"2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+    assert re.fullmatch(f"hello: paused until {until}\n", cli("pause hello --for 2h")[1])
+    payload = json.loads(cli("show hello --json")[1])
+    assert payload["paused"] and payload["next_run"] >= payload["paused_until"]
+    assert f" paused until {payload['paused_until']} " in cli("list jobs")[1]
+    assert f"paused until {payload['paused_until']}" in cli("why hello")[1]
+    assert f"until {payload['paused_until']}: these slots before that" in cli("next hello")[2]
+    assert cli("pause hello")[1] == "hello: paused\n"
+    with store.write() as db:
+        roexec.pause_job(db, "hello", True, time.time() - 1)
+    assert " scheduled " in cli("list jobs")[1] and "paused" not in cli("why hello")[1]
+    assert cli("next hello --count 1")[2] == ""
+    assert cli("resume hello")[1] == "hello: not paused\n"
+
+
+def test_all_jobs_are_paused_and_resumed_at_once(cli, jobs, store):
+    assert cli("pause --all")[1] == "backup: paused\nhello: paused\n"
+    assert cli("resume --all --dry-run")[1] == \
+        "backup: resumed (dry run)\nhello: resumed (dry run)\n"
+    assert cli("resume --all")[1] == "backup: resumed\nhello: resumed\n"
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ("pause", "say which one: roexec pause JOB"), ("pause --all hello", "write it without an id"),
+    ("pause hello --for soon", '--for: "soon" is not a duration')])
+def test_what_to_pause_has_to_be_said(line, sentence, cli, jobs):
+    status, _, err = cli(line)
+    assert status == 2 and sentence in err
+
+
 def test_pausing_survives_apply(cli, jobs, store):
     cli("pause hello")
     jobs.write_text(JOBS.replace("echo hello", "echo bye"))

@@ -22,7 +22,7 @@ def job(schedule="* * * * *", **spec):
     return Job({"id": "backup", "command": "true", "schedule": schedule, **spec})
 
 
-def decided(a_job, position, now, paused=False, zone=UTC):
+def decided(a_job, position, now, paused=0, zone=UTC):
     """The decision as [(minutes from noon, trigger or reason, count)], and the new position."""
     rows, position = decide_slots(a_job, position, now, zone, paused)
     return [((row.slot - NOON) / 60, row.reason or row.trigger, row.count)
@@ -50,7 +50,7 @@ def test_a_job_without_a_schedule_has_no_slots(schedule):
     assert next_slot(idle, NOON, UTC) is last_slot(idle, NOON, UTC) is None
     assert list(upcoming_slots(idle, NOON, UTC)) == list(iter_slots(idle, 0, NOON, UTC)) == []
     assert decided(idle, 0, NOON) == ([], 0)
-    assert decided(idle, 0, NOON, paused=True) == ([], 0)
+    assert decided(idle, 0, NOON, paused=math.inf) == ([], 0)
     assert next_run(idle, NOON, UTC) is None
 
 
@@ -85,7 +85,14 @@ def test_a_slot_that_its_jitter_still_delays_is_the_next_run():
     tomorrow = NOON + DAY + jitter_delay("backup", NOON + DAY, HOUR)
     assert next_run(daily, start, UTC, position=NOON) == tomorrow
     assert next_run(daily, NOON + 1, UTC, position=NOON + 1) == tomorrow    # registered just now
-    assert next_run(daily, NOON + 1, UTC, paused=True, position=NOON - DAY) is None
+    assert next_run(daily, NOON + 1, UTC, paused=math.inf, position=NOON - DAY) is None
+
+
+def test_the_next_run_of_a_job_that_is_paused_until_an_instant_is_the_first_from_then_on():
+    daily = job("0 12 * * *")
+    for paused, expected in [(NOON - 1, NOON), (NOON, NOON), (NOON + 1, NOON + DAY),
+                             (NOON + DAY, NOON + DAY)]:
+        assert next_run(daily, NOON - HOUR, UTC, paused) == expected
 
 
 # Jitter.
@@ -179,9 +186,16 @@ def test_catch_up_window_may_be_shorter_than_what_is_on_time():
 
 
 def test_the_due_slots_of_a_paused_job_are_one_row():
-    assert decided(job(), NOON - 600, NOON, paused=True) == ([(-9, "paused", 10)], NOON)
-    assert decided(job(), NOON - 2 * DAY, NOON, paused=True) == (
+    assert decided(job(), NOON - 600, NOON, paused=math.inf) == ([(-9, "paused", 10)], NOON)
+    assert decided(job(), NOON - 2 * DAY, NOON, paused=math.inf) == (
         [(1 - 2880, "paused", 2880)], NOON)
+
+
+def test_slots_after_a_pause_are_decided_as_if_there_had_been_none():
+    assert decided(job(), NOON - 600, NOON, paused=NOON - 300) == (
+        [(-9, "paused", 4), (-5, "missed", 4), (-1, "schedule", 1), (0, "schedule", 1)], NOON)
+    assert decided(job(), NOON - 2 * DAY, NOON, paused=NOON - DAY)[0][:2] == [
+        (1 - 2880, "paused", 1439), (-1440, "missed", 1439)]
 
 
 def test_a_disabled_job_has_no_rows_and_its_position_follows():
@@ -220,7 +234,7 @@ def fates_of(a_job, slots, now, paused):
         if due > now:
             break
         lateness = now - due
-        fates[slot] = ("paused" if paused
+        fates[slot] = ("paused" if slot < paused
                        else "window" if not (start or 0) <= slot <= (end or math.inf)
                        else "schedule" if lateness <= 60
                        else "late" if lateness <= a_job.catch_up_window else "missed")
@@ -270,7 +284,7 @@ def test_each_slot_between_two_positions_ends_in_exactly_one_row(seed):
         slots, now = list(iter_slots(a_job, position + 1, NOON + DAY, UTC)), position
         for _ in range(8):
             now += chance.choice([0, 0.25, 1, 30, 61, 400, HOUR, 5 * HOUR, -600])
-            paused = chance.random() < 0.2
+            paused = chance.choice([0, 0, 0, 0, math.inf, now - chance.randrange(2 * HOUR)])
             wanted = fates_of(a_job, [slot for slot in slots if slot > position], now, paused)
             rows, after = decide_slots(a_job, position, now, UTC, paused)
             assert spread(rows, slots) == wanted
@@ -279,10 +293,10 @@ def test_each_slot_between_two_positions_ends_in_exactly_one_row(seed):
 
 
 @pytest.mark.parametrize("spec, paused", [
-    ({}, False), ({"catch_up": "all"}, False), ({"catch_up": "none"}, False), ({}, True),
-    ({"catch_up_window": "366d"}, False), ({"catch_up_window": "366d", "catch_up": "all"}, False),
-    ({"catch_up_window": "366d"}, True), ({"timezone": "Europe/Berlin", "jitter": "5m"}, False),
-    ({"window": {"start": "2025-07-01", "end": "2025-07-02"}}, False)])
+    ({}, 0), ({"catch_up": "all"}, 0), ({"catch_up": "none"}, 0), ({}, math.inf),
+    ({"catch_up_window": "366d"}, 0), ({"catch_up_window": "366d", "catch_up": "all"}, 0),
+    ({"catch_up_window": "366d"}, math.inf), ({"timezone": "Europe/Berlin", "jitter": "5m"}, 0),
+    ({}, NOON - 100 * DAY), ({"window": {"start": "2025-07-01", "end": "2025-07-02"}}, 0)])
 def test_an_outage_of_a_year_with_a_slot_each_second_costs_little(spec, paused, monkeypatch):
     looked = []
     for name in ("next_slot", "previous_slot"):
@@ -623,6 +637,7 @@ def known(a_job=None, **more):
     """What is known at noon of a job that was registered a day before, with a server."""
     return Known(**{"now": NOON, "zone": UTC, "versions": [(NOON - DAY, a_job or job("0 * * * *"))],
                     "position": NOON, "active": [], "limits": {}, "held": (), "server": True,
+                    "paused": 0,
                     **more})
 
 
@@ -648,7 +663,8 @@ OFF = job("0 * * * *", enabled=False)
 @pytest.mark.parametrize("facts, expected", [
     (known(), ["not_due"]),
     (known(server=False), ["no_server"]),
-    (known(paused=True), ["paused"]),
+    (known(paused=math.inf), ["paused"]), (known(paused=NOON + 1), ["paused"]),
+    (known(paused=NOON), ["not_due"]),
     (known(OFF), ["disabled"]),
     (known(job([])), ["manual"]),
     (known(job("@reboot")), ["reboot"]),
@@ -659,12 +675,12 @@ OFF = job("0 * * * *", enabled=False)
     (known(active=[run_row()]), ["running"]),
     (known(active=[run_row(retry_at=NOON + 9, attempt=1)]), ["retry"]),
     (known(active=[run_row(job_id="other")]), ["not_due"]),
-    (known(active=[run_row()], paused=True), ["running", "paused"]),
+    (known(active=[run_row()], paused=math.inf), ["running", "paused"]),
     (known(active=[run_row(state="queued")]), ["queued"]),
     (known(active=[run_row(state="queued")], server=False), ["queued_no_server", "no_server"]),
     (known(active=[run_row(state="queued", owner="boot 1 2")], server=False),
      ["queued_owner", "no_server"]),
-    (known(active=[run_row(state="queued")], held={"backup"}, paused=True),
+    (known(active=[run_row(state="queued")], held={"backup"}, paused=math.inf),
      ["queued_paused", "paused"]),
 ])
 def test_why_a_job_does_not_run_now(facts, expected):
@@ -747,7 +763,8 @@ def test_of_a_row_that_has_grown_over_outages_a_later_one_is_not_dated_by_the_fi
     (known(job("0 * * * *", jitter="1h"), position=NOON - HOUR), NOON, ["jitter"]),
     (known(), NOON + HOUR, ["due"]),
     (known(server=False), NOON + HOUR, ["due", "no_server"]),
-    (known(paused=True), NOON + HOUR, ["will_be_paused"]),
+    (known(paused=math.inf), NOON + HOUR, ["will_be_paused"]),
+    (known(paused=NOON + HOUR), NOON + HOUR, ["due"]),
     (known(job("0 * * * *", window={"end": "2025-08-01"})), NOON + DAY, ["window"]),
     (known(versions=[(NOON - DAY, OFF), (NOON - 60, HOURLY)]), NOON - HOUR, ["disabled"]),
     (known(versions=[(NOON - DAY, job("7 * * * *")), (NOON - 60, HOURLY)]), NOON - HOUR,

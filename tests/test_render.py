@@ -2,6 +2,7 @@
 import ast
 import datetime
 import json
+import math
 import re
 
 import pytest
@@ -37,7 +38,7 @@ def run(**changes):
 def job(row=(), spec=(), next_run=None, zone=UTC):
     spec = {**SPEC, **dict(spec)}
     row = {**JOB_ROW, "spec": json.dumps(spec), **dict(row)}
-    return job_payload(row, Job.from_spec(spec), next_run, zone)
+    return job_payload(row, Job.from_spec(spec), next_run, zone, NOON)
 
 
 def cells(text):
@@ -93,7 +94,7 @@ def test_a_job_has_the_members_of_the_design():
                    "last_finished_at": NOON + 1}, next_run=NOON)
     assert payload == {
         "id": "backup", "name": "Back up", "schedule": ["0 2 * * *"], "timezone": "UTC",
-        "enabled": True, "paused": False, "next_run": "2025-08-01T10:00:00Z",
+        "enabled": True, "paused": False, "paused_until": None, "next_run": "2025-08-01T10:00:00Z",
         "last_run": {"id": "r1", "state": "failed", "started_at": "2025-08-01T10:00:00Z",
                      "finished_at": "2025-08-01T10:00:01Z"},
         "tags": ["nightly"], "source": "/etc/jobs.yml", "spec": SPEC, "version": 3,
@@ -108,7 +109,7 @@ def test_a_job_without_runs_and_slots_has_null_there():
 def test_the_spec_of_a_job_is_as_written_and_the_rest_as_it_is_in_effect():
     row = {**JOB_ROW, "spec": json.dumps(SPEC)}
     in_effect = Job.from_spec({**SPEC, "timezone": "+05:00", "enabled": False})
-    payload = job_payload(row, in_effect, None, UTC)
+    payload = job_payload(row, in_effect, None, UTC, NOON)
     assert (payload["timezone"], payload["enabled"]) == ("+05:00", False)
     assert payload["spec"] == SPEC
 
@@ -153,7 +154,7 @@ def test_a_job_that_is_disabled_or_has_no_schedule_has_no_next_run(hourly, spec)
 
 
 def test_a_paused_job_has_no_next_run(hourly):
-    assert roexec.next_run(hourly(), NOON, UTC, paused=True) is None
+    assert roexec.next_run(hourly(), NOON, UTC, paused=math.inf) is None
     assert roexec.next_run(hourly(), NOON, UTC) == NOON + 3600
 
 
@@ -198,6 +199,8 @@ def test_each_reason_has_a_sentence_and_each_sentence_a_reason():
     ({"reason": "queued_job", "run": "r9", "behind": list("abcdefg"), "limit": 1},
      "Run r9 waits for a place behind a, b, c, d, e and 2 more: max_concurrent of the job is 1"),
     ({"reason": "paused", "since": None}, "The job is paused: roexec resume backup"),
+    ({"reason": "paused", "since": None, "until": NOON},
+     "The job is paused until 2025-08-01T10:00:00Z: roexec resume backup"),
     ({"reason": "window", "start": None, "end": NOON},
      "That is outside of its window, which ends 2025-08-01T10:00:00Z"),
     ({"reason": "overlap", "overlap": "skip", "others": [
@@ -306,12 +309,14 @@ def test_only_the_last_column_is_cut_and_only_where_there_is_a_width():
     ({}, {}, "scheduled"),
     ({}, {"schedule": []}, "manual"),
     ({}, {"enabled": False}, "disabled"),
-    ({"paused": 1}, {}, "paused"),
+    ({"paused": math.inf}, {}, "paused"),
+    ({"paused": NOON + 60}, {}, "paused until 2025-08-01T10:01:00Z"),
+    ({"paused": NOON}, {}, "scheduled"),
     ({"active": "running"}, {}, "running"),
-    ({"active": "queued", "paused": 1}, {}, "queued (paused)"),
+    ({"active": "queued", "paused": math.inf}, {}, "queued (paused)"),
 ])
 def test_a_job_says_in_a_word_what_it_is_up_to(row, spec, expected):
-    assert roexec.job_status(job(row, spec)) == expected
+    assert roexec.job_status(job(row, spec), Style()) == expected
     assert expected in jobs_table([job(row, spec)], Style())
 
 

@@ -1,4 +1,5 @@
 """The loop and its processes: slots, places, recovery, runs without a server, what kills do."""
+import math
 import os
 import pty
 import random
@@ -439,6 +440,26 @@ def test_slots_of_a_paused_job_are_skipped_and_its_queued_run_waits(store, start
         roexec.pause_job(db, "x", False)
     store.wake()
     await_state(store, queued, "succeeded")
+    server.stop()
+
+
+def test_a_pause_ends_by_itself_also_while_no_server_runs(store, start):
+    apply(store, make_job(schedule="@every 1s"), since=time.time() - 30)
+    until = math.floor(time.time()) - 10
+    with store.write() as db:
+        roexec.pause_job(db, "x", True, until)
+    server = start()
+    wait_for(lambda: read_runs(store, state="succeeded"))
+    rows = read_runs(store)
+    assert (rows[0]["reason"], rows[0]["last_slot"]) == ("paused", until - 1)
+    assert min(row["slot"] for row in rows[1:]) == until
+    soon = math.ceil(time.time()) + 1
+    with store.write() as db:
+        roexec.pause_job(db, "x", True, soon)
+    store.wake()
+    wait_for(lambda: [row for row in read_runs(store, reason="paused")[1:]
+                      if row["last_slot"] == soon - 1])
+    wait_for(lambda: read_runs(store, slot=soon, state="succeeded"))
     server.stop()
 
 

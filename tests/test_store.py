@@ -3,6 +3,7 @@ import ast
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import resource
@@ -945,7 +946,7 @@ def test_pausing_survives_apply_but_not_deletion(db):
     apply(db, [job()])
     assert pause_job(db, "backup", True) and not pause_job(db, "backup", True)
     apply(db, [job(timeout="5m", schedule="@daily")])
-    assert get_job(db, "backup")["paused"] == 1
+    assert get_job(db, "backup")["paused"] == math.inf
     assert pause_job(db, "backup", False) and not pause_job(db, "backup", False)
     pause_job(db, "backup", True)
     delete_jobs(db, ["backup"], NOW)
@@ -963,7 +964,7 @@ def test_a_server_learns_what_has_changed_since_it_last_looked(db):
     delete_jobs(db, ["two"], NOW)
     set_position(db, "three", NOW + 1)                  # its own doing
     assert [(row["id"], row["paused"], row["deleted"]) for row in changed_jobs(db, seen)] == [
-        ("one", 1, 0), ("two", 0, 1)]
+        ("one", math.inf, 0), ("two", 0, 1)]
     assert len(changed_jobs(db, -1)) == 3
 
 
@@ -1102,7 +1103,9 @@ def test_paused_jobs_with_queued_runs_are_known(db):
     run(db, "run3", "c", "running")
     for name in ("a", "c"):
         pause_job(db, name, True)
-    assert paused_in_queue(db) == {"a"}
+    assert paused_in_queue(db, NOW) == {"a"}
+    assert pause_job(db, "a", True, NOW + 1) and not pause_job(db, "a", True, NOW + 1)
+    assert paused_in_queue(db, NOW) == {"a"} and paused_in_queue(db, NOW + 1) == set()
 
 
 def test_active_runs_are_counted_and_listed_without_steps(db):
@@ -1313,7 +1316,8 @@ class Listener:
     (lambda db: get_job(db, "backup"), "runs_active (job_id=?)"),
     (list_jobs, "runs_active (job_id=?)"),
     (queued_runs, "runs_state (state=?)"), (count_queued, "runs_state (state=?)"),
-    (count_running, "runs_state (state=?)"), (paused_in_queue, "runs_state (state=?)"),
+    (count_running, "runs_state (state=?)"),
+    (lambda db: paused_in_queue(db, NOW), "runs_state (state=?)"),
     (lambda db: slot_is_known(db, "a", 5), "runs_slot (job_id=? AND slot=?)"),
     (lambda db: newest_run(db, "a"), "runs_job (job_id=?)"),
     (lambda db: usual_durations(db, ["a"]), "runs_job (job_id=?)"),
