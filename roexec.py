@@ -10712,50 +10712,15 @@ def _why_not(error, host, port):
 
 
 # ==== 20 host =====================================================================================
-# How roexec stands on a host: what it finds there, how it is put into place and taken away again.
+# How roexec stands on a host: where its things lie, which servers live there, what may be wrong
+# with it, how it is put into place and taken away again.
+
+# Where things lie.
+
+HOST_CONFIG, HOST_STORE = "/etc/roexec", "/var/lib/roexec"
 
 
-# ==== 21 cli ======================================================================================
-# The command line. One table of commands drives parsing and help; each command is a small function
-# of its Session that returns the exit status. Standard output has what was asked for and nothing
-# else, standard error has what is to be said about it. Only `main` ends the program.
-
-class Usage(RoexecError):
-    """A command line that cannot be meant; the text says what to write."""
-
-
-def _say(text):
-    """Tell the person something; a standard error that cannot be written is no error."""
-    try:
-        for line in str(text).splitlines():
-            sys.stderr.write(f"roexec: {line}\n")
-        sys.stderr.flush()
-    except OSError:
-        pass
-
-
-def _here():
-    try:
-        return os.getcwd()
-    except FileNotFoundError:
-        raise RoexecError("the current folder is gone; change to another one") from None
-
-
-def _absolute(path):
-    return os.path.normpath(path if os.path.isabs(path) else os.path.join(_here(), path))
-
-
-def _read_bytes(path):
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise RoexecError(f"cannot read {path}: {error.strerror}") from None
-
-
-# Which configuration, and which store.
-
-def _user_folder(variable, usual):
+def user_folder(variable, usual):
     """roexec's folder in a base directory of the user; a relative one is void, as XDG has it."""
     base = os.environ.get(variable, "")
     if not os.path.isabs(base):
@@ -10764,64 +10729,17 @@ def _user_folder(variable, usual):
     return os.path.join(base, "roexec")
 
 
-def _config_path(given):
-    """The path of the configuration, or None; never one that merely lies in the current folder."""
-    asked = given or os.environ.get("ROEXEC_CONFIG")
-    if asked:
-        return _absolute(asked)
-    for folder in (_user_folder("XDG_CONFIG_HOME", ".config"), "/etc/roexec"):
-        path = os.path.join(folder, "config.yml")
-        if os.access(path, os.R_OK):
-            return path
-    return None
-
-
-def _settings_of(config):
-    """What a server keeps in the store of its configuration, for every client."""
-    return {"defaults": config.defaults,
-            "scheduler": {"max_concurrent": config.scheduler.max_concurrent,
-                          "timezone": config.scheduler.timezone},
-            "mail": config.mail, "vault": config.vault}
-
-
-_HOST_STORE = "/var/lib/roexec"
-
-
 def usual_store():
     """The store that is used where nothing names one: the host's for root and its owner."""
     uid = os.geteuid()
     try:
-        host = uid == 0 or os.stat(_HOST_STORE).st_uid == uid
+        host = uid == 0 or os.stat(HOST_STORE).st_uid == uid
     except OSError:
         host = False
-    return _HOST_STORE if host else _user_folder("XDG_STATE_HOME", ".local/state")
+    return HOST_STORE if host else user_folder("XDG_STATE_HOME", ".local/state")
 
 
-def locate_store(given, config):
-    """The absolute path of the store that --store, $ROEXEC_STORE or the configuration names; None
-    where none does. Raises RoexecError."""
-    path = given or os.environ.get("ROEXEC_STORE")
-    if not path and config.store.type == "sqlite" and not config.store.path.endswith(".db"):
-        raise RoexecError(f"store.path: the name of a database file ends in .db; write for example "
-                          f"{config.store.path}.db")
-    path = path or config.store.path
-    return path and _absolute(path)
-
-
-def _store_in_use():
-    """The path of the one live server's store, which is named if it is not the usual one."""
-    usual, servers = usual_store(), live_servers()
-    if len(servers) > 1:
-        listed = ", ".join(f"{path} (process {pid})" for path, pid in servers.items())
-        raise RoexecError(f"several servers run, on {listed}; name the store with --store")
-    for path, pid in servers.items():
-        if path != usual:
-            _say(f"using the store {path} of the server that runs (process {pid})")
-        return path
-    return usual
-
-
-def _become_owner(store):
+def become_owner(store):
     """Root becomes the owner of a store, so that nothing in it ever becomes root's."""
     try:
         state = os.stat(store.path)
@@ -10841,7 +10759,7 @@ def _become_owner(store):
     os.setuid(uid)
     if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):
         raise RoexecError(f"cannot become {owner_name(uid)}, who owns {store.path}")
-    _say(f"working as {owner_name(uid)}, who owns {store.path}")
+    store.say(f"working as {owner_name(uid)}, who owns {store.path}")
 
 
 # Live servers. A server holds the lock of a file that has the number of its process as its name,
@@ -10851,7 +10769,7 @@ def servers_folder():
     """Where the live servers of this user are announced."""
     if os.geteuid() == 0:
         return "/run/roexec"
-    return os.path.join(_user_folder("XDG_STATE_HOME", ".local/state"), "servers")
+    return os.path.join(user_folder("XDG_STATE_HOME", ".local/state"), "servers")
 
 
 def announce_server(store):
@@ -10905,6 +10823,90 @@ def live_servers():
     return servers
 
 
+# ==== 21 cli ======================================================================================
+# The command line. One table of commands drives parsing and help; each command is a small function
+# of its Session that returns the exit status. Standard output has what was asked for and nothing
+# else, standard error has what is to be said about it. Only `main` ends the program.
+
+class Usage(RoexecError):
+    """A command line that cannot be meant; the text says what to write."""
+
+
+def _say(text):
+    """Tell the person something; a standard error that cannot be written is no error."""
+    try:
+        for line in str(text).splitlines():
+            sys.stderr.write(f"roexec: {line}\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+def _here():
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise RoexecError("the current folder is gone; change to another one") from None
+
+
+def _absolute(path):
+    return os.path.normpath(path if os.path.isabs(path) else os.path.join(_here(), path))
+
+
+def _read_bytes(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise RoexecError(f"cannot read {path}: {error.strerror}") from None
+
+
+# Which configuration, and which store.
+
+def _config_path(given):
+    """The path of the configuration, or None; never one that merely lies in the current folder."""
+    asked = given or os.environ.get("ROEXEC_CONFIG")
+    if asked:
+        return _absolute(asked)
+    for folder in (user_folder("XDG_CONFIG_HOME", ".config"), HOST_CONFIG):
+        path = os.path.join(folder, "config.yml")
+        if os.access(path, os.R_OK):
+            return path
+    return None
+
+
+def _settings_of(config):
+    """What a server keeps in the store of its configuration, for every client."""
+    return {"defaults": config.defaults,
+            "scheduler": {"max_concurrent": config.scheduler.max_concurrent,
+                          "timezone": config.scheduler.timezone},
+            "mail": config.mail, "vault": config.vault}
+
+
+def locate_store(given, config):
+    """The absolute path of the store that --store, $ROEXEC_STORE or the configuration names; None
+    where none does. Raises RoexecError."""
+    path = given or os.environ.get("ROEXEC_STORE")
+    if not path and config.store.type == "sqlite" and not config.store.path.endswith(".db"):
+        raise RoexecError(f"store.path: the name of a database file ends in .db; write for example "
+                          f"{config.store.path}.db")
+    path = path or config.store.path
+    return path and _absolute(path)
+
+
+def _store_in_use():
+    """The path of the one live server's store, which is named if it is not the usual one."""
+    usual, servers = usual_store(), live_servers()
+    if len(servers) > 1:
+        listed = ", ".join(f"{path} (process {pid})" for path, pid in servers.items())
+        raise RoexecError(f"several servers run, on {listed}; name the store with --store")
+    for path, pid in servers.items():
+        if path != usual:
+            _say(f"using the store {path} of the server that runs (process {pid})")
+        return path
+    return usual
+
+
 # What a command works with.
 
 class Session:
@@ -10937,7 +10939,7 @@ class Session:
             self._store = Store(path, _say)
             if self.options.verbose:
                 _say(f"the store is {path}")
-            _become_owner(self._store)
+            become_owner(self._store)
         return self._store
 
     @property

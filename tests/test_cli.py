@@ -283,10 +283,10 @@ def test_the_usual_store_is_the_hosts_for_root_and_its_owner(uid, owner, expecte
 
 def test_a_relative_folder_in_the_environment_is_void(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
-    assert roexec._user_folder("XDG_STATE_HOME", ".local/state") == str(
+    assert roexec.user_folder("XDG_STATE_HOME", ".local/state") == str(
         tmp_path / "home/.local/state/roexec")
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
-    assert roexec._user_folder("XDG_STATE_HOME", ".local/state") == "/state/roexec"
+    assert roexec.user_folder("XDG_STATE_HOME", ".local/state") == "/state/roexec"
 
 
 @contextlib.contextmanager
