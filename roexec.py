@@ -54,10 +54,10 @@ class _Module:
 
 
 (array, base64, binascii, bisect, collections, contextlib, datetime, errno, fcntl, hashlib, heapq,
- itertools, json, math, pwd, re, select, shlex, signal, socket, stat, struct, threading, types,
+ io, itertools, json, math, pwd, re, select, shlex, signal, socket, stat, struct, threading, types,
  zoneinfo) = map(_Module, (
     "array base64 binascii bisect collections contextlib datetime errno fcntl hashlib heapq "
-    "itertools json math pwd re select shlex signal socket stat struct threading types "
+    "io itertools json math pwd re select shlex signal socket stat struct threading types "
     "zoneinfo").split())
 
 
@@ -1527,12 +1527,13 @@ class _Again(Exception):
 
 
 class _Reading:
-    """One pass. `notes`: True with notes, False where a pass with them can follow, else None."""
-    __slots__ = ("file", "folder", "notes", "problems", "warnings")
+    """One pass. `notes`: True with notes, False where a pass with them can follow, else None.
+    `variables` are the names that the defaults below have in `env`, which null can remove."""
+    __slots__ = ("file", "folder", "notes", "problems", "warnings", "variables")
 
     def __init__(self, file, folder, notes):
         self.file, self.folder, self.notes = file, folder, notes
-        self.problems, self.warnings = [], []
+        self.problems, self.warnings, self.variables = [], [], set()
 
 
 class _Place:
@@ -1818,7 +1819,9 @@ def _env(value, place):
         here.read(_own_variable, name)
         if name in variables:
             here.problem("it is written twice; remove one")
-        if item is None:
+        if item is None and name in place.reading.variables:
+            variables[name] = None
+        elif item is None:
             here.problem(f'no value; write "" for an empty one, or inherit_env: [{name}] '
                          "for the server's")
         else:
@@ -1903,15 +1906,20 @@ def _limit(value):
     return parse_duration(value) or None
 
 
+def _without_nulls(value):
+    return {name: text for name, text in value.items() if text is not None}
+
+
 # Records.
 
 class _Record(Value):
     """A value made of a spec: of a mapping of some of its KEYS to what their readers returned.
 
     KEYS is {name: (reader, maker or None, default of the attribute)}; LATER are the names of keys
-    that are not supported yet. Null in a spec is the default.
+    that are not supported yet. Null in a spec is the default; in one that is MERGED key by key it
+    is kept, since it removes what stands below.
     """
-    KEYS, LATER, NAME, MAY_BE_EMPTY = {}, (), "", False
+    KEYS, LATER, NAME, MAY_BE_EMPTY, MERGED = {}, (), "", False, False
 
     def __init_subclass__(cls):
         for name, (_, _, default) in cls.KEYS.items():
@@ -1941,6 +1949,8 @@ class _Record(Value):
                                            cls.NAME or place.path):
             if item is not None:
                 spec[name] = there.read(cls.KEYS[name][0], item)
+            elif cls.MERGED:
+                spec[name] = None
         if len(place.reading.problems) == before:
             cls.check(spec)
         return spec
@@ -2009,6 +2019,31 @@ class Limits(_Record):
         "processes": (_number_from(1, _MOST), None, None),
         "file_size": (_size, parse_size, None),
     }
+    MERGED = True
+
+
+def _log_size(value, place):
+    if parse_size(_size(value, place)) < 1 << 16:
+        raise ValueError("write a size of 64K or more")
+    return value
+
+
+class LogLimits(_Record):
+    """How long a log is kept after the end of its run (seconds), and how large it gets (bytes)."""
+    KEYS = {
+        "keep": (_some_duration, parse_duration, 7 * 86400),
+        "max_size": (_log_size, parse_size, 100 << 20),
+    }
+    MERGED = True
+
+
+class HistoryLimits(_Record):
+    """How long a run is kept after its end (seconds), and how many of a job."""
+    KEYS = {
+        "keep": (_some_duration, parse_duration, 90 * 86400),
+        "runs": (_number_from(1, _MOST), None, 10_000),
+    }
+    MERGED = True
 
 
 class Hook(_Record):
@@ -2236,7 +2271,7 @@ class Job(_Record):
         "nice": (_number_from(-20, 19), None, None),
         "umask": (_umask, lambda value: int(value, 8), 0o022),
         "stdin": (_text, None, None),
-        "env": (_env, None, {}),
+        "env": (_env, _without_nulls, {}),
         "env_from": (_list_of(_EnvSource.read), _several, ()),
         "inherit_env": (_inherit_env, _tuple, False),
         "timeout": (_duration, _limit, None),           # 0 is no limit
@@ -2254,8 +2289,10 @@ class Job(_Record):
         "priority": (_number_from(-_MOST, _MOST), None, 0),
         "limits": (Limits.read, Limits, Limits()),
         "hooks": (None, _make_hooks, {}),               # _read_hooks reads them in all spellings
+        "log": (LogLimits.read, LogLimits, LogLimits()),
+        "history": (HistoryLimits.read, HistoryLimits, HistoryLimits()),
     }
-    LATER = ("params", "pipeline", "parallel", "depends_on", "log", "history")
+    LATER = ("params", "pipeline", "parallel", "depends_on")
     spec = _crons = None
 
     def __init__(self, spec):
@@ -2297,6 +2334,12 @@ _AS_TEXT = (_id, _line, _text, _command, _timezone, _directory, _umask, Job.KEYS
 def effective(job, defaults):
     """The job with the configuration's defaults (a spec, or None) below it."""
     return Job(_merged(defaults, job.spec)) if defaults else job
+
+
+def effective_command(spec, settings):
+    """The Job of a command that is not registered: of all settings it knows `log` and `history`."""
+    return effective(Job(spec), {name: settings[name] for name in ("log", "history")
+                                 if settings.get(name)})
 
 
 def _merged(below, above):
@@ -2428,13 +2471,18 @@ def _read_file(value, place, below):
     """The specs of the jobs of a file: a reader of its whole value."""
     parts, defaults, specs, lines = _parts(value, place), {}, [], {}
     written, there = parts.get("defaults", (None, None))
+    place.reading.variables.update(below.get("env") or ())
     if written is not None:
         defaults = there.read(_read_defaults, written) or {}
+    place.reading.variables.update(defaults.get("env") or ())
     for item, there, named in _jobs_in(parts):
         if not isinstance(item, dict):
             there.problem(f"{there.shown(item)} is no job; write id:, command: and so on")
             continue
         spec = _read_job(item, there, defaults, named)
+        if spec.get("env"):             # what only the file's defaults had is gone for good
+            spec["env"] = {name: text for name, text in spec["env"].items()
+                           if text is not None or name in (below.get("env") or ())}
         _check_schedule(there, spec, {**below, **spec}.get("timezone"))
         _check_unique(spec.get("id"), named[1] if named else there.item("id", "id"), lines)
         specs.append(spec)
@@ -2701,7 +2749,8 @@ class Config(_Record):
 
     `server` has host and port; `store` type and path; `scheduler` max_concurrent and timezone;
     `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs' defaults;
-    `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings.
+    `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings; `log` and
+    `history` are specs too, of LogLimits and HistoryLimits.
     """
     KEYS = {
         "server": (_ServerSettings.read, _ServerSettings, _ServerSettings()),
@@ -2711,9 +2760,18 @@ class Config(_Record):
         "defaults": (_config_defaults, None, {}),
         "mail": (MailSettings.read, None, None),
         "vault": (VaultSettings.read, None, None),
+        "log": (LogLimits.read, None, None),
+        "history": (HistoryLimits.read, None, None),
     }
-    LATER = ("log", "history", "metrics", "clustering")
+    LATER = ("metrics", "clustering")
     NAME, MAY_BE_EMPTY = "the configuration", True
+
+    def __init__(self, spec=None):
+        """Of `defaults` and `log` and `history` beside them, which hold for all runs, the former
+        are the stronger."""
+        super().__init__(spec)
+        below = {name: getattr(self, name) for name in ("log", "history") if getattr(self, name)}
+        object.__setattr__(self, "defaults", _merged(below, self.defaults))
 
     @property
     def host_was_set(self):
@@ -5346,8 +5404,14 @@ def purge_notices(db, before):
 # ==== 9 logs ======================================================================================
 # One run's log. Each line bears an instant and a tag; of output, OUT or ERR, or OUT~ or ERR~ where
 # the newline at its end is the log's own, so that every byte of both streams comes back. Lines are
-# written whole and never changed, so an offset in bytes means the same line for ever. A full disk
-# stops the log, not the run, and the log says how much is missing. Memory is bounded everywhere.
+# written whole and never changed. A full disk stops the log, not the run, and the log says how much
+# is missing. Memory is bounded everywhere.
+#
+# A log is a file, and where that is a quarter of what the log may be large, further parts:
+# `<log>.parts/<offset>`, where the offset, 15 digits, is the number of bytes of the log before the
+# part. The first and the newest three are kept. So an offset means the same line for ever, and
+# where a part begins later than the one before it ends, lines were removed. `StoredLog` alone knows
+# where an offset lies; a part may be longer than the distance to the next, which has the same then.
 
 _MOST_KEPT = 1 << 16        # bytes of a line that wait for its end
 _READ_BLOCK = 2 << 20       # bytes: more than a chunk and what waited make
@@ -5363,13 +5427,16 @@ class LogWriter:
     Instants are seconds. With `path` it goes on with that log, relative to `folder`, at its end.
     Raises OSError where the log cannot be made, but not for a full or failing disk: then lines are
     lost, `lost` counts the bytes of output among them, and each second it is tried again. `path` is
-    where the log lies, relative to `folder`; None until there is room for one.
+    where the log lies, relative to `folder`; None until there is room for one. Of a log that grows
+    beyond `most` bytes the first quarter and the newest lines are kept.
     """
 
-    def __init__(self, folder, job_id, started, run_id, *, path=None):
+    def __init__(self, folder, job_id, started, run_id, *, path=None,
+                 most=float("inf")):
         self.path, self.lost = path, 0
         self._folder, self._paths = folder, _log_paths(job_id, started, run_id)
-        self._descriptor, self._size = None, 0
+        self._descriptor, self._begin, self._size = None, 0, 0     # begin: offset of the last part
+        self._most_in_part = most / 4
         self._stream, self._kept = "out", b""
         self._second, self._instant = None, b""
         self._trouble, self._tried, self._missing = None, 0, 0
@@ -5387,7 +5454,7 @@ class LogWriter:
 
     @property
     def size(self):
-        """How many bytes have been written."""
+        """How many bytes have been written, those included that were removed since."""
         return self._size
 
     def write(self, text, now, level="INFO"):
@@ -5463,19 +5530,44 @@ class LogWriter:
             if self._descriptor is None:
                 self._open()
             while written < len(lines):
-                written += os.pwrite(self._descriptor, lines[written:], self._size + written)
+                end = written + self._fitting(lines[written:], self._size + written)
+                while written < end:
+                    written += os.pwrite(self._descriptor, lines[written:end],
+                                         self._size + written - self._begin)
         except OSError as error:
             self._trouble = error.strerror
             written = bytes(lines[:written]).rfind(b"\n") + 1
             if self._descriptor is not None:
                 with contextlib.suppress(OSError):      # what comes next is written over it
-                    os.ftruncate(self._descriptor, self._size + written)
+                    os.ftruncate(self._descriptor, self._size + written - self._begin)
         self._size += written
         return written
 
+    def _fitting(self, lines, offset):
+        """How many bytes of lines, whole ones, belong into one part; it may have to be begun."""
+        room = self._most_in_part - (offset - self._begin)
+        if len(lines) <= room:
+            return len(lines)
+        end = bytes(lines[:max(0, int(room))]).rfind(b"\n") + 1
+        if end == 0 and offset > self._begin:
+            self._begin_part(offset)
+            return self._fitting(lines, offset)
+        return end or bytes(lines).index(b"\n") + 1     # one that is longer than a part
+
+    def _begin_part(self, offset):
+        descriptor = _make_log(self._folder, _part(self.path, offset), os.O_WRONLY | os.O_CREAT)
+        os.close(self._descriptor)
+        self._descriptor, self._begin = descriptor, offset
+        log = os.path.join(self._folder, self.path)
+        for start in _part_offsets(log)[:-3]:
+            os.unlink(_part(log, start))
+
     def _open(self):
         if self.path:
-            self._descriptor, self._size = _reopen_log(self._folder, self.path)
+            self._begin = max(_part_offsets(os.path.join(self._folder, self.path)), default=0)
+            last = _part(self.path, self._begin)
+            self._descriptor, size = _reopen_log(self._folder, last)
+            self._size = self._begin + size
             return
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         for path in self._paths:
@@ -5491,8 +5583,22 @@ def _log_paths(job_id, started, run_id):
     return f"{start}.log", f"{start}-{run_id}.log"
 
 
+def _part(path, offset):
+    """The file of a log whose first byte is at an offset."""
+    return f"{path}.parts/{offset:015}" if offset else path
+
+
+def _part_offsets(path):
+    """The offsets of the parts of a log behind its first, in order."""
+    try:
+        return sorted(int(name) for name in os.listdir(path + ".parts") if name.isdigit())
+    except FileNotFoundError:
+        return []
+
+
 def _reopen_log(folder, path):
-    """A log that was begun -> its descriptor and size, once a line that lacks its end has one."""
+    """The last part of a log that was begun -> its descriptor and size, once a line that lacks its
+    end has one."""
     descriptor = _make_log(folder, path, os.O_RDWR | os.O_CREAT)
     try:
         size = os.fstat(descriptor).st_size
@@ -5538,39 +5644,106 @@ def _open_beneath(folder, path, flags):
 
 # Reading.
 
-def read_log(path):
-    """Open a log for reading bytes, not through a link; raises OSError."""
-    return open(path, "rb", opener=lambda name, flags: os.open(
+class StoredLog:
+    """A log open for reading, whatever its parts; offsets are those of the log as it was written.
+
+    `path` is the first file, whose folder has the parts beside it; `close` it. Raises OSError.
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        self._parts = [(0, _open_part(path))]       # in order of their offsets
+        self.refresh()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Close the files."""
+        for _, file in self._parts:
+            file.close()
+
+    def refresh(self):
+        """Know the parts that there are now -> whether any of them is new."""
+        offsets, last = _part_offsets(self.path), self._parts[-1][0]
+        for offset, file in self._parts[1:]:
+            if offset not in offsets:
+                self._parts.remove((offset, file))
+                file.close()
+        for offset in offsets:
+            if offset > last:
+                with contextlib.suppress(FileNotFoundError):        # it was removed this instant
+                    self._parts.append((offset, _open_part(_part(self.path, offset))))
+        return self._parts[-1][0] > last
+
+    def end(self):
+        """The offset after the last byte."""
+        offset, file = self._parts[-1]
+        return offset + file.seek(0, os.SEEK_END)
+
+    def read(self, offset, most):
+        """(offset, bytes): what is stored from an offset on, `most` at once, none at the end. It is
+        a later offset where lines were removed; what follows them is asked for anew."""
+        for begin, file in self._parts:
+            here = max(offset, begin)
+            file.seek(here - begin)
+            data = file.read(most)
+            if data:
+                return here, data
+        return offset, b""
+
+    def line_start(self, offset):
+        """The offset of the first line that begins at an offset or after it, or an offset among
+        removed lines as it is."""
+        if offset <= 0:
+            return 0
+        here, block = self.read(offset - 1, _MOST_KEPT)
+        if here > offset - 1:
+            return offset
+        while block:
+            end = block.find(b"\n") + 1
+            if end:
+                return here + end
+            here, block = self.read(here + len(block), _MOST_KEPT)
+        return self.end()
+
+    def tail(self, lines):
+        """The offset of the last `lines` lines, found from the end backwards."""
+        wanted = lines + 1
+        for begin, file in reversed(self._parts):
+            position = file.seek(0, os.SEEK_END)
+            while position > 0:
+                start = max(0, position - _MOST_KEPT)
+                file.seek(start)
+                block = file.read(position - start)
+                found = block.count(b"\n")
+                if found >= wanted:
+                    end = len(block)
+                    for _ in range(wanted):
+                        end = block.rfind(b"\n", 0, end)
+                    return self.read(begin + start + end + 1, 1)[0]
+                position, wanted = start, wanted - found
+        return 0
+
+
+def _open_part(path):
+    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(
         name, flags | os.O_NOFOLLOW | os.O_CLOEXEC))
 
 
-def tail_offset(file, lines):
-    """The offset of the last `lines` lines of an open log, found from its end backwards."""
-    position, wanted = file.seek(0, os.SEEK_END), lines + 1
-    while position > 0:
-        start = max(0, position - _MOST_KEPT)
-        file.seek(start)
-        block = file.read(position - start)
-        found = block.count(b"\n")
-        if found >= wanted:
-            end = len(block)
-            for _ in range(wanted):
-                end = block.rfind(b"\n", 0, end)
-            return start + end + 1
-        position, wanted = start, wanted - found
-    return 0
+class Lines(Value):
+    """Whole lines of a log, `data`, that lie between two offsets; `is_gap` where they are a line
+    that stands for lines which were removed."""
+    __slots__ = ("begin", "end", "data", "is_gap")
 
 
-def line_start(file, offset):
-    """The offset of the first line of an open log that begins at `offset` or after it."""
-    if offset <= 0:
-        return 0
-    file.seek(offset - 1)
-    for block in iter(lambda: file.read(_MOST_KEPT), b""):
-        end = block.find(b"\n") + 1
-        if end:
-            return file.tell() - len(block) + end
-    return file.seek(0, os.SEEK_END)
+def _gap(begin, end, data):
+    """The line in place of removed ones; it bears the instant of the next line."""
+    text = f" [INFO] {end - begin} bytes of the log were removed here: from={begin} to={end}\n"
+    return Lines(begin=begin, end=end, data=data[:20] + text.encode(), is_gap=True)
 
 
 def select_lines(data, raw=False, stream=None):
@@ -5586,28 +5759,37 @@ def select_lines(data, raw=False, stream=None):
                      for tag, piece, text in _OUTPUT_LINE.findall(data) if tag in wanted])
 
 
-def follow(path, ended, *, offset=0, wait):
-    """Yield a log from `offset` on, in chunks of whole lines (bytes), until it is over.
+def follow(path, ended=lambda: True, *, offset=0, wait=None):
+    """Yield Lines of a log from an offset on until it is over, by default what there is now.
 
     That is once `ended()` is true and all has been read; `wait(seconds)` is called where there is
     nothing to read yet. Raises OSError. Only what a killed writer left may be no whole line.
     """
-    with read_log(path) as file:
-        offset, over = line_start(file, offset), False
+    with StoredLog(path) as log:
+        offset, over = log.line_start(offset), False
         while True:
-            data = os.pread(file.fileno(), _READ_BLOCK, offset)
+            here, data = log.read(offset, _READ_BLOCK)
             end = data.rfind(b"\n") + 1
             if over or len(data) == _READ_BLOCK:
                 end = end or len(data)
             if end:
-                offset += end
-                yield data[:end]
-            elif over:
-                return
-            else:
+                if here > offset:
+                    yield _gap(offset, here, data)
+                offset = here + end
+                yield Lines(begin=here, end=offset, data=data[:end], is_gap=False)
+            elif not log.refresh():
+                if over:
+                    return
                 over = ended()
                 if not over:
                     wait(_FOLLOW_PAUSE)
+
+
+def newest_lines(path, size):
+    """The newest lines of a log, `size` bytes at most."""
+    with StoredLog(path) as log:
+        begin = log.line_start(log.end() - size)
+    return b"".join(lines.data for lines in follow(path, offset=begin))
 
 
 # ==== 10 secrets ==================================================================================
@@ -6240,13 +6422,9 @@ def output_tail(path, size=_MOST_IN_MAIL):
     Empty where there is no such log.
     """
     try:
-        with read_log(path) as file:
-            end = file.seek(0, os.SEEK_END)
-            start = line_start(file, end - 4 * size)            # stamps are longer than short lines
-            data = os.pread(file.fileno(), end - start, start)
-    except OSError:
+        return select_lines(newest_lines(path, 4 * size), raw=True)[-size:]
+    except OSError:                     # (Four times, since stamps are longer than short lines.)
         return b""
-    return select_lines(data, raw=True)[-size:]
 
 
 def notice_title(run, event):
@@ -8071,11 +8249,9 @@ class _Execution:
         self.log.flush(time.time())
         if patterns and self.log.path is not None:
             patterns = {name: re.compile(text.encode()) for name, text in patterns.items()}
-            with read_log(os.path.join(self.folder, self.log.path)) as file:
-                file.seek(began)
-                for line in _printed_lines(file):
-                    matched.update(name for name in patterns.keys() - matched
-                                   if patterns[name].search(line))
+            for line in _printed_lines(os.path.join(self.folder, self.log.path), began):
+                matched.update(name for name in patterns.keys() - matched
+                               if patterns[name].search(line))
         return sorted(matched)
 
     def _grace(self):
@@ -8176,10 +8352,10 @@ class _Execution:
         return (self.progress.attempts[0]["started_at"] + self.job.total_timeout - time.time())
 
 
-def _printed_lines(file):
-    """The lines of output in the rest of an open log; the pieces of one are put together."""
+def _printed_lines(path, offset):
+    """The lines of output in a log from an offset on; the pieces of one are put together."""
     begun = {"out": b"", "err": b""}
-    for line in file:
+    for line in (line for lines in follow(path, offset=offset) for line in io.BytesIO(lines.data)):
         for stream in begun:
             text = begun[stream] + select_lines(line, stream=stream)
             if text.endswith(b"\n"):
@@ -8259,12 +8435,8 @@ class _Hooks(_Execution):
         self.log.flush(time.time())
         if self.log.path is None:
             return b""
-        with read_log(os.path.join(self.folder, self.log.path)) as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _MOST_FOR_HOOKS))
-            if size > _MOST_FOR_HOOKS:
-                file.readline()
-            return select_lines(file.read(), raw=True)
+        return select_lines(
+            newest_lines(os.path.join(self.folder, self.log.path), _MOST_FOR_HOOKS), raw=True)
 
 
 class Supervision(_Hooks):
@@ -8351,7 +8523,7 @@ class Supervision(_Hooks):
         earlier = self.progress.log
         started = max(time.time(), self.header.get("not_before") or 0)
         self.log = LogWriter(self.folder, self.header["job"], started, self.header["run"],
-                             path=earlier)
+                             path=earlier, most=self.job.log.max_size)
         self.log.write("Going on after the loss of a supervisor" if earlier else "Starting run",
                        started)
         return self.log.path
@@ -9108,7 +9280,7 @@ def _what_is_waited_for(db, run):
 def _job_of(db, row, settings):
     """The effective Job of a queued run, None if it is registered no longer."""
     if row["spec"] is not None:
-        return Job(json.loads(row["spec"]))
+        return effective_command(json.loads(row["spec"]), settings)
     try:
         return effective_job(db, row["job_id"], settings)
     except NoSuchJob:
@@ -9416,7 +9588,7 @@ class _Timetable:
     def job_of(self, row):
         """The effective Job of a run, None if it is registered no longer."""
         if row["spec"] is not None:
-            return Job(json.loads(row["spec"]))
+            return effective_command(json.loads(row["spec"]), self.settings)
         entry = self.entries.get(row["job_id"])
         return entry and entry.job
 
@@ -10354,25 +10526,24 @@ class _Log:
             yet = "" if self.ended else " yet"
             raise Refusal(404, "no_log", f"run {self.run_id} has no log{yet}: it is {self.state}")
         try:
-            return read_log(self.store.file(self.path))
+            return StoredLog(self.store.file(self.path))
         except FileNotFoundError:
             raise Refusal(404, "no_log",
                           "the log of this run is not there (any more)") from None
 
     def extent(self, offset, tail):
         """The offsets between which whole lines lie that are asked for."""
-        with self.open() as file:
-            end = file.seek(0, os.SEEK_END) if self.ended else tail_offset(file, 0)
-            return min(_first_offset(file, offset, tail), end), end
+        with self.open() as log:
+            end = log.end() if self.ended else log.tail(0)
+            return min(_first_offset(log, offset, tail), end), end
 
     def slice(self, begin, end, chosen):
         """The lines between two offsets, in chunks."""
         path = self.store.file(self.path)
-        for chunk in follow(path, lambda: True, offset=begin, wait=None):
-            chunk = chunk[:end - begin]
-            begin += len(chunk)
-            yield select_lines(chunk, **chosen)
-            if begin >= end:
+        for lines in follow(path, offset=begin):
+            data = lines.data if lines.is_gap else lines.data[:max(0, end - lines.begin)]
+            yield select_lines(data, **chosen)
+            if lines.end >= end:
                 return
 
     def followed(self, offset, tail, chosen, wait):
@@ -10382,15 +10553,15 @@ class _Log:
             self.look()
         if self.path is None:
             return
-        with self.open() as file:
-            offset = _first_offset(file, offset, tail)
+        with self.open() as log:
+            offset = _first_offset(log, offset, tail)
         path = self.store.file(self.path)
-        for chunk in follow(path, self.is_over, offset=offset, wait=wait):
-            yield select_lines(chunk, **chosen)
+        for lines in follow(path, self.is_over, offset=offset, wait=wait):
+            yield select_lines(lines.data, **chosen)
 
 
-def _first_offset(file, offset, tail):
-    return tail_offset(file, tail) if tail is not None else line_start(file, offset or 0)
+def _first_offset(log, offset, tail):
+    return log.tail(tail) if tail is not None else log.line_start(offset or 0)
 
 
 # The routes.
@@ -10880,7 +11051,8 @@ def _settings_of(config):
     return {"defaults": config.defaults,
             "scheduler": {"max_concurrent": config.scheduler.max_concurrent,
                           "timezone": config.scheduler.timezone},
-            "mail": config.mail, "vault": config.vault}
+            "mail": config.mail, "vault": config.vault, "log": config.log,
+            "history": config.history}
 
 
 def locate_store(given, config):
@@ -11633,13 +11805,16 @@ def _cmd_logs(session):
 def _print_log(path, options, ended):
     offset = 0
     if options.tail is not None:
-        with read_log(path) as file:
-            offset = tail_offset(file, max(0, options.tail))
+        with StoredLog(path) as log:
+            offset = log.tail(max(0, options.tail))
     ended = ended if options.follow else lambda: True
     sys.stdout.flush()
-    for data in follow(path, ended, offset=offset, wait=time.sleep):
-        sys.stdout.buffer.write(select_lines(data, options.raw, options.stream))
+    for lines in follow(path, ended, offset=offset, wait=time.sleep):
+        data = select_lines(lines.data, options.raw, options.stream)
+        sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+        if lines.is_gap and not data:
+            _say(f"{lines.end - lines.begin} bytes of the log were removed here")
 
 
 def _cmd_wait(session):

@@ -56,8 +56,9 @@ def read_attempts(store, run_id):
 
 
 def read_log_of(store, run_id, **how):
-    with open(store.file(read_run(store, run_id)["log"]), "rb") as file:
-        return roexec.select_lines(file.read(), **how).decode(errors="replace")
+    data = b"".join(lines.data for lines in roexec.follow(
+        store.file(read_run(store, run_id)["log"])))
+    return roexec.select_lines(data, **how).decode(errors="replace")
 
 
 def claimed(store, job, slot=None, **columns):

@@ -783,6 +783,20 @@ def test_a_log_is_printed_as_asked(options, expected, cli, logged):
     assert cli(f"logs hello {options}") == (0, expected, "")
 
 
+def test_lines_that_were_removed_are_told_with_raw_beside_the_output(cli, logged, store):
+    part = os.path.join(store.folder, "logs/hello/x.log.parts/000000000001000")
+    begun = os.path.getsize(os.path.join(store.folder, "logs/hello/x.log"))
+    os.mkdir(os.path.dirname(part))
+    with open(part, "w") as file:
+        file.write("2025-08-01T02:00:09Z [OUT] newest\n")
+    told = f"{1000 - begun} bytes of the log were removed here"
+    assert cli("logs hello --tail 2")[1].splitlines()[-2:] == [
+        f"2025-08-01T02:00:09Z [INFO] {told}: from={begun} to=1000",
+        "2025-08-01T02:00:09Z [OUT] newest"]
+    status, out, err = cli("logs hello --raw")
+    assert (status, out.endswith("newest\n"), err) == (0, True, f"roexec: {told}\n")
+
+
 def test_a_log_that_is_not_there_is_told(cli, logged, store):
     with store.write() as db:
         roexec.set_log(db, logged, "logs/hello/gone.log")

@@ -138,7 +138,9 @@ def test_a_job_that_says_nothing_has_the_defaults_of_the_design():
         "stdin": None, "env": {}, "env_from": (), "inherit_env": False, "timeout": None,
         "total_timeout": None, "grace": 10, "leftovers": "leave", "if_lost": "fail", "retries": 0,
         "backoff": roexec.Backoff({"delay": 10}), "retry_on": None, "success": roexec.Success(),
-        "condition": None, "max_concurrent": 1, "overlap": "skip", "priority": 0, "hooks": {}}
+        "condition": None, "max_concurrent": 1, "overlap": "skip", "priority": 0, "hooks": {},
+        "log": roexec.LogLimits({"keep": "7d", "max_size": "100MiB"}),
+        "history": roexec.HistoryLimits({"keep": "90d", "runs": 10_000})}
     assert job.success.exit_codes == (0,)
     assert (job.backoff.delay, job.backoff.factor, job.backoff.max) == (10, 1, None)
 
@@ -213,6 +215,11 @@ def test_a_job_that_says_nothing_has_the_defaults_of_the_design():
     ("limits: {memory: 1.5GiB, cpu: 0.5, cpu-time: 1h, files: 64, processes: 9, file_size: 10MB}",
      "limits", roexec.Limits({"memory": 1610612736, "cpu": 0.5, "cpu_time": 3600, "files": 64,
                               "processes": 9, "file_size": 10_000_000})),
+    ("log: {keep: 30d, max-size: 1G}", "log",
+     roexec.LogLimits({"keep": 30 * 86400, "max_size": 1 << 30})),
+    ("log: {max_size: 64K}", "log", roexec.LogLimits({"keep": "7d", "max_size": 65536})),
+    ("history: {keep: 365d, runs: 1}", "history",
+     roexec.HistoryLimits({"keep": "365d", "runs": 1})),
     ("condition: test -e /tmp/x", "condition", "test -e /tmp/x"),
     ("condition: [test, -e, 5]", "condition", ("test", "-e", "5")),
     ("condition: true", "condition", "true"),
@@ -360,6 +367,11 @@ def test_names_of_variables_keep_their_dashes_and_underscores():
     ("limits: {memory: 1 GB}", '4:20: limits.memory: "1 GB" is not a size; write for example 512M, '
                                "1.5GiB or 4096"),
     ("limits: {memroy: 1G}", '4:12: unknown key "memroy" in limits; did you mean "memory"?'),
+    ("log: {max_size: 10K}", "4:19: log.max_size: write a size of 64K or more"),
+    ("log: {keep: 0}", "4:15: log.keep: write a duration above 0"),
+    ("log: {size: 1G}", '4:9: unknown key "size" in log; did you mean "max_size"?'),
+    ("log: 7d", '4:8: log: "7d" stands where "key: value" lines are wanted (keep, max_size)'),
+    ("history: {runs: 0}", "4:19: history.runs: 0 is not a whole number from 1 to 1000000"),
     ("limits: {cpu: 0}", "4:17: limits.cpu: 0 is not a number from 0.01 to 1000"),
     ("success: {exit_codes: [0, 256]}",
      "4:29: success.exit_codes: 256 is not a whole number from 0 to 255"),
@@ -453,8 +465,7 @@ def test_an_id_is_the_text_as_written():
 
 
 @pytest.mark.parametrize("line", [
-    "params: {a: {}}", "parallel: 2", "depends-on: [a]", "log: {keep: 1d}",
-    "history: {keep: 1d}"])
+    "params: {a: {}}", "parallel: 2", "depends-on: [a]"])
 def test_a_key_that_is_not_built_yet_is_refused_not_ignored(line):
     name = line.split(":")[0].replace("-", "_")
     assert problem_of(line) == f'4:3: "{name}" is not supported yet'
@@ -625,6 +636,29 @@ def test_null_removes_what_comes_from_below_also_from_the_configuration():
                                    "retries": 4})
     assert whole.timeout is None and whole.env == {} and list(whole.hooks) == ["on_retry"]
     assert whole.retries == 4
+
+
+def test_null_removes_one_key_of_what_is_merged_key_by_key():
+    below = {"env": {"A": "c", "B": "c"}, "limits": {"files": 9, "nice": 1}, "log": {"keep": "1d"}}
+    jobs, = [roexec.read_job_file(
+        "defaults: {env: {A: f, C: f, D: f}, limits: {memory: 1G, cpu: 2}, log: {max_size: 1G}}\n"
+        "job: {id: a, command: x, env: {A: null, B: null, C: null}, limits: {cpu: null,"
+        " files: null}, log: {max_size: null}}", "jobs.yml", "/srv/jobs", below).jobs]
+    assert jobs[0].spec["env"] == {"A": None, "B": None, "D": "f"}, "C is gone for good"
+    job = roexec.effective(jobs[0], below)
+    assert job.env == {"D": "f"} and (job.log.keep, job.log.max_size) == (86400, 100 << 20)
+    assert (job.limits.memory, job.limits.cpu, job.limits.files) == (1 << 30, None, None)
+    again = roexec.read_job_file(roexec.job_to_yaml(jobs), "jobs.yml", "/srv/jobs", below).jobs
+    assert again == jobs
+
+
+def test_a_variable_without_a_value_is_an_error_where_no_default_below_has_it():
+    for text in ("defaults: {env: {B: 1}}\njob: {id: a, command: x, env: {A: null}}",
+                 "defaults: {env: {A: null}}\njob: {id: a, command: x, env: {}}"):
+        problem, = problems_of(text)
+        assert "env.A: no value" in problem
+    with pytest.raises(roexec.Invalid, match="env.A: no value"):
+        roexec.job_from_mapping({"id": "a", "command": "x", "env": {"A": None}}, None)
 
 
 @pytest.mark.parametrize("written, names", [
@@ -834,6 +868,19 @@ def test_a_configuration_that_says_nothing_has_all_defaults():
         assert config.jobs == () and config.defaults == {} and not config.host_was_set
 
 
+def test_log_and_history_of_the_configuration_hold_for_all_runs_and_below_its_defaults():
+    config = read_config("log: {keep: 1d, max_size: 1M}\nhistory: {runs: 5}\n"
+                         "defaults: {log: {keep: 2d}, timeout: 5}\n", "c", "/")
+    assert config.defaults == {"timeout": 5, "log": {"keep": "2d", "max_size": "1M"},
+                               "history": {"runs": 5}}
+    job = roexec.effective(job_of("log: {keep: 3d}"), config.defaults)
+    assert (job.log.keep, job.log.max_size, job.history.runs) == (3 * 86400, 1 << 20, 5)
+    settings = {"log": config.log, "history": config.history, "defaults": config.defaults}
+    command = roexec.effective_command({"id": "a", "command": "x"}, settings)
+    assert (command.log.keep, command.history.runs, command.timeout) == (86400, 5, None)
+    assert roexec.effective_command({"id": "a"}, {}).log == roexec.LogLimits()
+
+
 def test_a_configuration_with_everything():
     config = read_config("""\
 server: {host: 0.0.0.0, port: 8081}
@@ -914,7 +961,8 @@ def test_a_host_that_was_set_to_its_default_was_set():
 
 @pytest.mark.parametrize("text, expected", [
     ("[a]", '1:1: a list stands where "key: value" lines are wanted '
-            "(server, store, scheduler, jobs, defaults, mail, vault)"),
+            "(server, store, scheduler, jobs, defaults, mail, vault, log, "
+            "history)"),
     ("sever: {}", '1:1: unknown key "sever" in the configuration; did you mean "server"?'),
     ("server: {prot: 1}", '1:10: unknown key "prot" in server; did you mean "port"?'),
     ("server: {port: 70000}", "1:16: server.port: 70000 is not a whole number from 0 to 65535"),
@@ -965,8 +1013,9 @@ def test_a_wrong_configuration_is_refused_where_it_is_wrong(text, expected):
 
 def test_all_problems_of_a_configuration_are_reported():
     assert [problem.split(": ")[0] for problem in config_problems(
-        "server: {host: 'a b', port: x}\nlog: {}\ndefaults: {retries: x}\n")] == [
-            "config.yml:1:16", "config.yml:1:29", "config.yml:2:1", "config.yml:3:21"]
+        "server: {host: 'a b', port: x}\nmetrics: {}\nlog: {}\ndefaults: {retries: x}\n")] == [
+            "config.yml:1:16", "config.yml:1:29", "config.yml:2:1", "config.yml:3:6",
+            "config.yml:4:21"]
 
 
 # Two passes.

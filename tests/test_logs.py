@@ -1,4 +1,5 @@
 """One run's log: what is written, that every byte comes back, and what a full disk does to it."""
+import contextlib
 import errno
 import os
 import random
@@ -9,7 +10,7 @@ import tracemalloc
 import pytest
 
 import roexec
-from roexec import LogWriter, follow, line_start, read_log, select_lines, tail_offset
+from roexec import LogWriter, StoredLog, follow, newest_lines, select_lines
 
 AT = 1754013600             # 2025-08-01T02:00:00Z
 STAMP = b"2025-08-01T02:00:00Z"
@@ -81,17 +82,20 @@ def test_nothing_is_written_through_a_link(link, tmp_path):
 def test_a_link_in_place_of_a_log_is_not_read(log, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / log.path)
     with pytest.raises(OSError, match="symbolic links"):
-        read_log(tmp_path / "link")
+        StoredLog(str(tmp_path / "link"))
     with pytest.raises(FileNotFoundError):
-        read_log(tmp_path / "gone")
+        StoredLog(str(tmp_path / "gone"))
 
 
 def test_no_descriptor_of_a_log_is_inherited_or_left_open(tmp_path):
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     log = LogWriter(str(tmp_path), "backup", AT, "a")
     assert not os.get_inheritable(log._descriptor)
-    with read_log(tmp_path / log.path) as file:
-        assert not os.get_inheritable(file.fileno())
+    with StoredLog(str(tmp_path / log.path)):
+        opened = set(os.listdir("/proc/self/fd")) - set(before) if before else ()
+        for number in opened:
+            with contextlib.suppress(OSError):          # the listing's own
+                assert not os.get_inheritable(int(number))
     log.close(AT)
     log.close(AT)
     assert not before or os.listdir("/proc/self/fd") == before
@@ -361,20 +365,20 @@ def test_the_last_lines_and_starts_of_lines_are_found_at_every_size(seed, tmp_pa
     data = b"".join(b"x" * choose.randrange(20) + b"\n" for _ in range(choose.randrange(30)))
     (tmp_path / "log").write_bytes(data)
     starts = [0] + [index + 1 for index, byte in enumerate(data) if byte == 10]
-    with read_log(tmp_path / "log") as file:
+    with StoredLog(str(tmp_path / "log")) as file:
         for number in range(35):
             expected = b"".join(data.splitlines(True)[-number:] if number else [])
-            assert data[tail_offset(file, number):] == expected
+            assert data[file.tail(number):] == expected
         for offset in range(len(data) + 1):
-            assert line_start(file, offset) == min(start for start in starts if start >= offset)
-        assert line_start(file, len(data) + 5) == len(data)
+            assert file.line_start(offset) == min(start for start in starts if start >= offset)
+        assert file.line_start(len(data) + 5) == len(data)
 
 
 def test_a_log_that_has_ended_is_read_whole_from_an_offset(log, tmp_path, content):
     log.output("out", b"one\ntwo\n", AT)
 
     def read(offset):
-        return b"".join(follow(tmp_path / log.path, lambda: True, offset=offset, wait=None))
+        return b"".join(part.data for part in follow(str(tmp_path / log.path), offset=offset))
     assert read(0) == content()
     assert read(1) == read(30) == lines(b"[OUT] two"), "what is no start means the next line"
     assert read(60) == read(1000) == b""
@@ -398,7 +402,7 @@ def test_following_gives_each_line_once_and_ends_after_the_last(log, tmp_path, c
             over.append(True)
         return bool(over)
 
-    chunks = list(follow(tmp_path / log.path, ended, wait=wait))
+    chunks = [part.data for part in follow(str(tmp_path / log.path), ended, wait=wait)]
     assert chunks == [lines(b"[OUT] one"), lines(b"[ERR] two"), lines(b"[ERR] three"),
                       lines(b"[INFO] Completed, exit=0")]
 
@@ -407,8 +411,9 @@ def test_a_line_is_given_when_it_is_whole_and_at_the_end_in_any_case(tmp_path):
     path = tmp_path / "log"
     path.write_bytes(b"one\ntw")
     steps = [b"one\ntwo\nth"]
-    chunks = follow(path, lambda: not steps, wait=lambda seconds: path.write_bytes(steps.pop()))
-    assert list(chunks) == [b"one\n", b"two\n", b"th"]
+    parts = follow(str(path), lambda: not steps, wait=lambda seconds: path.write_bytes(steps.pop()))
+    assert [(part.begin, part.end, part.data) for part in parts] == [
+        (0, 4, b"one\n"), (4, 8, b"two\n"), (8, 10, b"th")]
 
 
 def test_a_large_log_is_read_in_chunks_of_whole_lines(tmp_path, monkeypatch):
@@ -421,8 +426,8 @@ def test_a_large_log_is_read_in_chunks_of_whole_lines(tmp_path, monkeypatch):
         assert b"".join(chunks) == data, "nobody is asked before all has been read"
         return True
 
-    for chunk in follow(tmp_path / "log", ended, wait=None):
-        chunks.append(chunk)
+    for part in follow(str(tmp_path / "log"), ended):
+        chunks.append(part.data)
     assert b"".join(chunks) == data and max(map(len, chunks)) <= 1000
     assert all(chunk.endswith(b"\n") for chunk in chunks[:20])
 
@@ -430,8 +435,8 @@ def test_a_large_log_is_read_in_chunks_of_whole_lines(tmp_path, monkeypatch):
 def test_the_longest_line_that_is_written_is_read_as_one(log, tmp_path):
     log.output("out", b"x" * 65536, AT)
     log.output("out", b"y" * ((1 << 20) - 1) + b"\n", AT)
-    chunks = list(follow(tmp_path / log.path, lambda: True, wait=None))
-    assert len(chunks) == 1 and chunks[0].count(b"\n") == 1
+    parts = list(follow(str(tmp_path / log.path)))
+    assert len(parts) == 1 and parts[0].data.count(b"\n") == 1
 
 
 def test_memory_does_not_grow_with_the_log(log, tmp_path):
@@ -440,9 +445,163 @@ def test_memory_does_not_grow_with_the_log(log, tmp_path):
     try:
         for number in range(24):
             log.output("out", chunks[number % 3], AT)
-        read = sum(len(select_lines(chunk, raw=True)) for chunk in follow(
-            tmp_path / log.path, lambda: True, wait=None))
+        read = sum(len(select_lines(part.data, raw=True)) for part in follow(
+            str(tmp_path / log.path)))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert read == 8 * sum(map(len, chunks)) and peak < 12 << 20
+
+
+# Size.
+
+class Small:
+    """A log with a limit of 800 bytes, so of parts of 200, and all that was ever written to it."""
+
+    def __init__(self, tmp_path, **more):
+        self.path, self.folder, self.whole = str(tmp_path / "logs/x.log"), tmp_path, b""
+        self.writer = LogWriter(str(tmp_path), "x", AT, "id", path="logs/x.log", most=800, **more)
+
+    def write(self, *numbers):
+        for number in numbers:
+            text = b"%d" % number
+            self.writer.output("out", text + b"\n", AT)
+            self.whole += lines(b"[OUT] " + text)
+
+    def parts(self):
+        return [self.path, *sorted(map(str, (self.folder / "logs/x.log.parts").glob("*")))]
+
+    def check(self):
+        """What is stored is the first lines and the newest, each at the offset it always had."""
+        stored, offset, gaps = b"", 0, []
+        for part in follow(self.path):
+            assert part.begin == offset
+            offset = part.end
+            if part.is_gap:
+                gaps.append((part.begin, part.end))
+                told = b" [INFO] %d bytes of the log were removed here: from=%d to=%d\n"
+                assert part.data == STAMP + told % (part.end - part.begin, part.begin, part.end)
+            else:
+                assert part.data == self.whole[part.begin:part.end] and part.data.endswith(b"\n")
+                stored += part.data
+        assert offset == len(self.whole) == self.writer.size
+        return stored, gaps
+
+
+@pytest.fixture
+def small(tmp_path):
+    small = Small(tmp_path)
+    yield small
+    small.writer.close(AT)
+
+
+def test_a_log_at_its_largest_keeps_its_first_quarter_and_the_newest_lines(small):
+    counts = set()
+    for number in range(300):
+        small.write(number)
+        stored, gaps = small.check()
+        sizes = [os.path.getsize(path) for path in small.parts()]
+        assert sum(sizes) == len(stored) <= 800 and max(sizes) <= 200
+        assert len(gaps) == (1 if len(small.whole) > len(stored) else 0)
+        if gaps:
+            assert gaps[0][0] == sizes[0] > 150 and len(stored) > 500
+        counts.add(len(sizes))
+    assert counts == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("size", [1, 30, 173, 174, 500, 3000])
+def test_chunks_of_every_size_are_divided_at_the_ends_of_lines(size, small):
+    text = b"y" * size + b"\n"
+    small.writer.output("out", text * 40, AT)
+    small.whole = lines(b"[OUT] " + text[:-1]) * 40
+    stored, _ = small.check()
+    assert len(stored) <= max(800, 4 * (size + 28))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_supervisor_that_goes_on_with_a_log_goes_on_with_its_parts(killed, small, tmp_path):
+    for number in range(40):
+        small.write(number)
+        if killed:
+            with open(small.parts()[-1], "ab") as file:
+                file.write(STAMP + b" [OUT] its writer was ki")
+            small.whole += lines(b"[OUT] its writer was ki")
+        else:
+            small.writer.close(AT)
+        small.writer = LogWriter(str(tmp_path), "x", AT, "id", path="logs/x.log", most=800)
+        small.check()
+
+
+def test_offsets_and_the_last_lines_are_found_beyond_what_was_removed(small):
+    small.write(*range(100, 200))
+    _, [(gap, after)] = small.check()
+    whole, starts = small.whole, range(0, len(small.whole) + 1, 31)
+    with StoredLog(small.path) as log:
+        assert log.end() == len(whole)
+        for offset in range(len(whole) + 1):
+            expected = offset if gap <= offset <= after else min(
+                start for start in starts if start >= offset)
+            assert log.line_start(offset) == expected
+        kept = (len(whole) - after) // 31
+        for number in range(kept + 1):
+            assert log.tail(number) == len(whole) - 31 * number
+        assert log.tail(kept + 1) == gap - 31 and log.tail(1000) == 0
+        assert log.read(gap, 50)[0] == after and log.read(gap - 31, 1000) == (
+            gap - 31, whole[gap - 31:gap])
+    parts = list(follow(small.path, offset=gap + 5))
+    assert (parts[0].begin, parts[0].end, parts[0].is_gap) == (gap + 5, after, True)
+    assert newest_lines(small.path, 100) == whole[-93:]
+
+
+def test_a_reader_that_is_slower_than_the_writer_is_told_what_it_has_missed(small):
+    """Those that read at different speeds see the same lines at the same offsets."""
+    for step in (1, 7, 23, 60):
+        written, reader = len(small.whole), follow(
+            small.path, lambda: False, offset=len(small.whole),
+            wait=lambda _: small.write(*range(step)))
+        seen, end = b"", written
+        for part in reader:
+            assert part.begin == end
+            if not part.is_gap:
+                assert part.data == small.whole[part.begin:part.end]
+            seen, end = seen + part.data, part.end
+            if end > written + 4000:
+                break
+        reader.close()
+        assert (b"were removed here" in seen) is (step > 20)
+
+
+def test_a_reader_keeps_no_more_files_open_than_there_are_parts(small):
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    before, most = descriptors(), 0
+    for part in follow(small.path, lambda: len(small.whole) > 20_000,
+                       wait=lambda _: small.write(*range(9))):
+        most = max(most, descriptors() - before)
+    assert most <= 5 and descriptors() == before
+
+
+@pytest.mark.parametrize("room", range(0, 700, 40))
+def test_a_disk_that_fills_up_leaves_whole_lines_in_each_part(room, small, disk):
+    small.write(*range(30))
+    disk.room = room
+    small.writer.output("out", b"".join(b"%d\n" % number for number in range(60)), AT)
+    disk.room = None
+    small.writer.output("out", b"end\n", AT + 1)
+    small.writer.close(AT + 1)
+    stored = b"".join(part.data for part in follow(small.path) if not part.is_gap)
+    assert all(line.startswith(STAMP[:17]) for line in stored.split(b"\n")[:-1])
+    assert stored.endswith(b"[OUT] end\n")
+    assert (b"bytes of output are missing here" in stored) is (small.writer.lost > 0)
+    assert max(map(os.path.getsize, small.parts())) <= 200
+
+
+def test_a_larger_limit_than_before_removes_nothing_more(small, tmp_path):
+    small.write(*range(100))
+    small.writer.close(AT)
+    kept = small.parts()
+    small.writer = LogWriter(str(tmp_path), "x", AT, "id", path="logs/x.log", most=10_000)
+    small.write(*range(50))
+    assert small.parts() == kept
+    small.check()

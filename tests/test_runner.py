@@ -501,6 +501,22 @@ def test_output_is_kept_byte_for_byte_in_both_streams(store, tmp_path):
     assert read_attempts(store, run["id"])[0]["output_bytes"] == len(out) + len(err) + 4
 
 
+def test_a_log_stays_below_its_size_and_what_was_printed_still_counts(store, tmp_path):
+    run = perform(store, "seq 40000; echo end", log={"max_size": "64K"},
+                  success={"output": "^39999$", "no_output": "^2$"},
+                  hooks={"post_run": f"cat > {tmp_path}/seen"})
+    assert (run["state"], run["reason"]) == ("failed", "output"), "^2$ is still in the log"
+    log, (attempt,) = store.file(run["log"]), read_attempts(store, run["id"])
+    files = [log, *(os.path.join(log + ".parts", name) for name in os.listdir(log + ".parts"))]
+    assert sum(map(os.path.getsize, files)) <= 65536 and len(files) <= 4
+    gap, = [part for part in roexec.follow(log) if part.is_gap]
+    assert 0 < gap.begin < 16384 and gap.end > 1_000_000
+    kept = read_log_of(store, run["id"], raw=True).split()
+    assert kept[:2] == ["1", "2"] and kept[-2:] == ["40000", "end"] and len(kept) > 1000
+    assert (tmp_path / "seen").read_text().endswith("\n40000\nend\n")
+    assert attempt["output_bytes"] == sum(len(f"{number}\n") for number in range(1, 40001)) + 4
+
+
 def test_a_piece_of_a_line_is_in_the_log_before_its_end(store, tmp_path):
     os.mkfifo(tmp_path / "go")
     journal = claimed(store, make_job(f"printf 'password: '; read x < {tmp_path}/go"))
