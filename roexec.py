@@ -3881,7 +3881,7 @@ class Caller(Value):
 # people get local time, colour and how long ago. No control character reaches a terminal.
 
 _COLOURS = {"succeeded": 32, "failed": 31, "timed_out": 31, "lost": 31, "running": 36, "queued": 33,
-            "paused": 33, "skipped": 33, "cancelled": 33}
+            "paused": 33, "skipped": 33, "cancelled": 33, "ok": 32, "note": 33, "wrong": 31}
 _PAINTED = ("STATE", "STATUS", "RESULT")
 
 
@@ -4224,7 +4224,9 @@ def status_text(payload, style):
     notices = payload["unsent_notices"]
     given_up = [notice for notice in notices if notice["state"] == "given_up"]
     count = f"{len(notices)}, {len(given_up)} of them given up" if given_up else len(notices)
-    text = fields([(label, value) for label, value in payload.items() if label != "unsent_notices"]
+    text = fields([(label, value) for label, value in payload.items()
+                   if label not in ("unsent_notices", "warnings")]
+                  + [("wrong", warning) for warning in payload["warnings"]]
                   + [("notices", f"unsent: {count}" if notices else None)], style)
     if not notices:
         return text
@@ -4233,6 +4235,31 @@ def status_text(payload, style):
         (notice["kind"], notice["state"].replace("_", " "), style.time(notice["created_at"]),
          notice["tries"], style.time(notice["next_try"]), notice["title"], notice["error"])
         for notice in notices], style)
+
+
+def findings_text(findings, style):
+    """A line for each finding of `doctor`, with what mends it."""
+    width = max(len(found["about"]) for found in findings)
+    text = ""
+    for found in findings:
+        mend = f" -> {found['mend']}" if found["mend"] else ""
+        line = printable(f"{found['about']:<{width}}  {found['text']}{mend}")
+        text += f"{style.paint(found['level'])}{'':<{7 - len(found['level'])}}{line}\n"
+    return text
+
+
+def environments_text(payload, style):
+    """What `doctor --job` has found: what a job gets, and the caller has not, and the other way."""
+    text = fields([(name, payload[name]) for name in ("job", "user", "directory", "umask")], style)
+    text += "".join(f"only the job has {name}={value}\n"
+                    for name, value in payload["only_job"].items())
+    text += "".join(f"{name} is {values['job']} for the job, and {values['caller']} here\n"
+                    for name, values in payload["different"].items())
+    if payload["only_caller"]:
+        text += f"only here there is {', '.join(payload['only_caller'])}\n"
+    text += "".join(f"at each run there is also what this gives: {json.dumps(source)}\n"
+                    for source in payload["env_from"])
+    return "".join(printable(line) + "\n" for line in text.splitlines())
 
 
 # Why.
@@ -4462,8 +4489,8 @@ def owner_name(uid):
         return str(uid)
 
 
-_NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs",
-                         "fuse.sshfs"}
+NETWORK_FILE_SYSTEMS = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs",
+                        "fuse.sshfs"}
 
 
 def file_system(path):
@@ -4597,7 +4624,7 @@ class Store:
         if self.database == self.path:
             self._check_database_file()
         kind = file_system(self.folder)
-        if kind in _NETWORK_FILE_SYSTEMS:
+        if kind in NETWORK_FILE_SYSTEMS:
             raise RoexecError(f"{self.folder} lies on a network file system ({kind}), where locks "
                               "do not hold; name a folder on a disk of this host with --store")
         try:
@@ -7202,14 +7229,14 @@ class Cgroup:
             file.write(text)
 
 
-def delegated_cgroup():
-    """The folder below which this process may make cgroups, else None.
+def delegated_cgroup(pid="self"):
+    """The folder below which a process, this one unless said otherwise, may make cgroups, or None.
 
     It has to stand in a sub-group of a delegated one (systemd's DelegateSubgroup=): a cgroup with
     processes of its own cannot have limited ones below it.
     """
     try:
-        parent = os.path.dirname(_own_cgroup())
+        parent = os.path.dirname(_cgroup_of(pid))
         if not _is_delegated(parent) or not os.access(parent, os.W_OK):
             return None
         with open(os.path.join(parent, "cgroup.controllers")) as file:
@@ -7222,8 +7249,8 @@ def delegated_cgroup():
         return None
 
 
-def _own_cgroup():
-    with open("/proc/self/cgroup") as file:
+def _cgroup_of(pid):
+    with open(f"/proc/{pid}/cgroup") as file:
         return next("/sys/fs/cgroup" + line.strip()[3:] for line in file if line.startswith("0::"))
 
 
@@ -7241,7 +7268,7 @@ def prepare_cgroup():
     process can be put into a cgroup that has limited ones. DelegateSubgroup= is made for that.
     """
     with contextlib.suppress(OSError, StopIteration):
-        own = _own_cgroup()
+        own = _cgroup_of("self")
         if own.endswith(".scope") and _is_delegated(own):
             os.makedirs(own + "/server", exist_ok=True)
             with open(own + "/server/cgroup.procs", "w") as file:
@@ -7569,9 +7596,9 @@ _OF_A_RUN = ["ROEXEC_" + name for name in (
     "JOB_ID RUN_ID ATTEMPT SLOT TRIGGER LOG STATUS REASON EXIT_CODE OUTPUT WORKDIR").split()]
 
 
-def _job_environment(job, header, base, uid, variables):
-    """The environment of a run as a user; `base` is the caller's for `run -- CMD`, else None, and
-    `variables` are those of `env_from`."""
+def job_environment(job, uid, base=None, variables=()):
+    """The environment that a job has as a user, before what a run adds; `base` is the caller's for
+    `run -- CMD`, else None, and `variables` are those of `env_from`."""
     environment = dict(clean_environment(uid) if base is None else base)
     if job.timezone:
         environment["TZ"] = job.timezone
@@ -7580,6 +7607,17 @@ def _job_environment(job, header, base, uid, variables):
         environment.update((name, os.environ[name]) for name in names if name in os.environ)
     environment.update(variables)
     environment.update(job.env)
+    return environment
+
+
+def job_folder(job, environment):
+    """The folder in which a job runs; `~` is that of its user."""
+    home, folder = environment.get("HOME") or "/", job.directory or "~"
+    return home + folder[1:] if folder == "~" or folder.startswith("~/") else folder
+
+
+def _run_environment(environment, header):
+    """The environment of a run: that of its job, and what the run adds."""
     environment.update(header.get("env") or {})
     for name in _OF_A_RUN:              # a run within a run has its own
         environment.pop(name, None)
@@ -7603,7 +7641,7 @@ class CannotStart(RoexecError):
         self.exit_code = exit_code
 
 
-def _find_program(name, environment):
+def find_program(name, environment):
     """The path of a program, looked up in the PATH of the job as execvp(3) would."""
     if "/" in name:
         return name
@@ -7640,7 +7678,7 @@ def spawn(words, environment, descriptors, group=None, child=None):
     ignores SIGPIPE and SIGXFSZ, which a child would inherit); but where this process ignores the
     loss of its terminal, so does the command there.
     """
-    path, signals = _find_program(words[0], environment), _CATCHABLE
+    path, signals = find_program(words[0], environment), _CATCHABLE
     actions = [(os.POSIX_SPAWN_DUP2, here, there) for there, here in enumerate(descriptors)
                if here != there]
     if group is not None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -8316,7 +8354,7 @@ class _Execution:
             raise CannotStart(126, self.problem)
         if self.base is not None:                   # the caller's folder and umask are ours
             return spawn(words, self.environment, descriptors, group)
-        folder = self._directory()
+        folder = job_folder(self.job, self.environment)
         setup = self.setup if cgroup is None else self.setup.changed(cgroup=cgroup)
         if setup:
             return spawn(words, self.environment, descriptors, group,
@@ -8329,11 +8367,6 @@ class _Execution:
             raise CannotStart(126, f"in the folder {folder}: {error.strerror}") from None
         finally:
             os.umask(before)
-
-    def _directory(self):
-        home = self.environment.get("HOME") or "/"
-        folder = self.job.directory or "~"
-        return home + folder[1:] if folder == "~" or folder.startswith("~/") else folder
 
     def _standard_input(self, data, attempt):
         """A descriptor of what a command reads: text of the job, what a hook gets, or nothing."""
@@ -8486,7 +8519,8 @@ class Supervision(_Hooks):
 
     def _make_environment(self, variables):
         uid = os.geteuid() if self.setup.uid is None else self.setup.uid
-        self.environment = _job_environment(self.job, self.header, self.base, uid, variables)
+        self.environment = _run_environment(
+            job_environment(self.job, uid, self.base, variables), self.header)
         self.environment["ROEXEC_LOG"] = os.path.join(self.folder, self.log.path or "")
         self.environment["ROEXEC_ATTEMPT"] = str(len(self.progress.attempts))
 
@@ -8502,7 +8536,7 @@ class Supervision(_Hooks):
             variables, secrets = resolve_environment(
                 self.job.env_from, vault=self.header.get("vault"),
                 user_home=self.environment["HOME"], environment=os.environ,
-                directory=self._directory(), run_command=self._capture,
+                directory=job_folder(self.job, self.environment), run_command=self._capture,
                 owner=self.setup.uid, is_cancelled=self.is_cancelled)
         except RoexecError as error:
             self.info(str(error), "ERROR")
@@ -9977,20 +10011,35 @@ def unit_warning():
     """What to say where systemd would end all runs at a restart of our unit, else None."""
     if "INVOCATION_ID" not in os.environ:           # systemd.exec(5)
         return None
+    found = unit_of("self")
+    mode = found and show_unit(*found, ["KillMode"]).get("KillMode")
+    if mode in (None, "process", "none"):
+        return None
+    return (f"A restart of {found[1]} will end the runs that are on, since its KillMode is {mode}; "
+            "write KillMode=process into its section [Service]")
+
+
+def unit_of(pid):
+    """([option of systemctl], unit) of the service of systemd that a process is of, or None."""
+    try:
+        with open(f"/proc/{pid}/cgroup") as file:
+            path = file.read().strip().rpartition(":")[2]
+    except OSError:
+        return None
+    units = [name for name in path.split("/") if name.endswith(".service")]
+    # user@1000.service is a manager of its own.
+    return (["--user"] if units[1:] else [], units[-1]) if units else None
+
+
+def show_unit(options, unit, names):
+    """{name: value} of properties of a unit; empty where systemd does not answer."""
     import subprocess
     try:
-        with open("/proc/self/cgroup") as file:
-            unit = file.read().strip().rpartition(":")[2]
-        *managers, unit = [name for name in unit.split("/") if name.endswith(".service")]
-        whose = ["--user"] if managers else []      # user@1000.service, a manager of its own
-        mode = subprocess.run(["systemctl", *whose, "show", "--property=KillMode", "--value", unit],
-                              capture_output=True, text=True, timeout=5).stdout.strip()
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
-    if mode in ("", "process", "none"):
-        return None
-    return (f"A restart of {unit} will end the runs that are on, since its KillMode is {mode}; "
-            "write KillMode=process into its section [Service]")
+        shown = subprocess.run(["systemctl", *options, "show", "--property=" + ",".join(names),
+                                unit], capture_output=True, text=True, timeout=5).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
 
 
 def _allow_many_files():
@@ -10994,6 +11043,433 @@ def live_servers():
     return servers
 
 
+# What may be wrong. Each check is a function of an Examined that yields Findings; it changes
+# nothing, and asks for no more rights than the commands that are to work.
+
+class Finding(Value):
+    """Something that was looked at: `level` is ok, note or wrong, `about` a word or two, `mend`
+    what mends it, a command where there is one, or None."""
+    __slots__ = ("level", "about", "text", "mend")
+
+
+class Examined(Value):
+    """What is examined: a Store, which may not be there yet, the Config, the process of the live
+    server or None, and the jobs in effect."""
+    __slots__ = ("store", "config", "server", "jobs")
+
+
+def examine(store, config, checks=None):
+    """The [Finding] of all checks, or of some; one that cannot look says so."""
+    findings, jobs, server = [], [], None
+    try:
+        server = store.server()
+        if store.exists:
+            with store.read() as db:
+                defaults = (get_settings(db) or {}).get("defaults") or config.defaults
+                jobs = [effective(Job.from_spec(json.loads(row["spec"])), defaults)
+                        for row in list_jobs(db)]
+    except (RoexecError, OSError):      # the check of the store says why
+        pass
+    examined = Examined(store=store, config=config, server=server, jobs=jobs)
+    for about, check in (checks or _CHECKS).items():
+        try:
+            findings += [Finding(about=about, **found) for found in check(examined)]
+        except RoexecError as error:
+            findings.append(Finding(about=about, **_wrong(str(error))))
+        except OSError as error:
+            findings.append(Finding(about=about, **_wrong(f"cannot be looked at: {error}")))
+    return findings
+
+
+def _ok(text):
+    return {"level": "ok", "text": text}
+
+
+def _remark(text, mend=None):
+    return {"level": "note", "text": text, "mend": mend}
+
+
+def _wrong(text, mend=None):
+    return {"level": "wrong", "text": text, "mend": mend}
+
+
+# Python and its parts.
+
+_PARTS = {
+    "ssl": "webhooks, pings, mail and Vault cannot be reached by TLS",
+    "ctypes": "what a command leaves behind in a session of its own is not ended with it",
+    "resource": "limits of jobs are not kept",
+}
+
+
+def _check_python(_):
+    yield _ok("Python %d.%d.%d" % sys.version_info[:3] + f", {sys.executable}")
+    for name, without in _PARTS.items():
+        try:
+            __import__(name)
+        except ImportError:
+            yield _wrong(f"its module {name} is missing: {without}",
+                         "install all of the standard library: apt install python3")
+
+
+def program_path():
+    """The file that this program is: roexec.pyz, or roexec.py."""
+    return os.path.realpath(getattr(__loader__, "archive", __file__))
+
+
+def _check_program(_):
+    yield _ok(f"roexec {__version__}, {program_path()}")
+    exposed = {found: None for path in (program_path(), os.path.realpath(sys.executable))
+               for found in _exposed(path)}
+    for path in exposed:
+        yield _wrong(f"somebody else can change {path}, and so what the server runs",
+                     f"chown root {path}; chmod go-w {path}")
+
+
+def _exposed(path):
+    """Those of a path and the folders that it lies in that others than root and we can change."""
+    while True:
+        state = os.stat(path)
+        sticky = stat.S_ISDIR(state.st_mode) and state.st_mode & stat.S_ISVTX
+        if (state.st_uid not in (0, os.geteuid()) or state.st_mode & 0o002 and not sticky
+                or state.st_mode & 0o020 and _has_members(state.st_gid)):
+            yield path
+        if path == "/":
+            return
+        path = os.path.dirname(path)
+
+
+def _has_members(gid):
+    """Whether anybody but root is in a group by its list; the private group of a user has none."""
+    import grp
+    try:
+        return bool(set(grp.getgrgid(gid).gr_mem) - {"root", owner_name(os.geteuid())})
+    except KeyError:
+        return False
+
+
+def _check_sqlite(_):
+    import sqlite3
+    text, version = f"SQLite {sqlite3.sqlite_version}", sqlite3.sqlite_version_info
+    if version < (3, 26):
+        yield _wrong(f"{text} is too old", "use a Python with SQLite 3.26 or newer")
+    elif version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) \
+            or (3, 44, 6) <= version < (3, 45):
+        yield _ok(text)
+    else:
+        yield _remark(f"{text} can corrupt a database that two programs write at once; roexec's "
+                      "own lock excludes that", "let nothing but roexec write into the database")
+
+
+# The store, its disk, the clock.
+
+_GONE_AT_BOOT = {"tmpfs": "with the next boot", "ramfs": "with the next boot",
+                 "overlay": "with this container"}
+
+
+def _check_store(examined):
+    store = examined.store
+    if not store.exists:
+        yield _remark(f"there is no store in {store.path} yet", "roexec server")
+        return
+    state, me = os.stat(store.folder), owner_name(os.geteuid())
+    owner = owner_name(state.st_uid)
+    if owner != me:
+        yield _wrong(f"{store.path} belongs to {owner}, and this is {me}",
+                     f"sudo -u {owner} roexec doctor")
+        return
+    with store.read() as db:            # which a newer version, or a damage, forbids
+        count_changes(db)
+    if state.st_mode & 0o077:
+        yield _wrong(f"others can look into {store.path}", f"chmod 700 {store.path}")
+    foreign = [path for path in _files_of(store) if os.lstat(path).st_uid != state.st_uid]
+    if foreign:
+        yield _wrong(f"{len(foreign)} files of it belong to others, such as {foreign[0]}",
+                     f"chown -R {owner} {store.folder}")
+    kind = file_system(store.folder)
+    if kind in NETWORK_FILE_SYSTEMS:
+        yield _wrong(f"{store.path} lies on a network file system ({kind}), where locks do not "
+                     "hold", "move it to a disk of this host")
+    elif kind in _GONE_AT_BOOT:
+        yield _remark(f"{store.path} lies on {kind}, and is gone {_GONE_AT_BOOT[kind]}",
+                      "name another folder with --store, or mount a volume there")
+    else:
+        yield _ok(f"{store.path}, {kind or 'unknown file system'}, owner {owner}")
+
+
+def _files_of(store, most=10_000):
+    """The paths of files in the store that are looked at: those that are written all the time."""
+    names = [".", "active", "logs"]
+    for name in names:
+        for entry in itertools.islice(os.scandir(store.file(name)), most):
+            yield entry.path
+
+
+_LEAST_FREE, _ENOUGH_FREE = 64 << 20, 1 << 30       # bytes; between them a hundredth of the disk
+_LEAST_INODES = 1000
+
+
+def _check_disk(examined):
+    folder = examined.store.folder
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder) or "/"
+    found = os.statvfs(folder)
+    free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    room = f"{format_size(free)} of {format_size(total)}"
+    mend = "make room there"
+    if free < max(_LEAST_FREE, min(total // 100, _ENOUGH_FREE)):
+        yield _wrong(f"only {room} are free on the disk of {folder}", mend)
+    else:
+        yield _ok(f"{room} are free")
+    if found.f_files and found.f_favail < max(_LEAST_INODES, found.f_files // 100):
+        yield _wrong(f"only {found.f_favail} more files fit on the disk of {folder} (inodes)", mend)
+
+
+_BEGUN = 1735689600         # 2025-01-01: no clock that is right says less
+
+
+def _check_clock(examined):
+    now, newest = time.time(), None
+    if examined.store.exists:
+        with examined.store.read() as db:
+            newest = next((row["queued_at"] for row in list_runs(db, limit=1)), None)
+    shown, mend = format_instant(int(now)), "timedatectl set-ntp true"
+    if now < _BEGUN:
+        yield _wrong(f"the clock is wrong: {shown}", mend)
+    elif newest is not None and newest > now + 60:
+        yield _wrong(f"the clock says {shown}, and the newest run is of "
+                     f"{format_instant(int(newest))}", mend)
+    elif _is_unsynchronized():
+        yield _remark(f"{shown}; nothing keeps the clock of this host right (NTP)", mend)
+    else:
+        yield _ok(shown)
+
+
+def _is_unsynchronized():
+    """Whether the kernel says that nobody has set its clock by a better one (adjtimex(2))."""
+    import ctypes
+    try:
+        return ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512)) == 5    # TIME_ERROR
+    except AttributeError:              # not Linux
+        return False
+
+
+def _check_zone(examined):
+    name = os.environ.get("TZ", "").lstrip(":")
+    try:
+        get_zone(name or "UTC")
+    except ValueError as error:
+        yield _wrong(f"TZ is {error}", "set TZ to a name such as Europe/Berlin, or unset it")
+    else:
+        yield _ok(f"local time is {host_zone()}")
+    try:
+        get_zone("Europe/Berlin")
+    except ValueError:
+        yield _remark("there are no data of time zones: jobs cannot name one", "apt install tzdata")
+
+
+# The server, its unit and its port.
+
+def _check_server(examined):
+    if examined.server is None:
+        yield _remark("none runs on this store: nothing starts by itself", "roexec server")
+        return
+    yield _ok(f"process {examined.server}")
+    files = _limit_of_files(examined.server)
+    if files is not None and files < 1024:
+        yield _wrong(f"it can have {files} files open; each run that is on takes one",
+                     "raise the limit (ulimit -n, LimitNOFILE= in its unit)")
+
+
+def _limit_of_files(pid):
+    try:
+        with open(f"/proc/{pid}/limits") as file:
+            found = [line.split() for line in file if line.startswith("Max open files")]
+    except OSError:
+        return None
+    return int(found[0][3]) if found and found[0][3].isdigit() else None
+
+
+# A setting of a unit -> when it is wrong, and why that matters; what it ought to be.
+_UNIT_SETTINGS = {
+    "KillMode": (lambda value: value not in ("process", "none"), "wrong",
+                 "a restart ends the runs that are on", "process"),
+    "OOMPolicy": (lambda value: value != "continue", "wrong",
+                  "one job that runs out of memory ends the server", "continue"),
+    "TasksMax": (lambda value: value.isdigit() and int(value) < 1 << 20, "note",
+                 "it counts the processes of all jobs together", "infinity"),
+    "Delegate": (lambda value: value == "no", "note",
+                 "memory and processors of jobs cannot be limited by cgroups", "yes"),
+}
+
+
+def _check_unit(examined):
+    words, unit = examined.server and unit_of(examined.server) or (
+        ["--user"] if os.geteuid() else [], "roexec.service")
+    found = show_unit(words, unit, ["LoadState", *_UNIT_SETTINGS])
+    if found.get("LoadState") != "loaded":
+        return
+    yield _ok(unit)
+    for name, (is_wrong, level, why, right) in _UNIT_SETTINGS.items():
+        if found.get(name) and is_wrong(found[name]):
+            yield {"level": level, "text": f"{name} of {unit} is {found[name]}: {why}",
+                   "mend": f"write {name}={right} into its section [Service]: "
+                           f"systemctl {' '.join([*words, 'edit', unit])}"}
+    user = owner_name(os.geteuid())
+    if words and not os.path.exists(f"/var/lib/systemd/linger/{user}"):
+        yield _wrong(f"it ends when {user} logs out", f"loginctl enable-linger {user}")
+
+
+def _check_limits(examined):
+    if not os.path.isdir("/proc/self"):
+        yield _wrong("there is no /proc: what commands leave behind is not found", "mount it")
+    if examined.server and delegated_cgroup(examined.server):
+        yield _ok("memory and processors are limited by cgroups")
+        return
+    yield _remark("limits.memory is kept by watching, limits.cpu not at all: no cgroup (v2) is "
+                  "delegated to a server here", "use examples/roexec.service, where systemd runs")
+    for job in examined.jobs:
+        if job.limits.cpu is not None:
+            yield _wrong(f'limits.cpu of job "{job.id}" is not kept')
+
+
+def _check_port(examined):
+    host, port = examined.config.server.host, examined.config.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            free, why = True, ""
+        except OSError as error:
+            free, why = False, error.strerror
+    if examined.server is not None:
+        yield _remark(f"nothing listens on port {port} of {host}; the server may have been given "
+                      "another one") if free else _ok(f"{port} of {host}")
+    elif free:
+        yield _ok(f"{port} of {host} is free")
+    else:
+        yield _wrong(f"port {port} of {host} cannot be had: {why}",
+                     "write another one into the configuration, server: {port: 8081}")
+
+
+_PROXIES = {"nginx", "haproxy", "caddy", "apache2", "httpd", "traefik", "envoy", "lighttpd",
+            "socat", "varnishd", "squid"}
+
+
+def _check_owner(examined):
+    """Who is let in without a token: what looks as if it came from our user on this host."""
+    users = {0, os.geteuid()}
+    for pid, name in sorted(_commands_of(users).items()):
+        if name in _PROXIES:
+            yield _remark(f"{name} (process {pid}) runs as root or as the user of the server: what "
+                          "it forwards without a header that says so counts as the owner's",
+                          "run it as another user")
+    if ends_with_us() or os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
+        yield _remark("this is a container: whoever comes through a published port needs a token")
+
+
+def _commands_of(users):
+    """{pid: name of the program} of the processes of some users."""
+    found = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid in users:
+                    with open(f"/proc/{name}/comm") as file:
+                        found[int(name)] = file.read().strip()
+    return found
+
+
+# The jobs.
+
+def _check_jobs(examined):
+    problems = [(job, problem) for job in examined.jobs for problem in job_problems(job)]
+    for job, (text, mend) in problems:
+        yield _wrong(f'job "{job.id}": {text}', mend or f"roexec edit {job.id}")
+    if not problems:
+        yield _ok(f"{len(examined.jobs)}: their users, folders, shells and programs are there")
+
+
+def job_problems(job):
+    """(what is missing on this host for a job to run, what mends it or None), as far as one can
+    tell without running it."""
+    try:
+        uid = setup_of(job).uid
+        job.crons(), job.zone(None)
+    except ValueError as error:
+        yield str(error), None
+        return
+    environment = job_environment(job, os.geteuid() if uid is None else uid)
+    folder = job_folder(job, environment)
+    if not os.path.isdir(folder):
+        yield f"there is no folder {folder}", f"mkdir -p {shlex.quote(folder)}"
+    commands = [job.command, job.condition, *(hook.command for hooks in job.hooks.values()
+                                              for hook in hooks)]
+    for program in dict.fromkeys(name for command in commands if command is not None
+                                 for name in _programs_of(command, job.shell)):
+        try:
+            path = os.path.join(folder, find_program(program, environment))
+        except CannotStart as error:
+            yield str(error), None
+            continue
+        if not os.path.isfile(path):
+            yield f"there is no program {path}", None
+        elif not os.access(path, os.X_OK):
+            yield f"{path} may not be executed", f"chmod +x {shlex.quote(path)}"
+
+
+_SHELLS = {"sh", "bash", "dash", "ash", "ksh", "zsh", "mksh", "yash"}
+_SHELL_WORDS = set((        # POSIX, "Shell Command Language": reserved words and utilities within
+    ". : [ alias bg break case cd command continue declare eval exec exit export false fc fg for "
+    "function getopts hash if jobs let local pwd read readonly return select set shift source "
+    "time times trap true type typeset ulimit umask unalias unset until wait while").split())
+_PLAIN_WORD = Pattern(r"[\w./+-]+", "a")
+
+
+def _programs_of(command, shell):
+    """The programs that a command certainly needs: a shell, and the first word of its script."""
+    if not isinstance(command, str):
+        return command[:1]
+    first = command.split(None, 1)[0] if command.strip() else ""
+    known = os.path.basename(shell[0]) in _SHELLS and first not in _SHELL_WORDS
+    return (shell[0], first) if known and _PLAIN_WORD.fullmatch(first) else (shell[0],)
+
+
+_CHECKS = {"python": _check_python, "program": _check_program, "sqlite": _check_sqlite,
+           "store": _check_store, "disk": _check_disk, "clock": _check_clock,
+           "time zone": _check_zone, "server": _check_server, "unit": _check_unit,
+           "limits": _check_limits, "port": _check_port, "owner": _check_owner,
+           "jobs": _check_jobs}
+
+
+def status_warnings(store, config):
+    """What of the findings `status` tells: what is wrong with the store, its disk, the clock."""
+    checks = {about: _CHECKS[about] for about in ("store", "disk", "clock")}
+    return [found for found in examine(store, config, checks) if found.level == "wrong"]
+
+
+def compare_environments(job, caller):
+    """What a job gets in comparison with the environment of a caller, {name: value}: a payload.
+
+    Values of `env_from` are looked up at each run, and here only where from.
+    """
+    setup = setup_of(job)
+    uid = os.geteuid() if setup.uid is None else setup.uid
+    environment = job_environment(job, uid)
+    own = {"_", "SHLVL", "PWD", "OLDPWD"}       # of each shell
+    return {
+        "job": job.id, "user": owner_name(uid), "umask": f"{job.umask:03o}",
+        "directory": job_folder(job, environment),
+        "only_job": {name: value for name, value in sorted(environment.items())
+                     if name not in caller},
+        "different": {name: {"job": value, "caller": caller[name]}
+                      for name, value in sorted(environment.items())
+                      if caller.get(name, value) != value},
+        "only_caller": sorted(caller.keys() - environment.keys() - own),
+        "env_from": list(job.env_from)}
+
+
 # ==== 21 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
@@ -11414,6 +11890,105 @@ def _cmd_export(session):
     session.give({"jobs": [job.spec for job in jobs]}, lambda style: job_to_yaml(jobs))
 
 
+def _cmd_edit(session):
+    job_id = session.id()
+    with session.store.read() as db:
+        row = get_job(db, job_id)
+    draft = _Draft(row)
+    if not draft.edit():
+        return session.report([(job_id, "unchanged")])
+    if not session.options.json:
+        sys.stdout.write(draft.difference())
+    if not session.options.dry_run:
+        draft.save()
+    return _register(session, lambda rows: {row["source"]: draft.jobs})
+
+
+class _Draft:
+    """A job that is being edited: the file that it is described in, where that is still there, else
+    its description as a file of its own. `jobs` are those of the text once it has been edited."""
+
+    def __init__(self, row):
+        self.id, self.jobs, source = row["id"], [], row["source"]
+        self.path = source if source and os.path.exists(source) else None
+        if self.path is None:
+            job = Job.from_spec(json.loads(row["spec"]))
+            self.text = job_to_yaml([effective(job, {"directory": "~"})])
+        elif os.access(self.path, os.W_OK):
+            self.text = _read_bytes(self.path).decode("utf-8", "replace")
+        else:
+            raise RoexecError(f'job "{self.id}" is described in {self.path}, which '
+                              f"{owner_name(os.geteuid())} may not change; change it there, and "
+                              f"write roexec apply -f {self.path}")
+        self.edited = self.text
+
+    def edit(self):
+        """Let the person edit until nothing is wrong -> whether anything is different."""
+        import tempfile
+        with tempfile.TemporaryDirectory(prefix="roexec-") as folder:
+            path = os.path.join(folder, f"{self.id}.yml")
+            while True:
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(self.edited)
+                _open_editor(path)
+                self.edited = _read_bytes(path).decode("utf-8", "replace")
+                if self.edited == self.text:
+                    return False
+                try:
+                    self.jobs = self._read()
+                    return True
+                except RoexecError as error:
+                    _say(error)
+                if not _agrees("Edit it again?"):
+                    raise RoexecError("nothing was changed")
+
+    def _read(self):
+        label = self.path or f"{self.id}.yml"
+        jobs = read_job_file(self.edited, label, os.path.dirname(self.path or "/")).jobs
+        if self.path is None:
+            if [job.id for job in jobs] != [self.id]:
+                raise RoexecError(f'{label}: this is about the one job "{self.id}"; for another '
+                                  "one write roexec add, or roexec apply")
+            if jobs[0].directory == "~":        # as it is without a file
+                jobs = [Job({key: value for key, value in jobs[0].spec.items()
+                             if key != "directory"})]
+        return jobs
+
+    def difference(self):
+        """What was changed, as diff -u shows it."""
+        import difflib
+        lines = difflib.unified_diff(self.text.splitlines(), self.edited.splitlines(),
+                                     "before", "after", lineterm="")
+        return "".join(printable(line) + "\n" for line in lines)
+
+    def save(self):
+        """Write the file, if there is one, unless somebody else has changed it meanwhile."""
+        if self.path is None:
+            return
+        if _read_bytes(self.path).decode("utf-8", "replace") != self.text:
+            raise RoexecError(f"{self.path} has been changed by somebody else; nothing was changed")
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.write(self.edited)
+
+
+def _open_editor(path):
+    """Open $VISUAL, else $EDITOR, else vi(1), as other programs do: it may have options."""
+    import subprocess
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    status = subprocess.call(["/bin/sh", "-c", f'{editor} "$1"', editor, path])
+    if status != 0:
+        raise RoexecError(f"the editor ({editor}) has failed, status {status}; nothing was changed")
+
+
+def _agrees(question):
+    """Whether the person at the terminal says yes; without one nobody does."""
+    if not sys.stdin.isatty():
+        return False
+    sys.stderr.write(f"roexec: {question} [Y/n] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+
+
 def _cmd_pause(session):
     options, changes = session.options, []
     pausing, until = session.command.name == "pause", math.inf
@@ -11720,11 +12295,12 @@ def _cmd_status(session):
             notices = unsent_notices(db)
             if health == "healthy":
                 health = _overdue(db, *session.in_effect(db)) or health
+    warnings = [f"{found.about}: {found.text}" for found in status_warnings(store, session.config)]
     payload = {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
                "running": states.count("running"), "queued": states.count("queued"),
-               "unsent_notices": [notice_payload(row) for row in notices]}
+               "warnings": warnings, "unsent_notices": [notice_payload(row) for row in notices]}
     session.give(payload, lambda style: status_text(payload, style))
-    return 3 if process is None else 0 if health == "healthy" else 1
+    return 3 if process is None else 0 if health == "healthy" and not warnings else 1
 
 
 def _answers(store):
@@ -11751,6 +12327,30 @@ def _overdue(db, defaults, zone):
         if slot and slot + jitter_delay(job.id, slot, job.jitter) + ON_TIME < time.time():
             return f'job "{job.id}" was due at {format_instant(slot)} and is still undecided'
     return None
+
+
+def _cmd_doctor(session):
+    if session.options.job is not None:
+        return _give_environments(session, dict(os.environ))
+    findings = []
+    try:
+        session.read_config()
+    except RoexecError as error:
+        findings = [Finding(level="wrong", about="config", text=str(error))]
+        session._config = Config()
+    findings += examine(session.store, session.config)
+    payloads = [{name: getattr(found, name) for name in Finding.__slots__} for found in findings]
+    healthy = all(found.level != "wrong" for found in findings)
+    session.give({"healthy": healthy, "findings": payloads},
+                 lambda style: findings_text(payloads, style))
+    return 0 if healthy else 1
+
+
+def _give_environments(session, caller):
+    with session.store.read() as db:    # which may make this process another user's
+        job = effective_job(db, session.options.job, _settings_of(session.config))
+    payload = compare_environments(job, caller)
+    session.give(payload, lambda style: environments_text(payload, style))
 
 
 # Commands about logs and the end of runs.
@@ -12075,6 +12675,8 @@ _COMMANDS = (
             ("-f --file", "FILE...", "job files, folders of them, or - for standard input", []),
             ("--prune", None, "also remove jobs that the files no longer have", False),
             changes=True),
+    Command("edit", _cmd_edit, "change a job in an editor ($VISUAL, else $EDITOR)", "JOB",
+            "edit backup-db", _WITH_ID, changes=True),
     Command("delete", _cmd_delete, "remove jobs; their history stays", "JOB [JOB ...]",
             "delete tidy", _WITH_ID, changes=True),
     Command("export", _cmd_export, "print jobs as a job file", "[JOB ...]", "export > jobs.yml",
@@ -12113,6 +12715,9 @@ _COMMANDS = (
     Command("why", _cmd_why, "tell why a job has not run at an instant, or does not run now",
             "JOB [INSTANT]", "why backup-db 2025-08-01T02:00", _WITH_ID),
     Command("status", _cmd_status, "tell whether the server is healthy", "", "status"),
+    Command("doctor", _cmd_doctor, "look for what is wrong with this host, the store and its jobs",
+            "[--job JOB]", "doctor --job backup-db",
+            ("--job", "JOB", "compare the environment of a job with the one here", None)),
     Command("pause", _cmd_pause, "stop the schedules of jobs", "JOB [JOB ...] | --all",
             "pause backup-db --for 2h", _WITH_ID,
             ("--all", None, "of all jobs", False),

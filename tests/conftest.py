@@ -1,5 +1,9 @@
 """What holds for all tests, and the fixtures that several files use."""
+import io
+import os
+import shlex
 import signal
+import sys
 
 import pytest
 from helpers import Server, kill_descendants
@@ -43,3 +47,28 @@ def marks(tmp_path):
         return path.read_text().splitlines()
     lines.path = path
     return lines
+
+
+@pytest.fixture
+def surroundings(tmp_path, monkeypatch):
+    """A home of its own, no settings from outside, and a folder for live servers of its own."""
+    for name in list(os.environ):
+        if name.startswith(("ROEXEC_", "XDG_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setattr(roexec, "servers_folder", lambda: str(tmp_path / "servers"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def cli(store, surroundings, capfd, monkeypatch):
+    """`cli("list jobs", ...)` -> (exit status, standard output, standard error)."""
+    def call(line, *more, store=store.path, stdin=None):
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        chosen = ["--store", store] if store else []
+        status = roexec.main([*chosen, *shlex.split(line), *more])
+        return (status, *capfd.readouterr())
+    return call

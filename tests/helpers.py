@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -217,6 +218,13 @@ class Server:
         """SIGTERM, as `systemctl stop` does."""
         os.kill(self.pid, signal.SIGTERM)
         assert end_of(self.pid) == 0, self.said
+
+
+def process(store, *arguments, **options):
+    """roexec in a process of its own, finished -> CompletedProcess with text."""
+    return subprocess.run([sys.executable, roexec.__file__, "--store", store.path, *arguments],
+                          stdin=subprocess.DEVNULL, text=True, timeout=60,
+                          **{"capture_output": True, **options})
 
 
 # Servers on this host.

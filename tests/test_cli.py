@@ -1,9 +1,9 @@
 """The command line: what is asked, which store it reaches, what is printed, the exit status."""
 import contextlib
-import io
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -14,6 +14,7 @@ import threading
 import time
 
 import pytest
+from helpers import process
 
 import roexec
 
@@ -30,16 +31,7 @@ jobs:
 """
 
 
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    """A home of its own, no settings from outside, and a folder for live servers of its own."""
-    for name in list(os.environ):
-        if name.startswith(("ROEXEC_", "XDG_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("TZ", "UTC")
-    monkeypatch.setattr(roexec, "servers_folder", lambda: str(tmp_path / "servers"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("surroundings")
 
 
 @pytest.fixture
@@ -49,32 +41,12 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def cli(store, capfd, monkeypatch):
-    """`cli("list jobs", ...)` -> (exit status, standard output, standard error)."""
-    def call(line, *more, store=store.path, stdin=None):
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        capfd.readouterr()
-        chosen = ["--store", store] if store else []
-        status = roexec.main([*chosen, *shlex.split(line), *more])
-        return (status, *capfd.readouterr())
-    return call
-
-
-@pytest.fixture
 def jobs(cli, tmp_path):
     """The store with the two jobs of `jobs.yml`; gives that file."""
     path = tmp_path / "jobs.yml"
     path.write_text(JOBS)
     assert cli("apply -f jobs.yml")[0] == 0
     return path
-
-
-def process(store, *arguments, **options):
-    """roexec in a process of its own, finished -> CompletedProcess with text."""
-    return subprocess.run([sys.executable, roexec.__file__, "--store", store.path, *arguments],
-                          stdin=subprocess.DEVNULL, text=True, timeout=60,
-                          **{"capture_output": True, **options})
 
 
 def record(store, job_id="hello", state="succeeded", *, at=NOW, **values):
@@ -122,12 +94,12 @@ def a_server(store, answers=True):
 # The table of commands.
 
 COMMANDS = {command.name: command for command in roexec.commands()}
-CHANGING = {"run", "exec", "add", "apply", "delete", "pause", "resume", "cancel", "retry", "server"}
+CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", "cancel", "retry", "server"}
 
 
 def test_the_commands_are_those_of_the_design():
     assert set(COMMANDS) == CHANGING | {
-        "export", "import crontab", "list jobs", "list runs", "show", "logs", "next", "why",
+        "doctor", "export", "import crontab", "list jobs", "list runs", "show", "logs", "next", "why",
         "status", "wait"}
     assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
 
@@ -618,6 +590,103 @@ def test_what_is_exported_applies_to_the_same_jobs(cli, jobs, store, tmp_path):
 
 
 # pause, resume, list jobs, show.
+
+@pytest.fixture
+def editor(monkeypatch):
+    """`editor(script)`: what the editor does, a script of sed(1)."""
+    def edits(script):
+        monkeypatch.setenv("EDITOR", f"sed -i {shlex.quote(script)}")
+    return edits
+
+
+def test_a_job_without_a_file_is_edited_by_itself(cli, store, editor):
+    cli("add tidy --schedule @daily --set timeout=1h -- rm -rf /tmp/x")
+    editor("s/1h/2h/")
+    status, out, _ = cli("edit tidy --dry-run")
+    assert status == 0 and '-    timeout: "1h"\n+    timeout: "2h"\n' in out
+    assert out.endswith("tidy: changed (dry run)\n")
+    assert registered(store)["tidy"]["timeout"] == "1h"
+    assert cli("edit tidy")[1].endswith("tidy: changed\n")
+    assert registered(store)["tidy"] == {"id": "tidy", "schedule": ["@daily"], "timeout": "2h",
+                                         "command": ["rm", "-rf", "/tmp/x"]}
+    editor("")
+    assert cli("edit tidy")[1] == "tidy: unchanged\n"
+
+
+def test_a_job_of_a_file_is_edited_there_with_its_comments(cli, jobs, store, editor):
+    jobs.write_text("# by hand\n" + JOBS)
+    editor("s/echo hello/echo bye/")
+    assert "-    command: echo hello\n+    command: echo bye\n" in cli("edit hello")[1]
+    assert jobs.read_text() == "# by hand\n" + JOBS.replace("echo hello", "echo bye")
+    assert registered(store)["hello"]["command"] == "echo bye"
+    assert "unchanged" in cli("apply -f jobs.yml")[1]
+
+
+@pytest.mark.parametrize("script, sentence", [
+    ("s/command:/comand:/", 'did you mean "command"?'), ("s/id: tidy/id: other/", "the one job"),
+    ("s/.*//", "nothing was changed")])
+def test_what_cannot_be_meant_changes_nothing(script, sentence, cli, store, editor):
+    cli("add tidy -- true")
+    before = registered(store)
+    editor(script)
+    status, _, err = cli("edit tidy", stdin="")
+    assert status == 1 and sentence in err and "nothing was changed" in err
+    assert registered(store) == before
+
+
+def test_an_editor_that_fails_changes_nothing(cli, jobs, store, monkeypatch):
+    monkeypatch.setenv("VISUAL", "false")
+    assert cli("edit hello")[2] == \
+        "roexec: the editor (false) has failed, status 1; nothing was changed\n"
+
+
+def test_what_is_edited_is_nobody_elses_to_read(cli, jobs, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISUAL", f"stat -c %a > {tmp_path}/modes $(dirname $1) #")
+    cli("edit hello")
+    assert (tmp_path / "modes").read_text() == "700\n"
+    assert not list(tmp_path.glob("roexec-*"))
+
+
+def test_a_file_that_somebody_else_changes_meanwhile_is_left_alone(cli, jobs, monkeypatch):
+    monkeypatch.setenv("VISUAL", f"echo '# by hand' >> {jobs}; sed -i s/hello/bye/")
+    status, _, err = cli("edit hello")
+    assert status == 1 and "has been changed by somebody else" in err
+    assert jobs.read_text() == JOBS + "# by hand\n"
+
+
+def test_a_mistake_can_be_mended_at_once_on_a_terminal(jobs, store, tmp_path):
+    script = tmp_path / "editor"
+    script.write_text("#!/bin/sh\nif [ -e once ]; then sed -i s/comand/command/ $1; exit; fi\n"
+                      "touch once; sed -i 's/command: echo hello/comand: echo bye/' $1\n")
+    script.chmod(0o755)
+    out = on_terminal(store, "edit", "hello", EDITOR=str(script), typed=b"y\n")
+    assert "jobs.yml:6:5" in out and "Edit it again? [Y/n]" in out and "hello: changed" in out
+    assert registered(store)["hello"]["command"] == "echo bye"
+
+
+def hostile_text(chance):
+    return "".join(chance.choice(HOSTILE) for _ in range(chance.randrange(7)))
+
+
+HOSTILE = ["a", "b c", "\n", "\n\n", " ", "\t", "#", " #x", ": ", "- ", "'", '"', "\\", "%", "@",
+           "&", "!", "|", ">", "{", "[", "?", "~", "null", "true", "0o17", "1e3", "---", "...", "é",
+           "\u2028", "\u0085", "\ufeff", "\u202e", "\x7f", "\x1b[2J", "\U0001f600", "\r", "$X",
+           "<<", "=", "yes", "12:30:00"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_a_job_has_its_export_gives_the_same_job(seed):
+    chance = random.Random(seed)
+    for _ in range(50):
+        spec = {"id": "x", "directory": "~", "stdin": hostile_text(chance),
+                "command": chance.choice([hostile_text(chance), ["a", hostile_text(chance)]]),
+                "env": {"A": hostile_text(chance)},
+                "hooks": {"on_failure": [{"command": hostile_text(chance) or "x"}]}}
+        with contextlib.suppress(roexec.Invalid):       # an empty command, say
+            job = roexec.job_from_mapping(spec, None)
+            exported = roexec.job_to_yaml([job])
+            assert roexec.read_job_file(exported, "x.yml", "/elsewhere").jobs == [job]
+
 
 def test_pause_and_resume_say_whether_they_changed_anything(cli, jobs, store):
     assert cli("pause hello")[1] == "hello: paused\n"
@@ -1356,14 +1425,15 @@ def test_ctrl_c_ends_a_command_with_130_and_nothing_else(jobs, store):
     assert (waiting.returncode, out) == (130, "") and "Traceback" not in err
 
 
-def on_terminal(store, *words, redirect="", program=roexec.__file__, **variables):
-    """What a command shows on a terminal."""
+def on_terminal(store, *words, redirect="", typed=b"", program=roexec.__file__, **variables):
+    """What a command shows on a terminal at which something is typed."""
     import pty
     pid, descriptor = pty.fork()
     if pid == 0:
         os.environ.update({"TERM": "xterm", **variables})
         os.execv("/bin/sh", ["sh", "-c", f'"$0" "$@" {redirect}', sys.executable, program,
                              "--store", store.path, *words])
+    os.write(descriptor, typed)
     output = b""
     with contextlib.suppress(OSError):      # EIO: the other side has been closed
         while True:

@@ -1067,9 +1067,9 @@ def test_the_manager_of_the_unit_is_asked_how_it_would_be_stopped(tmp_path, monk
     monkeypatch.setenv("INVOCATION_ID", "0" * 32)
     monkeypatch.setattr(roexec, "open", lambda path, *more: open(
         tmp_path / "cgroup" if path == "/proc/self/cgroup" else path, *more), raising=False)
-    (tmp_path / "mode").write_text("control-group\n")
+    (tmp_path / "mode").write_text("KillMode=control-group\n")
     assert "write KillMode=process" in roexec.unit_warning()
     words = (tmp_path / "asked").read_text().split()
-    assert words == [*options, "show", "--property=KillMode", "--value", "roexec.service"]
-    (tmp_path / "mode").write_text("process\n")
+    assert words == [*options, "show", "--property=KillMode", "roexec.service"]
+    (tmp_path / "mode").write_text("KillMode=process\n")
     assert roexec.unit_warning() is None
