@@ -2634,12 +2634,49 @@ def _scalar(value):
 
 # The configuration.
 
+_HOST_AND_PORT = Pattern(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", "a")
+
+
+def _host_and_port(value, place):
+    text = _text(value, place)
+    if not _HOST_AND_PORT.fullmatch(text):
+        raise ValueError(f'"{text}" is not the name of a host; write for example roexec.example.com'
+                         ", or with a port roexec.example.com:8443")
+    return text.lower()
+
+
+class TlsSettings(_Record):
+    """TLS of the server: `cert`, the path of its certificates in PEM, and `key`, of their key."""
+    KEYS = {
+        "cert": (_path, None, None),
+        "key": (_path, None, None),
+    }
+
+    @classmethod
+    def check(cls, spec):
+        if set(spec) != {"cert", "key"}:
+            raise ValueError("cert and key go together; write both, or leave tls out")
+
+
+class AuthSettings(_Record):
+    """Who is let in without a token over loopback: `owner`, whether anybody is, and `local_users`,
+    the names of users besides the server's own and root."""
+    KEYS = {
+        "owner": (_switch, None, True),
+        "local_users": (_list_of(_line), _several, ()),
+    }
+    MAY_BE_EMPTY = True
+
+
 class _ServerSettings(_Record):
     KEYS = {
         "host": (_host, None, "127.0.0.1"),
         "port": (_number_from(0, 65535), None, 8080),
+        "hosts": (_list_of(_host_and_port), _several, ()),
+        "tls": (TlsSettings.read, TlsSettings, None),
+        "auth": (AuthSettings.read, AuthSettings, AuthSettings()),
     }
-    LATER, MAY_BE_EMPTY = ("hosts", "tls", "auth", "log", "drain"), True
+    LATER, MAY_BE_EMPTY = ("log", "drain"), True
 
 
 class _StoreSettings(_Record):
@@ -2747,10 +2784,10 @@ def _config_defaults(value, place):
 class Config(_Record):
     """A configuration, made of a checked spec; without one, that which says nothing.
 
-    `server` has host and port; `store` type and path; `scheduler` max_concurrent and timezone;
-    `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs' defaults;
-    `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings; `log` and
-    `history` are specs too, of LogLimits and HistoryLimits.
+    `server` has host, port, hosts, tls and auth; `store` type and path; `scheduler` max_concurrent
+    and timezone; `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs'
+    defaults; `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings; `log`
+    and `history` are specs too, of LogLimits and HistoryLimits.
     """
     KEYS = {
         "server": (_ServerSettings.read, _ServerSettings, _ServerSettings()),
@@ -3875,6 +3912,74 @@ class Caller(Value):
         return re.fullmatch(wanted, job_id) is not None
 
 
+_JOB_PATTERN = Pattern(r"[A-Za-z0-9._*?-]{1,64}", "a")
+
+
+def token_of(spec, creator, now, zone):
+    """What a new token is to be: {name, scopes, pattern, expires_at (UTC seconds, None: never)}.
+
+    `spec` may have `name`, `scopes` (a list), `role`, `jobs` (a pattern) and `expires` (a duration,
+    or an instant, without offset in `zone`). Raises ValueError, also for what the creator, a
+    Caller, does not have: nobody gives away more.
+    """
+    name, pattern = spec.get("name"), spec.get("jobs")
+    if not isinstance(name, str) or not valid_id(name):
+        raise ValueError(f'name: "{printable(str(name or ""))}" cannot be the name of a token; one '
+                         "has letters, digits and ._- and begins with a letter or digit")
+    if pattern is not None and not (isinstance(pattern, str) and _JOB_PATTERN.fullmatch(pattern)):
+        raise ValueError(f'jobs: "{printable(str(pattern))}" is no pattern of job ids; write for '
+                         "example deploy*")
+    scopes = _token_scopes(spec)
+    missing = scope_to_give(creator, scopes, pattern)
+    if missing:
+        raise ValueError(f"scopes: {missing} is not for you to give, since you do not have it")
+    if pattern is not None and set(scopes) & set(_OF_ALL_JOBS):
+        raise ValueError(f"scopes: {' and '.join(_OF_ALL_JOBS)} are about all jobs; a token for "
+                         f"{pattern} cannot have them")
+    return {"name": name, "scopes": scopes, "pattern": pattern,
+            "expires_at": _expiry(spec.get("expires"), now, zone)}
+
+
+def _token_scopes(spec):
+    """The scopes that a list and a role make, in order; raises ValueError."""
+    words, role = spec.get("scopes") or [], spec.get("role")
+    if role is not None and role not in ROLES:
+        raise ValueError(f'role: "{printable(str(role))}" is none; there are {", ".join(ROLES)}')
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError("scopes: write a list of texts")
+    for word in words:
+        if word != "*" and word not in SCOPES:
+            raise ValueError(f'scopes: there is no scope "{printable(word)}"'
+                             + (nearest(word, SCOPES) or f'; there are {", ".join(SCOPES)}, *'))
+    wanted = {*words, *ROLES.get(role, ())}
+    if not wanted:
+        raise ValueError("scopes: write what the token may do: scopes, or a role "
+                         f"({', '.join(ROLES)})")
+    return ["*"] if "*" in wanted else [scope for scope in SCOPES if scope in wanted]
+
+
+def scope_to_give(creator, scopes, pattern):
+    """A scope that a token with these would have, but not its creator (a Caller), or None."""
+    token = Caller(scopes=scopes, pattern=pattern)
+    return next((scope for scope in SCOPES if token.may(scope) and not creator.may(scope)), None)
+
+
+def _expiry(text, now, zone):
+    if text is None:
+        return None
+    try:
+        instant = now + parse_duration(text)
+    except ValueError:
+        try:
+            instant = parse_instant(str(text), zone)
+        except ValueError:
+            raise ValueError(f'expires: "{printable(str(text))}" is neither a duration such as 30d '
+                             "nor an instant such as 2026-12-31") from None
+    if instant <= now:
+        raise ValueError(f'expires: "{printable(str(text))}" is in the past')
+    return instant
+
+
 # ==== 7 render (pure) =============================================================================
 # What is shown of jobs, runs and slots: payloads, which --json and the API give, and from the same
 # payloads the tables and texts of the CLI. A pipe gets UTC and nothing that changes by itself;
@@ -4036,6 +4141,19 @@ def notice_payload(row):
             "created_at": _instant(row["created_at"]), "next_try": _instant(row["next_try"])}
 
 
+def token_payload(row):
+    """A token of its row; its text is nowhere."""
+    return {"name": row["name"], "scopes": row["scopes"].split(","), "jobs": row["pattern"],
+            "created_at": _instant(row["created_at"]), "expires_at": _instant(row["expires_at"]),
+            "last_used_at": _instant(row["used_at"])}
+
+
+def audit_payload(row):
+    """A change of its row: who made it, when, and what."""
+    return {"at": _instant(row["at"]), "who": row["who"], "action": row["action"],
+            "job_id": row["job_id"], "target": row["target"], "detail": row["detail"]}
+
+
 # Text.
 
 def table(header, rows, style):
@@ -4185,6 +4303,22 @@ def job_text(payload, job, style):
         ("timezone", payload["timezone"]), ("next run", style.moment(payload["next_run"])),
         ("last run", result), ("tags", ", ".join(payload["tags"])), ("source", payload["source"]),
         ("version", payload["version"])), style) + "\n" + job_to_yaml([job])
+
+
+def tokens_table(tokens, style):
+    """A table of token payloads."""
+    header = "NAME", "JOBS", "CREATED", "EXPIRES", "LAST USED", "SCOPES"
+    return table(header, [
+        (token["name"], token["jobs"] or "all", style.time(token["created_at"]),
+         style.time(token["expires_at"]) or "never", style.time(token["last_used_at"]),
+         " ".join(token["scopes"])) for token in tokens], style)
+
+
+def audit_table(changes, style):
+    """A table of changes, from the newest."""
+    return table(("WHEN", "WHO", "WHAT", "JOB", "TARGET", "DETAIL"), [
+        (style.time(change["at"]), *map(change.get, ("who", "action", "job_id", "target",
+                                                     "detail"))) for change in changes], style)
 
 
 def slots_table(slots, style):
@@ -4583,6 +4717,13 @@ CREATE TABLE outbox (
     error TEXT);
 CREATE UNIQUE INDEX outbox_key ON outbox (run_id, key, kind, target) WHERE key IS NOT NULL;
 CREATE INDEX outbox_waiting ON outbox (next_try) WHERE state = 'waiting';
+CREATE TABLE tokens (
+    name TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE,
+    scopes TEXT NOT NULL,               -- with commas
+    pattern TEXT, created_at REAL NOT NULL, expires_at REAL, used_at REAL) WITHOUT ROWID;
+CREATE TABLE audit (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL,
+    action TEXT NOT NULL, job_id TEXT, target TEXT, detail TEXT);
 """]
 
 _PATIENCE = 5                           # seconds, until one says what one waits for
@@ -5038,13 +5179,20 @@ def plan_apply(db, sources, prune=False):
     return changes
 
 
-def perform_apply(db, changes, now):
-    """Carry out what `plan_apply` has planned in the same transaction; `now` in UTC seconds."""
+def perform_apply(db, changes, now, by=None):
+    """Carry out what `plan_apply` has planned in the same transaction; `now` in UTC seconds, `by`
+    the name of the Caller who asks."""
     removed = [change.id for change in changes if change.change == "removed"]
     for change in changes:
         if change.change in ("added", "changed"):
             _put_job(db, change.job, change.source, now)
-    delete_jobs(db, removed, now)
+            _note_change(db, by, "apply", change.id, now, change.change)
+    delete_jobs(db, removed, now, by)
+
+
+def _note_change(db, by, action, job_id, now, detail=None):
+    if by is not None:
+        add_audit(db, by, action, now, job_id=job_id, detail=detail)
 
 
 def _put_job(db, job, source, now):
@@ -5064,28 +5212,30 @@ def _put_job(db, job, source, now):
                (job.id, version, spec, source, now))
 
 
-def delete_jobs(db, ids, now):
-    """Remove jobs; history stays, queued runs are cancelled, running ones go on.
+def delete_jobs(db, ids, now, by=None):
+    """Remove jobs, as `by` asks; history stays, queued runs are cancelled, running ones go on.
 
     A row remains of each, for its position: a slot that was decided stays so.
     """
     for job_id in ids:
         db.execute("UPDATE jobs SET deleted = 1, changed = ?, position = MAX(position, ?) "
                    "WHERE id = ?", (_next_change(db), now, job_id))
+        _note_change(db, by, "delete", job_id, now)
         for run in active_runs(db, job_id):
             if run["state"] == "queued":
                 finish_run(db, run["id"], "cancelled", [], reason="user", finished_at=now,
                            message="the job was deleted")
 
 
-def pause_job(db, job_id, paused, until=None):
+def pause_job(db, job_id, paused, until=None, by=None):
     """Pause the schedule of a job until an instant (UTC seconds), else until it is resumed; or,
-    with `paused` false, resume it -> whether that changed anything."""
+    with `paused` false, resume it, as `by` asks -> whether that changed anything."""
     until = (math.inf if until is None else until) if paused else 0
     if get_job(db, job_id)["paused"] == until:
         return False
     db.execute("UPDATE jobs SET paused = ?, changed = ? WHERE id = ?",
                (until, _next_change(db), job_id))
+    _note_change(db, by, "pause" if paused else "resume", job_id, time.time())
     return True
 
 
@@ -5426,6 +5576,108 @@ def purge_notices(db, before):
     db.execute("DELETE FROM outbox WHERE state != 'waiting' AND created_at < ? AND NOT EXISTS "
                "(SELECT 1 FROM runs WHERE runs.id = run_id AND runs.state IN "
                "('queued', 'running'))", (before,))
+
+
+# Tokens. What is kept of one is a digest: 192 random bits need no slow hash, and nobody can choose
+# a digest, so that the time that the look-up of one takes tells nothing.
+
+def _new_token():
+    text = "roexec_" + base64.urlsafe_b64encode(os.urandom(24)).decode()
+    return text, _token_digest(text)
+
+
+def _token_digest(text):
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def add_token(db, token, creator, now, dry_run=False):
+    """Keep a new token, which `token_of` has returned -> its text; `creator` is a Caller.
+
+    Raises Exists. In a dry run that is all that it does.
+    """
+    if db.execute("SELECT 1 FROM tokens WHERE name = ?", (token["name"],)).fetchone():
+        raise Exists(f'there is a token "{token["name"]}" already; rotate it, or revoke it first')
+    if dry_run:
+        return None
+    text, digest = _new_token()
+    db.execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, NULL)",
+               (token["name"], digest, ",".join(token["scopes"]), token["pattern"], now,
+                token["expires_at"]))
+    add_audit(db, creator.name, "token create", now, target=token["name"],
+              detail=" ".join([*token["scopes"], *filter(None, [token["pattern"]])]))
+    return text
+
+
+class Exists(RoexecError):
+    """Something of this name is there already."""
+
+
+def renew_token(db, name, creator, now):
+    """Give a token a new text -> that; it lasts as long again as it was to. Raises NoSuchToken."""
+    row, (text, digest) = get_token(db, name), _new_token()
+    expires_at = row["expires_at"] and now + row["expires_at"] - row["created_at"]
+    db.execute("UPDATE tokens SET digest = ?, created_at = ?, expires_at = ?, used_at = NULL "
+               "WHERE name = ?", (digest, now, expires_at, name))
+    add_audit(db, creator.name, "token rotate", now, target=name)
+    return text
+
+
+def remove_token(db, name, caller, now):
+    """Remove a token, which is void from then on; raises NoSuchToken."""
+    get_token(db, name)
+    db.execute("DELETE FROM tokens WHERE name = ?", (name,))
+    add_audit(db, caller.name, "token revoke", now, target=name)
+
+
+def get_token(db, name):
+    """The row of a token; raises NoSuchToken that names the nearest one."""
+    row = db.execute("SELECT * FROM tokens WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        names = [row["name"] for row in list_tokens(db)]
+        raise NoSuchToken(f'there is no token "{printable(name)}"' + nearest(name, names))
+    return row
+
+
+class NoSuchToken(RoexecError):
+    """A token that is not there."""
+
+
+def find_token(db, text, now):
+    """The row of the token with this text, or None; one that has expired is none."""
+    return db.execute("SELECT * FROM tokens WHERE digest = ? AND (expires_at IS NULL OR "
+                      "expires_at > ?)", (_token_digest(text), now)).fetchone()
+
+
+def list_tokens(db, after="", limit=-1):
+    """Rows of the tokens by name, those > `after`, `limit` at most (-1: all)."""
+    return db.execute("SELECT * FROM tokens WHERE name > ? ORDER BY name LIMIT ?",
+                      (after, limit)).fetchall()
+
+
+def note_token_uses(db, uses):
+    """Keep when tokens were used last: {name: UTC seconds}."""
+    db.executemany("UPDATE tokens SET used_at = ? WHERE name = ?",
+                   [(instant, name) for name, instant in uses.items()])
+
+
+# Who has changed what, and when.
+
+_MOST_AUDIT = 100_000   # rows; older ones go
+
+
+def add_audit(db, who, action, now, **what):
+    """Note a change in the transaction that makes it: by whom (the `name` of a Caller), what, when
+    (UTC seconds). `job_id`, `target` (a run, a token) and `detail` say more, and no secret."""
+    cursor = db.execute(
+        "INSERT INTO audit (at, who, action, job_id, target, detail) VALUES (?, ?, ?, ?, ?, ?)",
+        (now, who, action, *map(what.get, ("job_id", "target", "detail"))))
+    db.execute("DELETE FROM audit WHERE seq <= ?", (cursor.lastrowid - _MOST_AUDIT,))
+
+
+def list_audit(db, limit, before=None):
+    """Rows of the newest changes, newest first; `before` is the seq of the last one seen."""
+    return db.execute("SELECT * FROM audit WHERE seq < ? ORDER BY seq DESC LIMIT ?",
+                      (math.inf if before is None else before, limit)).fetchall()
 
 
 # ==== 9 logs ======================================================================================
@@ -8875,11 +9127,13 @@ def effective_job(db, job_id, settings=None):
     return effective(Job(json.loads(get_job(db, job_id)["spec"])), settings.get("defaults"))
 
 
-def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait=False, owner=None):
+def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait=False, owner=None,
+                by=None):
     """Ask for a run of a job -> its id. It is queued; the server is told.
 
     `env` {name: text} is added to the job's; `name` is for a command that is not registered, which
-    knows no overlap; with `owner` (`own_identity()`) only that process starts it. Raises Refused.
+    knows no overlap; with `owner` (`own_identity()`) only that process starts it; `by` is the name
+    of the Caller who asks. Raises Refused.
     """
     run_id, other = new_run_id(), None
     with store.write() as db:
@@ -8894,6 +9148,9 @@ def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait
                 spec=None if name is None else json.dumps(job.spec))
         if action == "replace":
             _replace(db, other)
+        if by is not None:
+            add_audit(db, by, "retry" if retry_of else "run", time.time(), job_id=job.id,
+                      target=run_id)
     if action == "replace":
         signal_cancel(store, other["id"], "replaced")
     store.wake()
@@ -8948,8 +9205,9 @@ def _make_journal(db, folder, row, job, now, **more):
         "vault": (get_settings(db) or {}).get("vault") if job.env_from else None, **more})
 
 
-def cancel_run(store, run_id, reason="user"):
-    """Cancel a run: a queued one is withdrawn, a running one ends gracefully.
+def cancel_run(store, run_id, reason="user", by=None):
+    """Cancel a run: a queued one is withdrawn, a running one ends gracefully. `by` is the name of
+    the Caller who asks.
 
     The wish is committed first, then told. Raises RoexecError for a run that has ended.
     """
@@ -8961,6 +9219,8 @@ def cancel_run(store, run_id, reason="user"):
             finish_run(db, run_id, "cancelled", [], reason=reason, finished_at=time.time())
         else:
             ask_to_cancel(db, run_id, reason)
+        if by is not None:
+            add_audit(db, by, "cancel", time.time(), job_id=run["job_id"], target=run_id)
     if run["state"] == "running":
         signal_cancel(store, run_id, reason)
     store.wake()
@@ -9229,17 +9489,17 @@ def _detach():
 
 # A run without a server.
 
-def run_here(store, job, *, env=None, name=None, caller=False, wait=False, settings=None):
+def run_here(store, job, *, caller=False, settings=None, **request):
     """Run a job in the foreground, recorded -> its exit status.
 
     With `caller` it has the caller's environment, folder and standard input. `settings` count where
-    the store has none of a server. Raises Refused.
+    the store has none of a server; the other keywords are those of `request_run`. Raises Refused.
     """
-    console = Console(name or job.id)
+    console = Console(request.get("name") or job.id)
     signals = Signals((signal.SIGINT, signal.SIGQUIT), console.terminal)
     try:
-        return exit_status(_run_alone(store, job, signals, console, env=env, name=name,
-                                      caller=caller, wait=wait, settings=settings))
+        return exit_status(_run_alone(store, job, signals, console, caller=caller,
+                                      settings=settings, **request))
     finally:
         console.flush()
         signals.close()
@@ -10087,9 +10347,9 @@ def hold_server_lock(store):
 
 # ==== 18 api ======================================================================================
 # HTTP: what a request asks for, who may ask, and the answers. Each route is a line of ROUTES with
-# the scope that it needs; one gate stands before all of them, and lets nobody in but the server's
-# own user and root over loopback. Handlers are functions of (request, store) and know no sockets.
-# Whatever a client does, it can hold a thread or memory for a bounded time and size only.
+# the scope that it needs; one gate stands before all of them, and lets in who bears a token, and
+# over loopback the server's own user and root. Handlers are functions of (request, store) and know
+# no sockets. Whatever a client does, it can hold a thread or memory for a bounded time and size.
 
 OPEN = "open"                   # the scope of a route that anybody may use
 ANY = "any"                     # that of one for whoever is known, with whatever scopes
@@ -10097,7 +10357,9 @@ ANY = "any"                     # that of one for whoever is known, with whateve
 _MOST_HEAD = 16 << 10           # bytes of a request before its body
 _MOST_FIELDS = 100              # of a head
 _MOST_BODY = 1 << 20            # bytes
-_MOST_CONNECTIONS = 256
+_MOST_CONNECTIONS = 1024
+_OF_ONE_PEER = 128              # connections of one address elsewhere
+_FOR_THE_OWNER = 64             # connections that nobody but the owner gets
 _HEAD_TIME = 10                 # seconds from the first byte of a head to its last
 _IDLE_TIME = 30                 # seconds of waiting for a request, for its body, or for a reader
 _LINGER_TIME = 1                # seconds of listening to a client that was refused
@@ -10181,7 +10443,7 @@ class Refusal(RoexecError):
 # refused, so that nobody in front of us can be made to see other requests than we do.
 
 _REQUEST_LINE = Pattern(r"([A-Z]{1,20}) (\S+) HTTP/(\d)\.(\d)")
-_TARGET = Pattern(r"/[!-~]*")
+_TARGET = Pattern(r"/(?:[!$&-~\"]|%[0-9A-Fa-f]{2})*")
 _FIELD_NAME = Pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE = Pattern(r"[^\x00-\x08\n-\x1f\x7f]*")
 _HOST_FIELD = Pattern(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
@@ -10238,10 +10500,12 @@ def _body_length(request):
 
 # Who is at the other end of a connection.
 
-def is_owners(connection):
-    """Whether the other end of a TCP connection is a process of the server's user or of root."""
+def local_user(connection, uids=()):
+    """The name of the user at the other end of a TCP connection: the server's own, root or one of
+    `uids`; else None."""
     uid = peer_uid(connection)
-    return uid is not None and uid in (os.geteuid(), 0) and uid != _overflow_uid()
+    known = uid is not None and uid in (os.geteuid(), 0, *uids) and uid != _overflow_uid()
+    return owner_name(uid) if known else None
 
 
 def peer_uid(connection):
@@ -10312,31 +10576,133 @@ _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _OF_PROXIES = ("forwarded", "via", "x-real-ip")
 
 
-def gate(scope, request, port, owned):
-    """The Caller of a request that may pass; raises Refusal. `scope` is that of its route, None
-    without a route; `port` the server's; `owned()` says whether the owner is at the other end.
+class Place(Value):
+    """Where a request has arrived: the `port` and the packed `address` of the server, the `hosts`
+    that it is called besides. `owner()` says which local user is at the other end, None for any
+    other, and `token(text)` gives the row of a token, or None."""
+    __slots__ = ("port", "address", "hosts", "owner", "token")
 
-    The owner's authority is ambient: any page in a browser of theirs can make it send requests,
-    also to a name that it has made to mean this host. So such a request must be for a name of ours.
-    """
-    host, origin = request.header("host"), request.header("origin")
-    if origin is not None and (not host or origin.partition("://")[2].lower() != host.lower()):
-        raise Refusal(403, "foreign_origin", f"a page of {printable(origin)} asks, which is not "
-                      "this server")
+
+def gate(scope, request, place):
+    """The Caller of a request that may pass; raises Refusal. `scope` is that of its route, None
+    without a route."""
+    host = (request.header("host") or "").lower()
+    _check_origin(request, host, place)
     if scope == OPEN:
         return Caller(name="anybody", scopes=())
+    if "authorization" in request.headers:
+        caller = _bearer(request, host, place)
+    else:
+        caller = _owner(request, host, place)
+    if scope not in (None, ANY) and not caller.may(scope):
+        raise Refusal(403, "forbidden", f"this needs the scope {scope}, which {caller.name} does "
+                      "not have")
+    return caller
+
+
+def _check_origin(request, host, place):
+    """A browser says which page has made it ask; its host and port must be ours (a proxy may have
+    taken TLS off, so that its scheme means nothing)."""
+    origin = request.header("origin")
+    if origin is not None:
+        page = origin.partition("://")[2].lower()
+        if not page or page != host and page not in place.hosts:
+            raise Refusal(403, "foreign_origin", f"a page of {printable(origin)} asks, which is "
+                          "not this server")
+
+
+def _check_name(request, host, place):
+    """Where a browser adds what lets a request pass by itself, any page can make it ask, also for a
+    name that was made to mean this host. So such a request must be for a name of ours."""
+    name = _HOST_NAME_ALONE.match(host)[0]
+    if request.header("sec-fetch-site") not in (None, "same-origin", "none"):
+        raise Refusal(403, "foreign_origin", "a page of another site asks")
+    if name not in _LOOPBACK_NAMES and _packed(name) != place.address \
+            and not {name, host} & set(place.hosts):
+        raise _foreign_host(name, place)
+
+
+def _foreign_host(name, place):
+    return Refusal(421, "foreign_host", f'this server is not called "{name}"; ask it as '
+                   f'localhost:{place.port}, or write server: {{hosts: ["{name}"]}} into its '
+                   "configuration")
+
+
+_HOST_NAME_ALONE = Pattern(r"\[.*\]|[^:]*")
+
+
+def _packed(name):
+    """The packed address of an IP literal of a URL, b"" of anything else."""
+    try:
+        return _end((name.strip("[]"), 0))[0]
+    except (OSError, ValueError):
+        return b""
+
+
+def _owner(request, host, place):
+    """The Caller of a request without credentials: a local user, where nothing is doubtful."""
     proxied = any(name in _OF_PROXIES or name.startswith("x-forwarded-")
                   for name in request.headers)
     site = request.header("sec-fetch-site") in (None, "same-origin", "none")
-    if "authorization" in request.headers or proxied or not site or not owned():
-        raise Refusal(401, "unauthorized", "only the user of the server and root are let in, from "
-                      "this host and without credentials", headers={"WWW_Authenticate": "Bearer"})
-    name, colon, its_port = (host or "").lower().rpartition(":")
-    if (host or "").lower() not in _LOOPBACK_NAMES and not (
-            name in _LOOPBACK_NAMES and its_port == str(port)):
-        raise Refusal(421, "foreign_host", f'this server is not called "{host or ""}"; ask it as '
-                      f"http://localhost:{port}")
-    return Caller(name=f"user {owner_name(os.geteuid())}", scopes=("*",), owner=True)
+    user = None if proxied or not site else place.owner()
+    if user is None:
+        raise _no_token("a token is needed: Authorization: Bearer TOKEN; roexec token create makes "
+                        "one")
+    name = _HOST_NAME_ALONE.match(host)[0]
+    if name not in _LOOPBACK_NAMES:
+        _check_name(request, host, place)
+        raise _no_token(f"without a token ask localhost:{place.port}")
+    if host not in (name, f"{name}:{place.port}"):
+        raise _foreign_host(host, place)
+    return Caller(name=f"user {user}", scopes=("*",), owner=True)
+
+
+def _no_token(message, code="unauthorized"):
+    """A 401. It never asks for Basic, for which a browser would open a dialog."""
+    return Refusal(401, code, message, headers={"WWW_Authenticate": "Bearer"})
+
+
+def _bearer(request, host, place):
+    """The Caller of a request with a token (RFC 6750), be it as the password of its name (RFC 7617,
+    curl -u), which a browser adds by itself."""
+    kind, _, text = request.header("authorization").partition(" ")
+    name, text = None, text.strip(" ")
+    if kind.lower() == "basic":
+        _check_name(request, host, place)
+        with contextlib.suppress(ValueError):
+            name, _, text = base64.b64decode(text, validate=True).decode().partition(":")
+    elif kind.lower() != "bearer":
+        raise _no_token("write Authorization: Bearer TOKEN")
+    row = place.token(text)
+    if row is None or name not in (None, row["name"]):
+        raise _no_token("there is no such token, or it has expired", _BAD_TOKEN)
+    return Caller(name=f"token {row['name']}", scopes=row["scopes"].split(","),
+                  pattern=row["pattern"])
+
+
+_BAD_TOKEN = "invalid_token"
+
+
+class Failures:
+    """Who has borne wrong tokens lately, so that guessing is slow: few seconds each, more from try
+    to try, and never for whoever bears a right one. A thousand peers are remembered."""
+
+    def __init__(self):
+        self.known = {}                 # {peer: (how many, monotonic seconds of the last one)}
+
+    def note(self, peer, now):
+        """Note a failure -> the seconds after which it is to be answered."""
+        count, last = self.known.pop(peer, (0, now))
+        count = max(0, count - int((now - last) / _FORGOTTEN)) + 1
+        if len(self.known) >= _MOST_PEERS:
+            del self.known[next(iter(self.known))]      # the one that has failed longest ago
+        self.known[peer] = count, now
+        return min(_SLOWEST, 0.05 * 2 ** min(count, 10))
+
+
+_MOST_PEERS = 1000
+_FORGOTTEN = 10         # seconds after which a failure counts no more
+_SLOWEST = 2.0          # seconds
 
 
 # Payloads of rows, the same for --json of the CLI.
@@ -10401,11 +10767,11 @@ def _get_job(request, store):
 
 
 def _post_run(request, store):
-    env = _given_env(request.body)
+    env = _given_env(request)
     with store.read() as db:
         job = effective_job(db, request.arguments[0])
     try:
-        run_id = request_run(store, job, trigger="api", env=env)
+        run_id = request_run(store, job, trigger="api", env=env, by=request.caller.name)
     except Refused as refused:
         run = refused.run
         raise Refusal(409, "overlap", f'job "{job.id}" is {run["state"]} already: run {run["id"]}',
@@ -10413,18 +10779,25 @@ def _post_run(request, store):
     return json_response(_run_payload(store, run_id), 202, Location=f"/api/v1/runs/{run_id}")
 
 
-def _given_env(body):
-    """{name: value} that a body gives to a run; an empty body gives none."""
+def _body_object(request, keys):
+    """The object that a body is; an empty body is an empty one. Raises Refusal."""
+    body = request.body
     try:
         given = json.loads(body.decode()) if body.strip() else {}
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "bad_request", f"the body is not JSON: {error}") from None
     if not isinstance(given, dict):
-        raise Refusal(400, "bad_request", 'the body is not an object; write {"env": {…}}')
+        raise Refusal(400, "bad_request", f'the body is not an object; write {{"{keys[0]}": …}}')
     for key in given:
-        if key != "env":
-            raise Refusal(400, "bad_request", f'unknown key "{printable(key)}" in the body; only '
-                          '"env" is possible')
+        if key not in keys:
+            raise Refusal(400, "bad_request", f'unknown key "{printable(key)}" in the body; there '
+                          f"{'are' if keys[1:] else 'is'} {', '.join(keys)}")
+    return given
+
+
+def _given_env(request):
+    """{name: value} that a body gives to a run."""
+    given = _body_object(request, ("env",))
     env = given.get("env", {})
     if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
         raise Refusal(400, "bad_request", 'env is an object whose values are strings: '
@@ -10473,6 +10846,71 @@ def _get_run(request, store):
 def _run_payload(store, run_id):
     with store.read() as db:
         return run_payloads(store, db, [get_run(db, run_id)])[0]
+
+
+# Tokens, and who has changed what.
+
+def _get_tokens(request, store):
+    options = request.options(("limit", "cursor"))
+    limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
+    with store.read() as db:
+        rows = list_tokens(db, after=_seen(options, ()) or "", limit=limit + 1)
+    cursor = _cursor(rows[limit - 1]["name"], ()) if len(rows) > limit else None
+    return json_response(page("tokens", list(map(token_payload, rows[:limit])), cursor))
+
+
+def _get_token(request, store):
+    with store.read() as db:
+        return json_response(token_payload(get_token(db, request.arguments[0])))
+
+
+def _post_token(request, store):
+    spec = _body_object(request, ("name", "scopes", "role", "jobs", "expires"))
+    now = time.time()
+    try:
+        token = token_of(spec, request.caller, now, datetime.timezone.utc)
+    except ValueError as error:
+        raise Refusal(422, "invalid_token_request", str(error)) from None
+    with store.write() as db:
+        text = add_token(db, token, request.caller, now)
+    return _token_response(store, token["name"], text, 201)
+
+
+def _token_response(store, name, text, status):
+    """A token with its text, which this is the only answer to show."""
+    with store.read() as db:
+        payload = {**token_payload(get_token(db, name)), "token": text}
+    return json_response(payload, status, Location=f"/api/v1/tokens/{name}")
+
+
+def _rotate_token(request, store):
+    name, caller = request.arguments[0], request.caller
+    with store.write() as db:
+        row = get_token(db, name)
+        missing = scope_to_give(caller, row["scopes"].split(","), row["pattern"])
+        if missing:
+            raise Refusal(403, "forbidden", f"token {name} has the scope {missing}, which "
+                          f"{caller.name} does not have")
+        text = renew_token(db, name, caller, time.time())
+    return _token_response(store, name, text, 200)
+
+
+def _delete_token(request, store):
+    with store.write() as db:
+        remove_token(db, request.arguments[0], request.caller, time.time())
+    return Response(status=204, headers={}, body=b"")
+
+
+def _get_audit(request, store):
+    options = request.options(("limit", "cursor"))
+    limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
+    seen = _seen(options, ())
+    if seen is not None and not _LENGTH.fullmatch(seen):
+        raise _bad_cursor()
+    with store.read() as db:
+        rows = list_audit(db, limit + 1, seen and int(seen))
+    cursor = _cursor(rows[limit - 1]["seq"], ()) if len(rows) > limit else None
+    return json_response(page("audit", list(map(audit_payload, rows[:limit])), cursor))
 
 
 # Parameters and cursors.
@@ -10628,7 +11066,13 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
     ("POST", "/api/v1/jobs/{}/run", "run:create", _post_run),
     ("GET", "/api/v1/runs", "run:list", _get_runs),
     ("GET", "/api/v1/runs/{}", "run:list", _get_run),
-    ("GET", "/api/v1/runs/{}/logs", "log:read", _get_log)))
+    ("GET", "/api/v1/runs/{}/logs", "log:read", _get_log),
+    ("GET", "/api/v1/tokens", "token:admin", _get_tokens),
+    ("POST", "/api/v1/tokens", "token:admin", _post_token),
+    ("GET", "/api/v1/tokens/{}", "token:admin", _get_token),
+    ("DELETE", "/api/v1/tokens/{}", "token:admin", _delete_token),
+    ("POST", "/api/v1/tokens/{}/rotate", "token:admin", _rotate_token),
+    ("GET", "/api/v1/audit", "token:admin", _get_audit)))
 
 
 def check_routes(routes):
@@ -10654,13 +11098,16 @@ def find_routes(path):
     return found, arguments
 
 
-def admitted(request, port, owned):
+def admitted(request, place):
     """The Route of a request that may pass the gate; its arguments are put into the request."""
     routes, request.arguments = find_routes(request.path)
     route = routes.get(request.method)
-    request.caller = gate(route and route.scope, request, port, owned)
+    request.caller = gate(route and route.scope, request, place)
+    allowed = ", ".join(sorted({*routes, "OPTIONS"}))
+    if routes and request.method == "OPTIONS":
+        return Route(handler=lambda request, store: Response(
+            status=204, headers={"Allow": allowed}, body=b""))
     if route is None and routes:
-        allowed = ", ".join(sorted(routes))
         raise Refusal(405, "method_not_allowed", f"{request.path} knows {allowed} only",
                       headers={"Allow": allowed})
     if route is None:
@@ -10670,16 +11117,23 @@ def admitted(request, port, owned):
     return route
 
 
+def refusal_of(error):
+    """The Refusal that a RoexecError means."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, (NoSuchJob, NoSuchRun, NoSuchToken)):
+        return Refusal(404, "not_found", str(error))
+    if isinstance(error, Exists):
+        return Refusal(409, "exists", str(error))
+    return Refusal(503, "unavailable", str(error))
+
+
 def answer(route, request, store, say):
     """The Response of a route to a request that was read whole; never raises."""
     try:
         return route.handler(request, store)
-    except Refusal as refusal:
-        return refusal.response()
-    except (NoSuchJob, NoSuchRun) as error:
-        return Refusal(404, "not_found", str(error)).response()
     except RoexecError as error:
-        return Refusal(503, "unavailable", str(error)).response()
+        return refusal_of(error).response()
     except Exception:
         import traceback
         say(f"{request.method} {request.path} failed: {traceback.format_exc()}", "ERROR")
@@ -10698,18 +11152,33 @@ class _Connection:
     def setup(self):
         super().setup()
         self.buffer = bytearray()       # what was received and belongs to no request yet
-        self.owned = None               # found out once
+        self.users = []                 # who is at the other end, found out once
+        server, here = self.server, self.connection.getsockname()
+        self.place = Place(port=here[1], address=_end(here)[0], hosts=server.access.hosts,
+                           owner=self.owner, token=server.find_token)
+
+    def handle(self):
+        with contextlib.suppress(OSError):      # it has gone already, or cannot speak TLS
+            self.setup_tls()
+            super().handle()
+
+    def setup_tls(self):
+        """Shake hands, in this thread, since a client may take its time."""
+        if hasattr(self.connection, "do_handshake"):
+            self.connection.settimeout(_HEAD_TIME)
+            self.connection.do_handshake()
 
     def finish(self):
         for file in (self.wfile, self.rfile):
             with contextlib.suppress(OSError):      # what is left to be sent, nobody reads
                 file.close()
 
-    def is_owned(self):
-        """Whether the server's owner is at the other end."""
-        if self.owned is None:
-            self.owned = is_owners(self.connection)
-        return self.owned
+    def owner(self):
+        """The name of the local user at the other end who is let in without a token, or None."""
+        if not self.users:
+            access = self.server.access
+            self.users.append(local_user(self.connection, access.uids) if access.owner else None)
+        return self.users[0]
 
     def handle_one_request(self):
         self.close_connection = True
@@ -10720,16 +11189,24 @@ class _Connection:
                 return
             request = parse_head(head)
             self.close_connection = not request.keeps
-            route = admitted(request, self.server.server_address[1], self.is_owned)
+            route = admitted(request, self.place)
             self.read_body(request)
             unread = False
             response = answer(route, request, self.server.store, self.server.say)
-        except Refusal as refusal:
+        except RoexecError as error:
+            refusal = refusal_of(error)
+            self.slow_down(refusal)
             response = refusal.response()
         except OSError:                 # it has gone, or takes too long
             self.close_connection = True
             return
         self.send(request, response, unread and (request is None or request.length > 0))
+
+    def slow_down(self, refusal):
+        """Let whoever bears a wrong token wait."""
+        if refusal.code == _BAD_TOKEN:
+            time.sleep(self.server.failures.note(self.server.connections.get(self.request),
+                                                 time.monotonic()))
 
     def receive(self, deadline):
         """Wait for more -> whether there is more; raises OSError, socket.timeout among them."""
@@ -10789,11 +11266,13 @@ class _Connection:
     def send_head(self, response, chunked):
         self.send_response_only(response.status)
         headers = {"Server": "roexec", "Date": self.date_time_string(),
-                   "Content-Type": response.type, "X-Content-Type-Options": "nosniff",
-                   "Cache-Control": "no-store", **response.headers}
+                   "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+                   **response.headers}
+        if response.type:
+            headers["Content-Type"] = response.type
         if chunked:
             headers["Transfer-Encoding"] = "chunked"
-        elif response.stream is None:
+        elif response.stream is None and response.status != 204:        # RFC 9110, 8.6
             headers["Content-Length"] = str(len(response.body))
         if self.close_connection:
             headers["Connection"] = "close"
@@ -10819,8 +11298,8 @@ class _Connection:
     def wait(self, seconds):
         """Wait while a stream has nothing to give; raises OSError when nobody reads any more."""
         self.connection.settimeout(seconds)
-        try:
-            if not self.connection.recv(1, socket.MSG_PEEK):
+        try:                            # below TLS, which can give nothing without taking it
+            if not socket.socket.recv(self.connection, 1, socket.MSG_PEEK):
                 raise ConnectionAbortedError
             time.sleep(seconds)         # the next request is there already
         except socket.timeout:
@@ -10841,10 +11320,12 @@ class _Server:
     allow_reuse_address, daemon_threads, block_on_close = True, True, False
     request_queue_size = 128
 
-    def start(self, store, say):
+    def start(self, store, access, say):
         """Serve from now on, in threads that no signal of the process reaches."""
-        self.store, self.say, self.address = store, say, self.server_address[:2]
-        self.connections, self.changed = set(), threading.Condition()
+        self.store, self.access, self.say = store, access, say
+        self.address = self.server_address[:2]
+        self.connections, self.changed = {}, threading.Condition()      # {socket: its peer}
+        self.failures, self.uses, self.noted = Failures(), {}, -math.inf
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             threading.Thread(target=self.serve_forever, args=(5,), name="http",
@@ -10852,20 +11333,47 @@ class _Server:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
+    def admit(self, settings):
+        """Let in who is to come in by other settings; raises RoexecError, and the old ones stay."""
+        self.access = Access(settings, self.say)
+
+    def find_token(self, text):
+        """The row of the token with this text, or None."""
+        now = time.time()
+        with self.store.read() as db:
+            row = find_token(db, text, now)
+        if row is not None:
+            self.uses[row["name"]] = now
+        return row
+
+    def note_uses(self):
+        """Keep when tokens were used, now and then: a commit for each request would be too many."""
+        if self.uses and time.monotonic() - self.noted > _NOTE_TIME:
+            self.noted = time.monotonic()
+            uses, self.uses = self.uses, {}
+            with self.store.write() as db:
+                note_token_uses(db, uses)
+
     def get_request(self):
         try:
-            return super().get_request()
+            connection, address = super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 time.sleep(0.1)         # it stays there, and would be tried again at once
             raise
+        context = self.access.context()
+        if context is not None:
+            connection = context.wrap_socket(connection, server_side=True,
+                                             do_handshake_on_connect=False)
+        return connection, address
 
     def process_request(self, request, client_address):
+        peer = _peer(client_address)
         with self.changed:
-            full = len(self.connections) >= _MOST_CONNECTIONS
-            if not full:
-                self.connections.add(request)
-        if full:
+            placed = self.has_place_for(request, peer)
+            if placed:
+                self.connections[request] = peer
+        if not placed:
             request.setblocking(False)
             with contextlib.suppress(OSError):
                 request.send(b"HTTP/1.1 503 Service Unavailable\r\nServer: roexec\r\n"
@@ -10874,10 +11382,19 @@ class _Server:
         else:
             super().process_request(request, client_address)
 
+    def has_place_for(self, connection, peer):
+        """Whether one more connection can be served; the last places are for the owner."""
+        free = _MOST_CONNECTIONS - len(self.connections)
+        if peer is not None:
+            of_peer = sum(other == peer for other in self.connections.values())
+            return free > _FOR_THE_OWNER and of_peer < _OF_ONE_PEER
+        owner = self.access.owner and free > 0
+        return free > _FOR_THE_OWNER or owner and bool(local_user(connection, self.access.uids))
+
     def shutdown_request(self, request):
         super().shutdown_request(request)
         with self.changed:
-            self.connections.discard(request)
+            self.connections.pop(request, None)
             self.changed.notify_all()
 
     def handle_error(self, request, client_address):
@@ -10897,11 +11414,78 @@ class _Server:
             self.changed.wait_for(lambda: not self.connections, _CLOSING_TIME)
 
 
-def start_http(store, host, port, say):
+_NOTE_TIME = 60         # seconds between writes of when tokens were used
+
+
+def _peer(address):
+    """Who counts as one peer: an IPv4 address, or a network of IPv6, where everybody has many; None
+    for this host, on which everybody has the same."""
+    packed = _end(address)[0]
+    return None if _is_loopback(packed) else packed[:8]
+
+
+class Access:
+    """Who may come in, of the `server` of a Config: `hosts`, `owner` and `uids` of local users.
+
+    Raises RoexecError for a user that does not exist, and for certificates that cannot be used.
+    """
+
+    def __init__(self, settings, say):
+        self.hosts, self.owner = settings.hosts, settings.auth.owner
+        self.uids = tuple(map(_uid_of, settings.auth.local_users))
+        self.tls, self.say, self.look, self.kept = settings.tls, say, None, None
+        if self.tls is not None:
+            self.kept, self.look = self.load(), self.look_of_files()
+
+    def context(self):
+        """The SSLContext of the moment, None without TLS; other files are used from then on."""
+        if self.tls is not None and self.look_of_files() != self.look:
+            self.look = self.look_of_files()
+            try:
+                self.kept = self.load()
+                self.say(f"TLS uses {self.tls.cert} as it is now")
+            except RoexecError as error:
+                self.say(f"{error}; the one before is used", "ERROR")
+        return self.kept
+
+    def look_of_files(self):
+        """What changes where one of the files does."""
+        look = []
+        for path in (self.tls.cert, self.tls.key):
+            with contextlib.suppress(OSError):
+                state = os.stat(path)
+                look += path, state.st_mtime_ns, state.st_size, state.st_ino
+        return look
+
+    def load(self):
+        """An SSLContext of the files; raises RoexecError."""
+        try:
+            import ssl
+        except ImportError:
+            raise RoexecError("this Python has no ssl, so server: {tls: …} cannot be") from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.tls.cert, self.tls.key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            raise RoexecError(f"server.tls: {self.tls.cert} and {self.tls.key} cannot be used: "
+                              f"{getattr(error, 'reason', None) or error}") from None
+        return context
+
+
+def _uid_of(name):
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise RoexecError(f'server.auth.local_users: there is no user "{printable(name)}" on this '
+                          "host") from None
+
+
+def start_http(store, host, port, say, access=None):
     """Serve the API of a store in threads -> an object with `.address` (host, port), `.close()`.
 
-    Port 0 is any free one. `say(text, level)` is told of defects. Raises RoexecError where one
-    cannot listen there.
+    Port 0 is any free one. `say(text, level)` is told of defects; `access` is an Access, else that
+    of a configuration that says nothing. Raises RoexecError where one cannot listen there.
     """
     import http.server
     import socketserver
@@ -10915,8 +11499,28 @@ def start_http(store, host, port, say):
         server = kind(address, handler)
     except OSError as error:
         raise RoexecError(_why_not(error, host, port)) from None
-    server.start(store, say)
+    server.start(store, access or Access(Config().server, say), say)
     return server
+
+
+def prepare_access(store, http, say):
+    """See to it that somebody can come in from elsewhere: where the server `http` can be reached
+    and has no token, one for an administrator is left in the store, for its owner to read."""
+    if _is_loopback(_end(http.server_address)[0]):
+        return
+    if http.access.tls is None:
+        say("Tokens travel unencrypted, unless a proxy in front speaks TLS; write server: {tls: "
+            "{cert: …, key: …}}", "WARNING")
+    path, owner = store.file("admin-token"), Caller(name="server", scopes=("*",), owner=True)
+    with store.write() as db:
+        if list_tokens(db, limit=1):
+            return
+        now = time.time()
+        text = add_token(db, token_of({"name": "admin", "role": "admin"}, owner, now, None), owner,
+                         now)
+        with open(open_private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+            file.write(text + "\n")
+    say(f"There was no token yet; one for an administrator is in {path}")
 
 
 def _why_not(error, host, port):
@@ -11563,6 +12167,12 @@ class Session:
     def __init__(self, command, options):
         self.command, self.options = command, options
         self._config = self._store = None
+        self._uid = os.getuid()         # root may become somebody else
+
+    @property
+    def caller(self):
+        """The Caller of a command: who can write into the store may do everything."""
+        return Caller(name=f"user {owner_name(self._uid)}", scopes=("*",), owner=True)
 
     def read_config(self):
         """Read the configuration, again if it was read before; raises RoexecError."""
@@ -11784,7 +12394,7 @@ class JobFiles:
             files.check_ids()
             with self.store.write() as db:
                 changes = plan_apply(db, files.sources(list_jobs(db)), prune=True)
-                perform_apply(db, changes, time.time())
+                perform_apply(db, changes, time.time(), "server")
         except RoexecError as error:
             changes = []
             told += [(text, "ERROR") for text in str(error).splitlines()]
@@ -11863,7 +12473,7 @@ def _register(session, sources, prune=False):
         with session.change() as db:
             changes = plan_apply(db, sources(list_jobs(db)), prune)
             if not dry:
-                perform_apply(db, changes, time.time())
+                perform_apply(db, changes, time.time(), session.caller.name)
     session.report([(change.id, change.change) for change in changes])
     jobs = [change.job for change in changes if change.job]
     if any(job.schedule and job.enabled for job in jobs) and store.server() is None:
@@ -11876,7 +12486,7 @@ def _cmd_delete(session):
         for job_id in ids:
             get_job(db, job_id)
         if not session.options.dry_run:
-            delete_jobs(db, ids, time.time())
+            delete_jobs(db, ids, time.time(), session.caller.name)
     session.report([(job_id, "deleted") for job_id in ids])
 
 
@@ -12001,7 +12611,7 @@ def _cmd_pause(session):
             before = get_job(db, job_id)["paused"]
             changes.append((job_id, _pause_in_words(before, until if pausing else 0)))
             if not session.options.dry_run:
-                pause_job(db, job_id, pausing, until)
+                pause_job(db, job_id, pausing, until, session.caller.name)
     session.report(changes)
 
 
@@ -12432,7 +13042,7 @@ def _cmd_cancel(session):
     for run in runs:
         state = "cancelled"
         if not session.options.dry_run:
-            cancel_run(store, run["id"])
+            cancel_run(store, run["id"], by=session.caller.name)
             with store.read() as db:
                 state = get_run(db, run["id"])["state"]
         changes.append((run["id"], state if state == "cancelled" else "is being cancelled"))
@@ -12474,7 +13084,7 @@ def _cmd_run(session):
     if by_name:
         session.store.create()
     how = {"env": env, "name": options.name, "caller": by_name, "wait": options.queue,
-           "settings": _settings_of(session.config)}
+           "settings": _settings_of(session.config), "by": session.caller.name}
     if not options.detach:
         return run_here(session.store, job, **how)
     return _give_run(session, run_detached(session.store, job, **how))
@@ -12527,9 +13137,84 @@ def _cmd_retry(session):
         job = effective_job(db, run["job_id"], _settings_of(session.config))
     if session.options.dry_run:
         return _would_run(session, job.command, job.id)
-    how = {"env": json.loads(run["env"] or "{}"), "retry_of": run["id"], "trigger": "retry"}
+    how = {"env": json.loads(run["env"] or "{}"), "retry_of": run["id"], "trigger": "retry",
+           "by": session.caller.name}
     return _give_run(session, request_run(store, job, **how) if store.server() is not None else
                      run_detached(store, job, settings=_settings_of(session.config), **how))
+
+
+# Tokens of the HTTP API, and who has changed what.
+
+def _cmd_token_create(session):
+    options, caller, now = session.options, session.caller, time.time()
+    spec = {"name": options.name, "role": options.role, "jobs": options.jobs,
+            "scopes": [word for text in options.scope for word in text.split(",") if word],
+            "expires": options.expires}
+    if options.name is None:
+        raise Usage(f"give it a name: roexec {session.command.example}")
+    try:
+        token = token_of(spec, caller, now, host_zone())
+    except ValueError as error:
+        raise Usage(str(error)) from None
+    if not options.dry_run:
+        session.store.create()
+    text = None
+    if session.store.exists:
+        with session.change() as db:
+            text = add_token(db, token, caller, now, options.dry_run)
+    if Caller(scopes=token["scopes"]).may("job:write"):
+        _say("this token may define jobs (job:write), and so run any command as the user of the "
+             "server")
+    _give_token(session, token["name"], text)
+
+
+def _give_token(session, name, text):
+    """Print a token, which nobody can see again."""
+    if session.options.dry_run:
+        return session.report([(name, session.command.name.split()[1] + "d")])
+    _say("keep it now: it is not shown again")
+    return session.give({"name": name, "token": text}, lambda style: text + "\n")
+
+
+def _cmd_token_list(session):
+    payloads = []
+    if session.store.exists:
+        with session.store.read() as db:
+            payloads = [token_payload(row) for row in list_tokens(db)]
+    if not payloads:
+        _nothing(session.store, "tokens")
+    session.give(page("tokens", payloads),
+                 lambda style: tokens_table(payloads, style) if payloads else "")
+
+
+def _cmd_token_rotate(session):
+    name, text = session.id(), None
+    with session.change() as db:
+        get_token(db, name)
+        if not session.options.dry_run:
+            text = renew_token(db, name, session.caller, time.time())
+    return _give_token(session, name, text)
+
+
+def _cmd_token_revoke(session):
+    names = session.ids()
+    with session.change() as db:
+        for name in names:
+            get_token(db, name)
+        for name in () if session.options.dry_run else names:
+            remove_token(db, name, session.caller, time.time())
+    session.report([(name, "revoked") for name in names])
+
+
+def _cmd_audit(session):
+    payloads = []
+    if session.store.exists:
+        with session.store.read() as db:
+            payloads = [audit_payload(row) for row in list_audit(db, max(0, session.options.limit))]
+    if not payloads:
+        _nothing(session.store, "changes")
+    session.give(page("audit", payloads),
+                 lambda style: audit_table(payloads, style) if payloads else "")
 
 
 # The server.
@@ -12555,6 +13240,7 @@ def _cmd_server(session):
         print(f"would serve {store.path} {place} (dry run)")
         return
     _close_at_exec()
+    access = Access(config.server, _server_log)
     with contextlib.ExitStack() as stack:
         launcher = start_launcher()     # first of all: it must not inherit anything
         if not store.exists:
@@ -12567,18 +13253,20 @@ def _cmd_server(session):
         with store.write() as db:
             set_settings(db, _settings_of(config))
         files()
-        address = None
+        scheduler, address = Scheduler(store, launcher, _server_log), None
         if not options.no_http:
-            http = start_http(store, host, port, _server_log)
+            http = start_http(store, host, port, _server_log, access)
             stack.callback(http.close)
-            address = "http://%s:%d" % http.address[:2]
+            address = f"http{'s' if access.tls else ''}://%s:%d" % http.address
+            prepare_access(store, http, _server_log)
+            scheduler.each_second.append(http.note_uses)
+            scheduler.on_reload.append(lambda: http.admit(session.config.server))
         stack.callback(withdraw_announcement, announce_server(store))
-        scheduler = Scheduler(store, launcher, _server_log)
         scheduler.drain = _duration_of("--drain", options.drain) if options.drain else 0
         scheduler.postman = start_postman(store, lambda: _stored_settings(store), _server_log)
         stack.callback(scheduler.postman.close)
         scheduler.each_second.append(files)
-        scheduler.on_reload.append(lambda: _reload(session, files))
+        scheduler.on_reload.insert(0, lambda: _reload(session, files))
         _server_log(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
         warning = unit_warning()
         if warning:
@@ -12730,6 +13418,24 @@ _COMMANDS = (
             _WITH_ID, changes=True),
     Command("wait", _cmd_wait, "wait for a run, and end with its exit status",
             "RUN | JOB | latest", "wait latest", _WITH_ID),
+    Command("token create", _cmd_token_create, "make a token for the HTTP API, and print it",
+            "--name NAME --scope SCOPE | --role ROLE",
+            "token create --name ci-token --scope run:list,run:create --jobs 'deploy*'",
+            ("--name", "NAME", "what it is called", None),
+            ("--scope", "SCOPE", "what it may do: job:read job:write job:pause run:list run:create "
+             "run:cancel log:read token:admin metrics:read, or * for all; with commas, or repeated",
+             []),
+            ("--role", "ROLE", "viewer (job:read run:list log:read), operator (also run:create "
+             "run:cancel job:pause) or admin (all)", None),
+            ("--jobs", "PATTERN", "only jobs of these ids, their runs and logs: deploy*", None),
+            ("--expires", "TIME", "30d, or an instant (never)", None), changes=True),
+    Command("token list", _cmd_token_list, "list the tokens", "", "token list"),
+    Command("token rotate", _cmd_token_rotate, "give a token a new text; the old one is void",
+            "NAME", "token rotate ci-token", _WITH_ID, changes=True),
+    Command("token revoke", _cmd_token_revoke, "remove tokens; they are void at once",
+            "NAME [NAME ...]", "token revoke ci-token", _WITH_ID, changes=True),
+    Command("audit", _cmd_audit, "list who has changed what", "", "audit --limit 100",
+            ("--limit", "N", "how many of the newest (50)", 50)),
     Command("server", _cmd_server, "run jobs on schedule, and serve the HTTP API",
             "[--jobs PATH]", "server --jobs jobs.yml",
             ("--jobs", "PATH", "a job file or folder to follow; may be repeated", []),
@@ -12790,7 +13496,7 @@ def _no_command(words):
     family = [command.name for command in _COMMANDS if command.name.startswith(f"{first} ")]
     if family:
         return (f'there is no command "{printable(name)}"; there {"are" if family[1:] else "is"} '
-                + " and ".join(family))
+                + " and ".join(filter(None, (", ".join(family[:-1]), family[-1]))))
     near = nearest(first, {command.name.split()[0] for command in _COMMANDS})
     return f'there is no command "{printable(first)}"' + (near or "; see roexec --help")
 

@@ -1,4 +1,5 @@
 """The HTTP API: who is let in, what is answered, and how little a client can do to the server."""
+import base64
 import contextlib
 import http.client
 import json
@@ -16,7 +17,8 @@ import urllib.parse
 import pytest
 
 import roexec
-from roexec import Refusal, Request, Route, Store, gate, json_response, parse_head, start_http
+from roexec import (Access, Config, Place, Refusal, Request, Route, Store, gate, json_response,
+                    parse_head, read_config, start_http)
 
 NOW = 1754042400.0          # 2025-08-01T10:00:00Z
 LOG = (b"2025-08-01T10:00:00Z [INFO] Starting run\n2025-08-01T10:00:00Z [OUT] one\n"
@@ -66,10 +68,17 @@ def said():
     return []
 
 
+def serve(store, said=None, host="127.0.0.1", **settings):
+    """A server of a store on a free port, with these settings of the configuration."""
+    say = print if said is None else lambda text, level="INFO": said.append(text)
+    config = read_config(json.dumps({"server": settings}), "config.yml", "/")
+    return start_http(store, host, 0, say, Access(config.server, say))
+
+
 @pytest.fixture
 def server(store, said):
     """A server of that store on a free port of 127.0.0.1; nothing may go wrong in it unseen."""
-    server = start_http(store, "127.0.0.1", 0, lambda text, level="INFO": said.append(text))
+    server = serve(store, said)
     yield server
     server.close()
     assert not said
@@ -201,8 +210,8 @@ def test_overlap_is_obeyed(ask):
 @pytest.mark.parametrize("body, message", [
     (b"A=b", "the body is not JSON: "), (b"\xff", "the body is not JSON: "),
     (b'{"env": ', "the body is not JSON: "), (b"[" * 100_000, "the body is not JSON: "),
-    (b"[]", 'the body is not an object; write {"env": {…}}'),
-    (b'{"enw": {}}', 'unknown key "enw" in the body; only "env" is possible'),
+    (b"[]", 'the body is not an object; write {"env": …}'),
+    (b'{"enw": {}}', 'unknown key "enw" in the body; there is env'),
     (b'{"env": ["A=b"]}', 'env is an object whose values are strings'),
     (b'{"env": {"A": 1}}', 'env is an object whose values are strings'),
     (b'{"env": null}', 'env is an object whose values are strings'),
@@ -238,10 +247,14 @@ def test_what_is_not_there_is_a_404(path, method, message, error):
 @pytest.mark.parametrize("method, path, allowed", [
     ("DELETE", "/jobs", "GET, HEAD"), ("POST", "/health", "GET, HEAD"),
     ("GET", "/jobs/hello/run", "POST"), ("HEAD", "/jobs/hello/run", "POST"),
-    ("OPTIONS", "/runs", "GET, HEAD"), ("BREW", "/runs/x/logs", "GET, HEAD")])
+    ("BREW", "/runs/x/logs", "GET, HEAD")])
 def test_another_method_is_told_which_ones_there_are(method, path, allowed, ask):
+    allowed = ", ".join(sorted([*allowed.split(", "), "OPTIONS"]))
     status, _, headers = ask(path, method)
     assert (status, headers["Allow"]) == (405, allowed)
+    status, content, headers = ask(path, "OPTIONS")
+    assert (status, content, headers["Allow"]) == (204, b"", allowed)
+    assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
 @needs_tables
@@ -521,11 +534,17 @@ def test_a_store_that_cannot_be_read_is_not_healthy_and_not_named_to_strangers(e
     assert error("/health") == (503, "unavailable", "the store cannot be read")
 
 
+def place_of(port=8080, owner=lambda: None, tokens=(), hosts=()):
+    """A place on 127.0.0.1; tokens are {text: row}."""
+    return Place(port=port, address=b"\x7f\0\0\1", hosts=hosts, owner=owner,
+                 token=dict(tokens).get)
+
+
 def refusal_of(scope, headers, owned=True, port=8080):
     """The status and code with which the gate refuses; None where it does not."""
     request = Request("GET", "/", {name: [text] for name, text in headers.items()})
     try:
-        caller = gate(scope, request, port, lambda: owned)
+        caller = gate(scope, request, place_of(port, lambda: "me" if owned else None))
     except Refusal as refusal:
         return refusal.status, refusal.code
     assert all(caller.may(each) is (scope != roexec.OPEN) for each in roexec.SCOPES)
@@ -611,12 +630,13 @@ def test_a_server_lets_its_own_user_and_root_in(store, monkeypatch):
         monkeypatch.setattr(roexec, "_overflow_uid", lambda overflow=overflow: overflow)
         monkeypatch.setattr(roexec, "peer_uid", lambda connection: 12345)
         monkeypatch.setattr(roexec.os, "geteuid", lambda: uid)
-        assert roexec.is_owners(None) is expected
+        assert roexec.local_user(None) == ("12345" if expected else None)
         monkeypatch.setattr(roexec, "peer_uid", lambda connection: 0)
-        assert roexec.is_owners(None)
+        assert roexec.local_user(None) == "root"
         for nobody in (None, 1, 54321):
             monkeypatch.setattr(roexec, "peer_uid", lambda connection: nobody)
-            assert not roexec.is_owners(None)
+            assert roexec.local_user(None) is None
+            assert roexec.local_user(None, (54321,)) == (nobody and {54321: "54321"}.get(nobody))
 
 
 @contextlib.contextmanager
@@ -744,9 +764,274 @@ def test_a_connection_from_elsewhere_is_nobodys(monkeypatch):
 @needs_tables
 def test_who_it_is_is_found_out_once_per_connection(ask, monkeypatch):
     asked = []
-    monkeypatch.setattr(roexec, "is_owners", lambda connection: not asked.append(connection))
+    monkeypatch.setattr(roexec, "local_user",
+                        lambda connection, uids: asked.append(connection) or "me")
     assert [ask("/jobs")[0], ask("/runs")[0], ask("/nowhere")[0]] == [200, 200, 404]
     assert len(asked) == 1
+
+
+# Tokens.
+
+def token(store, name="ci", **spec):
+    """The text of a new token."""
+    maker = roexec.Caller(name="user me", scopes=("*",), owner=True)
+    now = time.time()
+    with store.write() as db:
+        return roexec.add_token(db, roexec.token_of({"name": name, **spec}, maker, now, None), maker,
+                                now)
+
+
+def basic(name, text):
+    return "Basic " + base64.b64encode(f"{name}:{text}".encode()).decode()
+
+
+@pytest.fixture
+def closed(store, said):
+    """A server of that store that lets nobody in without a token."""
+    server = serve(store, said, auth={"owner": False}, hosts=["ci.example", "ci.example:81"])
+    yield server
+    server.close()
+    assert not said
+
+
+def status_of(server, method, path, **headers):
+    """The status of the answer to a request over a connection of its own."""
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {text}" for name, text in {
+        "Host": "localhost", "Content-Length": "0", **headers}.items())]
+    with socket.create_connection(server.address, timeout=20) as client:
+        client.sendall("\r\n".join([*lines, "", ""]).encode())
+        return int(client.makefile("rb").readline().split()[1])
+
+
+def walk(server, **headers):
+    """{route: status} of the whole table, without hosts, pages or proxies in between."""
+    found = {}
+    for route in roexec.ROUTES:
+        path = route.path.replace("{}", "hello")
+        for method in (route.method, "HEAD") if route.method == "GET" else (route.method,):
+            found[method, path, route.scope] = status_of(server, method, path, **headers)
+    return found
+
+
+def test_the_whole_table_is_closed_to_whoever_has_no_token(closed, store, monkeypatch):
+    monkeypatch.setattr(roexec.Failures, "note", lambda *_: 0)
+    expired = token(store, "old", role="admin", expires="1s")
+    with store.write() as db:
+        db.execute("UPDATE tokens SET expires_at = ?", (time.time() - 1,))
+    valid = token(store, role="admin")
+    rotated = token(store, "rotated", role="admin")
+    revoked = token(store, "revoked", role="admin")
+    with store.write() as db:
+        me = roexec.Caller(name="user me")
+        roexec.renew_token(db, "rotated", me, time.time())
+        roexec.remove_token(db, "revoked", me, time.time())
+    for credentials in (None, "", "Bearer", "Bearer ", "Bearer x", f"Bearer {valid}x",
+                        f"Bearer {valid[:-1]}", f"Bearer {expired}", f"Bearer {rotated}",
+                        f"Bearer {revoked}", f"Token {valid}", valid, basic("x", valid),
+                        basic("", valid), basic("ci", "x"), "Basic !", "Basic ",
+                        f"Bearer {valid}, Bearer {valid}"):
+        given = {} if credentials is None else {"Authorization": credentials}
+        for (method, path, scope), status in walk(closed, **given).items():
+            assert (status == 401) is (scope != roexec.OPEN), (credentials, method, path, status)
+    assert status_of(closed, "GET", "/nowhere") == status_of(closed, "BREW", "/api/v1/jobs") == 401
+    assert status_of(closed, "OPTIONS", "/api/v1/jobs") == 401
+
+
+@pytest.mark.parametrize("scopes", [
+    *roexec.ROLES.values(), *[(scope,) for scope in roexec.SCOPES]], ids=" ".join)
+@pytest.mark.parametrize("pattern", [None, "hello"])
+def test_the_whole_table_asks_for_its_scopes(scopes, pattern, closed, store):
+    caller = roexec.Caller(name="token ci", scopes=scopes, pattern=pattern)
+    text, _ = roexec._new_token()
+    with store.write() as db:
+        db.execute("INSERT INTO tokens VALUES ('ci', ?, ?, ?, 0, NULL, NULL)",
+                   (roexec._token_digest(text), ",".join(scopes), pattern))
+    for (method, path, scope), status in walk(closed, Authorization=f"Bearer {text}").items():
+        allowed = scope in (roexec.OPEN, roexec.ANY) or caller.may(scope)
+        assert status not in (401, 421) and status < 500
+        assert (status != 403) is allowed, (method, path, status)
+
+
+@pytest.mark.parametrize("host, bearer, with_basic", [
+    ("localhost", 200, 200), ("localhost:9", 200, 200), ("127.0.0.1:1", 200, 200),
+    ("[::1]", 200, 200), ("CI.example", 200, 200), ("ci.example:81", 200, 200),
+    ("ci.example:82", 200, 200), ("evil.example", 200, 421), ("127.0.0.2", 200, 421),
+    ("0177.0.0.1", 200, 421), ("xci.example", 200, 421)])
+def test_a_bearer_may_use_any_name_of_the_host_and_basic_a_known_one(host, bearer, with_basic,
+                                                                     closed, store):
+    text = token(store, role="viewer")
+    given = {"Host": host, "Authorization": f"Bearer {text}"}
+    assert status_of(closed, "GET", "/api/v1/jobs", **given) == bearer
+    given["Authorization"] = basic("ci", text)
+    assert status_of(closed, "GET", "/api/v1/jobs", **given) == with_basic
+    assert status_of(closed, "GET", "/api/v1/health", Host=host) == 200
+
+
+@pytest.mark.parametrize("host, origin, expected", [
+    ("localhost:80", "http://localhost:80", 200), ("localhost", "https://localhost", 200),
+    ("localhost", "http://localhost:80", 403), ("localhost", "http://ci.example", 200),
+    ("localhost", "https://ci.example:81", 200), ("localhost", "https://ci.example:82", 403),
+    ("ci.example:82", "https://ci.example:82", 200), ("localhost", "null", 403),
+    ("localhost", "http://evil.example", 403), ("localhost", "", 403)])
+def test_a_page_of_another_origin_is_refused_whatever_it_bears(host, origin, expected, closed,
+                                                               store):
+    for credentials in (f"Bearer {token(store, role='viewer')}", basic("ci", "x")):
+        found = status_of(closed, "GET", "/api/v1/jobs", Host=host, Origin=origin,
+                          Authorization=credentials)
+        assert found == (401 if expected == 200 and credentials[1] == "a" else expected)
+    assert status_of(closed, "GET", "/api/v1/health", Host=host, Origin=origin) == expected
+    assert status_of(closed, "POST", "/nowhere", Host=host, Origin=origin) in (401, expected)
+
+
+def test_basic_that_a_page_of_another_site_makes_a_browser_send_is_refused(closed, store):
+    given = {"Authorization": basic("ci", token(store, role="viewer"))}
+    for site, expected in (("same-origin", 200), ("none", 200), ("cross-site", 403),
+                           ("same-site", 403)):
+        assert status_of(closed, "GET", "/api/v1/jobs", Sec_Fetch_Site=site, **given) == expected
+
+
+def test_a_refusal_of_a_host_says_what_to_write(closed):
+    with contextlib.closing(http.client.HTTPConnection(*closed.address)) as connection:
+        connection.request("GET", "/api/v1/jobs", headers={
+            "Host": "task.example:81", "Authorization": basic("ci", "x")})
+        answer = json.loads(connection.getresponse().read())
+    assert 'server: {hosts: ["task.example"]}' in answer["error"]["message"]
+
+
+@needs_tables
+def test_through_a_proxy_a_token_is_needed_and_enough(ask, store):
+    text = token(store, role="viewer")
+    for name in ("Forwarded", "X_Forwarded_For", "X_Real_IP", "Via", "X_Forwarded_Proto"):
+        assert ask("/jobs", **{name: "1"})[0] == 401
+        assert ask("/jobs", Authorization=f"Bearer {text}", **{name: "1"})[0] == 200
+
+
+def by_curl(server, path, *options):
+    return subprocess.run(["curl", "-sS", "-w", "%{http_code}", "-o", "/dev/null", *options,
+                           f"http://localhost:{server.address[1]}/api/v1{path}"],
+                          capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl")
+def test_curl_gets_in_with_a_token_either_way(closed, store):
+    text = token(store, role="operator")
+    assert by_curl(closed, "/jobs") == "401"
+    assert by_curl(closed, "/jobs", "-H", f"Authorization: Bearer {text}") == "200"
+    assert by_curl(closed, "/jobs", "-u", f"ci:{text}") == "200"
+    assert by_curl(closed, "/jobs/hello/run", "-u", f"ci:{text}", "-X", "POST") == "202"
+    assert by_curl(closed, "/tokens", "-u", f"ci:{text}") == "403"
+
+
+@needs_tables
+def test_tokens_are_made_shown_renewed_and_removed(ask, store):
+    body = json.dumps({"name": "ci", "scopes": ["run:list"], "jobs": "h*", "expires": "30d"})
+    status, made, headers = ask("/tokens", "POST", body)
+    assert (status, headers["Location"]) == (201, "/api/v1/tokens/ci")
+    assert made["token"].startswith("roexec_") and len(made["token"]) == 39
+    shown = {key: value for key, value in made.items() if key != "token"}
+    assert ask("/tokens")[1] == {"tokens": [shown], "next": None}
+    assert ask("/tokens/ci")[1] == shown
+    assert (shown["scopes"], shown["jobs"], shown["last_used_at"]) == (["run:list"], "h*", None)
+    assert ask("/tokens", "POST", body)[0] == 409
+    status, renewed, _ = ask("/tokens/ci/rotate", "POST")
+    assert status == 200 and renewed["token"] != made["token"]
+    with store.read() as db:
+        assert roexec.find_token(db, made["token"], time.time()) is None
+        assert roexec.find_token(db, renewed["token"], time.time())["name"] == "ci"
+    status, content, headers = ask("/tokens/ci", "DELETE")
+    assert (status, content, headers["Content-Length"]) == (204, b"", None)
+    for path, method in (("", "GET"), ("", "DELETE"), ("/rotate", "POST")):
+        assert ask(f"/tokens/ci{path}", method)[0] == 404
+    with store.read() as db:
+        assert "roexec_" not in "".join(db.iterdump())
+
+
+@needs_tables
+@pytest.mark.parametrize("body, status", [
+    ("{}", 422), ('{"name": "ci"}', 422), ('{"name": "ci", "role": "root"}', 422),
+    ('{"name": "ci", "role": "viewer", "expires": "2001-01-01"}', 422), ("[]", 400), ("x", 400),
+    ('{"name": "ci", "rolle": "viewer"}', 400)])
+def test_a_token_that_cannot_be_is_refused(body, status, ask):
+    assert ask("/tokens", "POST", body)[0] == status
+
+
+def test_with_a_token_nobody_makes_one_that_may_do_more(closed, store):
+    token(store, "boss", role="admin")
+    text = token(store, scopes=["token:admin", "run:list"])
+
+    def call(method, path, body=None):
+        with contextlib.closing(http.client.HTTPConnection(*closed.address)) as connection:
+            connection.request(method, path, body and json.dumps(body),
+                               {"Authorization": f"Bearer {text}"})
+            return connection.getresponse().status
+    assert call("POST", "/api/v1/tokens", {"name": "a", "scopes": ["run:list"]}) == 201
+    assert call("POST", "/api/v1/tokens", {"name": "b", "scopes": ["run:create"]}) == 422
+    assert call("POST", "/api/v1/tokens", {"name": "b", "role": "admin", "jobs": "*"}) == 422
+    assert call("POST", "/api/v1/tokens/boss/rotate") == 403
+    assert call("POST", "/api/v1/tokens/a/rotate") == 200
+
+
+@needs_tables
+def test_each_change_over_http_is_noted_with_who_made_it(ask, store):
+    text = token(store, role="admin")
+    ask("/tokens", "POST", '{"name": "x", "role": "viewer"}')
+    run = ask("/jobs/hello/run", "POST", Authorization=f"Bearer {text}")[1]["id"]
+    ask("/tokens/x", "DELETE")
+    ask("/jobs/hello/run", "POST")              # refused: it is on
+    me = f"user {roexec.owner_name(os.getuid())}"
+    status, payload, _ = ask("/audit?limit=3")
+    assert status == 200 and payload["next"] is not None
+    assert [(row["who"], row["action"], row["job_id"], row["target"])
+            for row in payload["audit"]] == [
+        (me, "token revoke", None, "x"), ("token ci", "run", "hello", run),
+        (me, "token create", None, "x")]
+    more = ask(f"/audit?limit=3&cursor={payload['next']}")[1]
+    assert [(row["action"], row["target"]) for row in more["audit"]] == [("token create", "ci")]
+    assert text not in json.dumps([payload, more])
+
+
+def test_when_a_token_was_used_is_kept_once_in_a_while(closed, store):
+    given = {"Authorization": f"Bearer {token(store, role='viewer')}"}
+
+    def used():
+        with store.read() as db:
+            return roexec.get_token(db, "ci")["used_at"]
+    assert status_of(closed, "GET", "/api/v1/jobs", **given) == 200
+    closed.note_uses()
+    first = used()
+    assert abs(first - time.time()) < 20
+    assert status_of(closed, "GET", "/api/v1/jobs", **given) == 200
+    closed.note_uses()
+    assert used() == first
+    closed.noted -= 100
+    closed.note_uses()
+    assert used() > first
+
+
+def test_wrong_tokens_are_answered_more_and_more_slowly_and_are_forgotten():
+    failures = roexec.Failures()
+    waits = [failures.note("a", 100) for _ in range(8)]
+    assert waits == sorted(waits) and waits[0] <= 0.1 and waits[-1] == 2.0
+    assert failures.note("b", 100) == waits[0]
+    assert failures.note("a", 1000) == waits[0]
+    for peer in range(3000):
+        failures.note(peer, 2000)
+    assert len(failures.known) <= 1000 and failures.note(2999, 2000) > waits[0]
+
+
+def test_a_right_token_is_not_slowed_down_by_wrong_ones(closed, store, monkeypatch):
+    slept = []
+    monkeypatch.setattr(roexec.time, "sleep", slept.append)
+    for _ in range(4):
+        assert status_of(closed, "GET", "/api/v1/jobs", Authorization="Bearer x") == 401
+    given = {"Authorization": f"Bearer {token(store, role='viewer')}"}
+    assert status_of(closed, "GET", "/api/v1/jobs", **given) == 200
+    assert [seconds for seconds in slept if seconds >= 0.1] == [0.1, 0.2, 0.4, 0.8]
+
+
+def test_a_store_that_cannot_be_read_lets_nobody_in(closed, store):
+    os.rename(store.database, store.database + ".away")
+    assert status_of(closed, "GET", "/api/v1/jobs", Authorization="Bearer x") == 503
 
 
 # Requests, byte for byte.

@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from helpers import process
+from helpers import process, read_runs
 
 import roexec
 
@@ -94,13 +94,14 @@ def a_server(store, answers=True):
 # The table of commands.
 
 COMMANDS = {command.name: command for command in roexec.commands()}
-CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", "cancel", "retry", "server"}
+CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", "cancel", "retry",
+            "server", "token create", "token rotate", "token revoke"}
 
 
 def test_the_commands_are_those_of_the_design():
     assert set(COMMANDS) == CHANGING | {
         "doctor", "export", "import crontab", "list jobs", "list runs", "show", "logs", "next", "why",
-        "status", "wait"}
+        "status", "wait", "token list", "audit"}
     assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
 
 
@@ -314,9 +315,10 @@ def test_a_server_that_cannot_announce_itself_says_what_to_write(store, monkeypa
 
 READING = ["list jobs", "list runs", "show hello", "logs hello", "next", "why hello", "status",
            "export", "wait hello", "run hello", "delete hello", "pause hello", "cancel hello",
-           "retry hello"]
+           "retry hello", "token list", "audit"]
 DRY = ["run hello", "run --name x -- true", "exec -- true", "add x -- true", "apply -f jobs.yml",
-       "delete hello", "pause hello", "resume hello", "cancel latest", "retry latest"]
+       "delete hello", "pause hello", "resume hello", "cancel latest", "retry latest",
+       "token create --name ci --role viewer", "token rotate ci", "token revoke ci"]
 
 
 @pytest.mark.parametrize("line", READING + ["--dry-run " + line for line in DRY])
@@ -1494,3 +1496,101 @@ def test_what_stty_tostop_forbids_to_jobs_in_the_background_is_shown_nevertheles
     shown = on_terminal(store, "run", "--name", "x", "--", "sh", "-c",
                         "stty tostop </dev/tty; echo shown")
     assert shown == "shown\r\n"
+
+
+# Tokens, and who has changed what.
+
+ME = "user " + roexec.owner_name(os.getuid())
+
+
+def token_of(store, text):
+    with store.read() as db:
+        row = roexec.find_token(db, text.strip(), time.time())
+    return row and roexec.token_payload(row)
+
+
+def test_a_token_is_printed_once_and_alone(cli, store):
+    status, out, err = cli("token create --name ci --scope run:list,run:create --scope log:read "
+                           "--jobs deploy* --expires 30d")
+    assert status == 0 and re.fullmatch(r"roexec_[\w-]{32}\n", out)
+    assert err == "roexec: keep it now: it is not shown again\n"
+    token = token_of(store, out)
+    assert (token["name"], token["jobs"]) == ("ci", "deploy*")
+    assert token["scopes"] == ["run:list", "run:create", "log:read"]
+    assert out.strip() not in "".join(cli(line)[1] for line in (
+        "token list", "token list --json", "audit", "audit --json"))
+    assert cli("token list")[1].splitlines()[1].startswith("ci    deploy*  ")
+
+
+def test_who_makes_a_token_that_may_define_jobs_is_told_what_that_means(cli):
+    for options, told in (("--role admin", True), ("--scope job:write --jobs a*", True),
+                          ("--role operator", False)):
+        err = cli(f"token create --name x{len(options)} {options}")[2]
+        assert ("may define jobs (job:write), and so run any command as the user of the "
+                "server" in err) is told
+
+
+def test_a_token_is_renewed_and_revoked(cli, store):
+    first = cli("token create --name ci --role viewer --expires 1h")[1]
+    second = json.loads(cli("token rotate ci --json")[1])
+    assert token_of(store, first) is None and second["name"] == "ci"
+    assert token_of(store, second["token"])["expires_at"] is not None
+    assert cli("token revoke ci") == (0, "ci: revoked\n", "")
+    assert token_of(store, second["token"]) is None
+
+
+@pytest.mark.parametrize("line, status, message", [
+    ("token create --role viewer", 2, "give it a name: roexec token create --name ci-token"),
+    ("token create --name x", 2, "scopes: write what the token may do"),
+    ("token create --name x --scope run:lst", 2, 'scopes: there is no scope "run:lst"; did you'),
+    ("token create --name ci --role viewer", 1, 'there is a token "ci" already; rotate it'),
+    ("token rotate", 2, "say which one: roexec token rotate NAME"),
+    ("token rotate cii", 1, 'there is no token "cii"; did you mean "ci"?'),
+    ("token revoke ci cii", 1, 'there is no token "cii"; did you mean "ci"?'),
+    ("token", 2, 'there is no command "token"; there are token create, token list, token rotate '
+     "and token revoke")])
+def test_what_cannot_be_done_with_a_token_is_told(line, status, message, cli, store):
+    cli("token create --name ci --role viewer")
+    found, out, err = cli(line)
+    assert (found, out) == (status, "") and err.startswith(f"roexec: {message}")
+    with store.read() as db:
+        assert [row["name"] for row in roexec.list_tokens(db)] == ["ci"]
+
+
+def test_a_dry_run_changes_no_token(cli, store):
+    cli("token create --name ci --role viewer")
+    with store.read() as db:
+        before = "".join(db.iterdump())
+    for line, said in (("create --name x --role viewer", "x: created"), ("rotate ci", "ci: rotated"),
+                       ("revoke ci", "ci: revoked")):
+        assert cli(f"token {line} --dry-run")[:2] == (0, f"{said} (dry run)\n")
+    with store.read() as db:
+        assert "".join(db.iterdump()) == before
+
+
+def test_each_change_is_noted_with_who_made_it(cli, jobs, store):
+    jobs.write_text("jobs: [{id: hello, command: x}]")
+    cli("apply -f jobs.yml --prune")
+    cli("pause hello"), cli("pause hello"), cli("resume hello --dry-run"), cli("resume hello")
+    run = record(store, state="queued")
+    cli(f"cancel {run}")
+    assert cli("run --name fast -- true")[0] == 0
+    cli("token create --name ci --role viewer"), cli("token revoke ci"), cli("delete hello")
+    rows = json.loads(cli("audit --json")[1])["audit"]
+    assert {row["who"] for row in rows} == {ME}
+    assert [(row["action"], row["job_id"] or row["target"], row["detail"]) for row in rows] == [
+        ("delete", "hello", None), ("token revoke", "ci", None),
+        ("token create", "ci", "job:read run:list log:read"), ("run", "fast", None),
+        ("cancel", "hello", None), ("resume", "hello", None), ("pause", "hello", None),
+        ("delete", "backup", None), ("apply", "hello", "changed"), ("apply", "backup", "added"),
+        ("apply", "hello", "added")]
+    assert rows[3]["target"] == read_runs(store, job_id="fast")[0]["id"]
+    assert cli("audit --limit 1")[1].splitlines()[1].split()[1:] == [*ME.split(), "delete", "hello",
+                                                                      "-", "-"]
+
+
+def test_a_change_that_fails_is_not_noted(cli, jobs, store, monkeypatch):
+    before = cli("audit")[1]
+    monkeypatch.setattr(roexec, "perform_apply", lambda *_: 1 / 0)
+    assert cli("add other -- true")[0] == 1 and cli("delete hello nobody")[0] == 1
+    assert cli("audit")[1] == before

@@ -970,8 +970,17 @@ def test_a_host_that_was_set_to_its_default_was_set():
     ("server: {host: 'localhost:80'}",
      '1:16: server.host: "localhost:80" is not a host; write an address or a name alone, '
      "and the port under port:"),
-    ("server: {tls: {}}", '1:10: "tls" is not supported yet'),
-    ("server: {auth: {}}", '1:10: "auth" is not supported yet'),
+    ("server: {tls: {}}", "1:15: server.tls: cert and key go together; write both, or leave tls "
+     "out"),
+    ("server: {tls: {cert: a}}", "1:15: server.tls: cert and key go together; write both, or leave "
+     "tls out"),
+    ("server: {auth: {users: x}}", '1:17: unknown key "users" in server.auth; did you mean '
+     '"local_users"?'),
+    ("server: {auth: {owner: 1}}", "1:24: server.auth.owner: 1 stands where true or false is "
+     "wanted"),
+    ("server: {hosts: ['http://a']}", '1:18: server.hosts: "http://a" is not the name of a host; '
+     "write for example roexec.example.com, or with a port roexec.example.com:8443"),
+    ("server: {log: x}", '1:10: "log" is not supported yet'),
     ("store: /var/lib/x", "1:8: store: write {path: /var/lib/x}"),
     ("store: {type: s3}", '1:15: store.type: "s3" is not supported yet'),
     ("store: {type: postgres}", '1:15: store.type: "postgres" is none of local, sqlite'),

@@ -11,7 +11,7 @@ from roexec import (ACTIVE_STATES, FINAL_STATES, MOST_CAUGHT_UP, MOST_COUNTED, O
                     ROLES, SCOPES, STATES, Caller, Ended, Job, Known, Met, admit, backoff_delay,
                     busiest_minutes, decide_slots, explain, foresee, get_zone, is_moved, iter_slots,
                     jitter_delay, last_slot, local_instants, next_run, next_slot, outcome,
-                    overlap_action, parse_instant, retry_delay, upcoming_slots)
+                    overlap_action, parse_instant, retry_delay, token_of, upcoming_slots)
 
 UTC = timezone.utc
 NOON = 1754049600           # 2025-08-01T12:00:00Z, a Friday
@@ -854,3 +854,70 @@ def test_a_caller_sees_the_jobs_of_its_pattern(pattern, job_id, seen):
 def test_each_role_is_made_of_scopes():
     assert {scope for scopes in ROLES.values() for scope in scopes} <= {*SCOPES, "*"}
     assert set(ROLES["viewer"]) < set(ROLES["operator"])
+
+
+OWNER = Caller(name="user me", scopes=("*",), owner=True)
+TOKEN_ADMIN = Caller(name="token ci", scopes=("token:admin", "run:list"))
+
+
+@pytest.mark.parametrize("spec, expected", [
+    ({"scopes": ["run:create", "run:list"]}, (["run:list", "run:create"], None, None)),
+    ({"scopes": ["run:list", "run:list"]}, (["run:list"], None, None)),
+    ({"role": "viewer", "scopes": ["run:cancel"]},
+     (["job:read", "run:list", "run:cancel", "log:read"], None, None)),
+    ({"role": "admin"}, (["*"], None, None)),
+    ({"scopes": ["*", "run:list"]}, (["*"], None, None)),
+    ({"scopes": ["*"], "jobs": "deploy*"}, (["*"], "deploy*", None)),
+    ({"role": "viewer", "expires": "30d"}, (list(ROLES["viewer"]), None, NOON + 30 * DAY)),
+    ({"role": "viewer", "expires": 90}, (list(ROLES["viewer"]), None, NOON + 90)),
+    ({"role": "viewer", "expires": "2025-08-02"}, (list(ROLES["viewer"]), None, NOON + DAY // 2)),
+])
+def test_a_token_is_what_was_asked_for(spec, expected):
+    token = token_of({"name": "ci", **spec}, OWNER, NOON, UTC)
+    assert token["name"] == "ci" and set(token["scopes"]) == set(expected[0])
+    assert (token["pattern"], token["expires_at"]) == expected[1:]
+
+
+@pytest.mark.parametrize("spec, message", [
+    ({"name": None}, 'name: "" cannot be the name of a token'),
+    ({"name": "a b"}, 'name: "a b" cannot be the name of a token'),
+    ({"name": 5}, 'name: "5" cannot be the name of a token'),
+    ({"scopes": []}, "scopes: write what the token may do"),
+    ({"scopes": ["run:lst"]}, 'scopes: there is no scope "run:lst"; did you mean "run:list"?'),
+    ({"scopes": ["zzz"]}, 'scopes: there is no scope "zzz"; there are job:read, '),
+    ({"scopes": "run:list"}, "scopes: write a list of texts"),
+    ({"scopes": [1]}, "scopes: write a list of texts"),
+    ({"role": "root"}, 'role: "root" is none; there are viewer, operator, admin'),
+    ({"jobs": "a b"}, 'jobs: "a b" is no pattern of job ids'),
+    ({"jobs": "[ab]"}, 'jobs: "[ab]" is no pattern of job ids'),
+    ({"jobs": ""}, 'jobs: "" is no pattern'), ({"jobs": 5}, 'jobs: "5" is no pattern'),
+    ({"jobs": "a*", "scopes": ["token:admin"]}, "scopes: token:admin and metrics:read are about"),
+    ({"jobs": "*", "scopes": ["metrics:read"]}, "scopes: token:admin and metrics:read are about"),
+    ({"expires": "soon"}, 'expires: "soon" is neither a duration such as 30d nor'),
+    ({"expires": "2025-07-31"}, 'expires: "2025-07-31" is in the past'),
+    ({"expires": 0}, 'expires: "0" is in the past'),
+    ({"expires": ["1d"]}, "expires: "),
+])
+def test_a_token_that_cannot_be_is_refused_in_words(spec, message):
+    with pytest.raises(ValueError) as refused:
+        token_of({"name": "ci", "scopes": ["run:list"], **spec}, OWNER, NOON, UTC)
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize("creator, spec, missing", [
+    (OWNER, {"role": "admin"}, None),
+    (TOKEN_ADMIN, {"scopes": ["run:list", "token:admin"]}, None),
+    (TOKEN_ADMIN, {"scopes": ["run:list"], "jobs": "a*"}, None),
+    (TOKEN_ADMIN, {"scopes": ["run:create"]}, "run:create"),
+    (TOKEN_ADMIN, {"role": "admin"}, "job:read"),
+    (TOKEN_ADMIN, {"scopes": ["*"], "jobs": "a*"}, "job:read"),
+    (Caller(scopes=("job:read", "run:list", "log:read", "token:admin")), {"role": "viewer"}, None),
+])
+def test_nobody_gives_away_more_than_they_have(creator, spec, missing):
+    try:
+        token = token_of({"name": "ci", **spec}, creator, NOON, UTC)
+    except ValueError as error:
+        assert missing and f"{missing} is not for you to give" in str(error)
+    else:
+        given = Caller(scopes=token["scopes"], pattern=token["pattern"])
+        assert missing is None and all(creator.may(scope) for scope in SCOPES if given.may(scope))

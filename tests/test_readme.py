@@ -20,7 +20,8 @@ def tables():
     """The tables of keys of the configuration and of a job, by what they are called in messages."""
     records = {"a job": roexec.Job, "limits": roexec.Limits, "backoff": roexec.Backoff,
                "retry_on": roexec.RetryOn, "success": roexec.Success, "a hook": roexec.Hook,
-               "the configuration": roexec.Config, "mail": roexec.MailSettings,
+               "the configuration": roexec.Config, "server": roexec._ServerSettings,
+               "tls": roexec.TlsSettings, "auth": roexec.AuthSettings, "mail": roexec.MailSettings,
                "vault": roexec.VaultSettings, "a source of env_from": roexec._EnvSource}
     return [(name, key) for name, record in records.items() for key in record.KEYS]
 
@@ -34,7 +35,8 @@ def test_every_command_stands_in_an_example(name):
 @pytest.mark.parametrize("name, key", tables(), ids=" ".join)
 def test_every_key_is_told(name, key):
     shown = {key for block in BLOCKS for key in re.findall(r"([a-z_]+):", block)}
-    assert key in NAMED | (shown if name == "the configuration" else set())
+    of_examples = ("the configuration", "server", "tls", "auth")
+    assert key in NAMED | (shown if name in of_examples else set())
 
 
 @pytest.mark.parametrize("hook", roexec.HOOKS)
@@ -74,11 +76,11 @@ def test_every_piece_of_a_file_is_accepted(text, tmp_path):
 def test_there_are_examples_of_all_kinds():
     assert len(COMMANDS) > 25
     assert [text.partition(":")[0] for text in documents()] == [
-        "jobs", "hooks", "env_from", "limits", "server"]
+        "jobs", "hooks", "env_from", "limits", "server", "server"]
 
 
 def test_the_changes_name_every_command():
     changes = (Path(__file__).parent.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     for command in roexec.commands():
         name = command.name
-        assert f"`{name.split()[0] if name.startswith('list') else name}`" in changes
+        assert f"`{name.split()[0] if name.startswith(('list', 'token')) else name}`" in changes
