@@ -10396,10 +10396,9 @@ class Request:
 
     def options(self, known):
         """{name: value} of the query; raises Refusal for a name that is not known, or repeated."""
-        import urllib.parse
         options = {}
         for part in filter(None, self.query.split("&")):
-            name, _, value = map(urllib.parse.unquote_plus, part.partition("="))
+            name, _, value = map(_unquoted, part.replace("+", " ").partition("="))
             if name not in known:
                 raise Refusal(400, "bad_request", f'unknown parameter "{printable(name)}"'
                               + nearest(name, known))
@@ -10407,6 +10406,14 @@ class Request:
                 raise Refusal(400, "bad_request", f"{name} is given twice")
             options[name] = value
         return options
+
+
+def _unquoted(text):
+    import urllib.parse
+    try:
+        return urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise Refusal(400, "bad_request", f'"{text}" is not UTF-8') from None
 
 
 class Response(Value):
@@ -10459,7 +10466,8 @@ def parse_head(head):
     if found[3] != "1":
         raise Refusal(505, "version_not_supported", "only HTTP/1.1 and HTTP/1.0 are spoken here")
     if not _TARGET.fullmatch(found[2]):
-        raise Refusal(400, "bad_request", "the target of the request is not a path")
+        raise Refusal(400, "bad_request", "the target of the request is not a path, or has a % "
+                      "without two hexadecimal digits")
     if len(lines) > _MOST_FIELDS:
         raise Refusal(431, "head_too_large", f"more than {_MOST_FIELDS} header fields")
     headers = {}
@@ -11084,15 +11092,13 @@ def check_routes(routes):
 
 def find_routes(path):
     """{method: Route} of a path, HEAD for each GET, and the arguments in the path."""
-    import urllib.parse
     parts, found, arguments = path.split("/"), {}, ()
     for route in ROUTES:
         wanted = route.path.split("/")
         if len(wanted) == len(parts) and all(
                 want in ("{}", part) and part for want, part in zip(wanted[1:], parts[1:])):
             found[route.method] = route
-            arguments = tuple(urllib.parse.unquote(part)
-                              for want, part in zip(wanted, parts) if want == "{}")
+            arguments = tuple(_unquoted(part) for want, part in zip(wanted, parts) if want == "{}")
     if "GET" in found:
         found["HEAD"] = found["GET"]
     return found, arguments

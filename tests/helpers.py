@@ -1,4 +1,5 @@
 """What tests share: stores, runs, servers, others that a run speaks to, and waiting."""
+import base64
 import http.server
 import json
 import os
@@ -225,6 +226,37 @@ def process(store, *arguments, **options):
     return subprocess.run([sys.executable, roexec.__file__, "--store", store.path, *arguments],
                           stdin=subprocess.DEVNULL, text=True, timeout=60,
                           **{"capture_output": True, **options})
+
+
+# Servers of the HTTP API.
+
+def serve(store, said=None, host="127.0.0.1", **settings):
+    """A server of a store on a free port, with these settings of the configuration."""
+    say = print if said is None else lambda text, level="INFO": said.append(text)
+    config = roexec.read_config(json.dumps({"server": settings}), "config.yml", "/")
+    return roexec.start_http(store, host, 0, say, roexec.Access(config.server, say))
+
+
+def token(store, name="ci", **spec):
+    """The text of a new token."""
+    maker = roexec.Caller(name="user me", scopes=("*",), owner=True)
+    now = time.time()
+    with store.write() as db:
+        return roexec.add_token(db, roexec.token_of({"name": name, **spec}, maker, now, None), maker,
+                                now)
+
+
+def basic(name, text):
+    return "Basic " + base64.b64encode(f"{name}:{text}".encode()).decode()
+
+
+def status_of(server, method, path, **headers):
+    """The status of the answer to a request over a connection of its own."""
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {text}" for name, text in {
+        "Host": "localhost", "Content-Length": "0", **headers}.items())]
+    with socket.create_connection(server.address, timeout=20) as client:
+        client.sendall("\r\n".join([*lines, "", ""]).encode())
+        return int(client.makefile("rb").readline().split()[1])
 
 
 # Servers on this host.

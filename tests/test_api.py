@@ -1,5 +1,4 @@
 """The HTTP API: who is let in, what is answered, and how little a client can do to the server."""
-import base64
 import contextlib
 import http.client
 import json
@@ -16,9 +15,11 @@ import urllib.parse
 
 import pytest
 
+from helpers import basic, serve, status_of, token
+
 import roexec
-from roexec import (Access, Config, Place, Refusal, Request, Route, Store, gate, json_response,
-                    parse_head, read_config, start_http)
+from roexec import (Place, Refusal, Request, Route, Store, gate, json_response, parse_head,
+                    start_http)
 
 NOW = 1754042400.0          # 2025-08-01T10:00:00Z
 LOG = (b"2025-08-01T10:00:00Z [INFO] Starting run\n2025-08-01T10:00:00Z [OUT] one\n"
@@ -66,13 +67,6 @@ def store(tmp_path, monkeypatch, database):
 def said():
     """What the server has told."""
     return []
-
-
-def serve(store, said=None, host="127.0.0.1", **settings):
-    """A server of a store on a free port, with these settings of the configuration."""
-    say = print if said is None else lambda text, level="INFO": said.append(text)
-    config = read_config(json.dumps({"server": settings}), "config.yml", "/")
-    return start_http(store, host, 0, say, Access(config.server, say))
 
 
 @pytest.fixture
@@ -241,6 +235,12 @@ def test_a_body_that_is_wrong_is_refused_in_words(body, message, error, ask):
     ("/../jobs", "GET", "there is nothing of this name here")])
 def test_what_is_not_there_is_a_404(path, method, message, error):
     assert error(path, method) == (404, "not_found", message)
+
+
+@needs_tables
+@pytest.mark.parametrize("path", ["/jobs/%ff", "/runs/%c3/logs", "/jobs?limit=%ff", "/runs?%ff=1"])
+def test_what_is_not_utf_8_is_refused(path, error):
+    assert error(path)[:2] == (400, "bad_request")
 
 
 @needs_tables
@@ -772,19 +772,6 @@ def test_who_it_is_is_found_out_once_per_connection(ask, monkeypatch):
 
 # Tokens.
 
-def token(store, name="ci", **spec):
-    """The text of a new token."""
-    maker = roexec.Caller(name="user me", scopes=("*",), owner=True)
-    now = time.time()
-    with store.write() as db:
-        return roexec.add_token(db, roexec.token_of({"name": name, **spec}, maker, now, None), maker,
-                                now)
-
-
-def basic(name, text):
-    return "Basic " + base64.b64encode(f"{name}:{text}".encode()).decode()
-
-
 @pytest.fixture
 def closed(store, said):
     """A server of that store that lets nobody in without a token."""
@@ -792,15 +779,6 @@ def closed(store, said):
     yield server
     server.close()
     assert not said
-
-
-def status_of(server, method, path, **headers):
-    """The status of the answer to a request over a connection of its own."""
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {text}" for name, text in {
-        "Host": "localhost", "Content-Length": "0", **headers}.items())]
-    with socket.create_connection(server.address, timeout=20) as client:
-        client.sendall("\r\n".join([*lines, "", ""]).encode())
-        return int(client.makefile("rb").readline().split()[1])
 
 
 def walk(server, **headers):
@@ -1047,6 +1025,8 @@ GOOD = b"GET / HTTP/1.1\r\nHost: localhost"
     (b"GET / HTTP/11\r\nHost: a", 400), (b"GET / http/1.1\r\nHost: a", 400),
     (b"GET http://localhost/ HTTP/1.1\r\nHost: localhost", 400),
     (b"OPTIONS * HTTP/1.1\r\nHost: a", 400), (b"GET x HTTP/1.1\r\nHost: a", 400),
+    (b"GET /%zz HTTP/1.1\r\nHost: a", 400), (b"GET /a?b=% HTTP/1.1\r\nHost: a", 400),
+    (b"GET /a%2 HTTP/1.1\r\nHost: a", 400), (b"GET /a#b HTTP/1.1\r\nHost: a", 400),
     (b"GET /\xe4 HTTP/1.1\r\nHost: a", 400), (b"GET /\0 HTTP/1.1\r\nHost: a", 400),
     (GOOD + b"\r\nHost: localhost", 400), (GOOD + b"\r\nHOST: other", 400),
     (b"GET / HTTP/1.1\r\nHost: a b", 400), (b"GET / HTTP/1.1\r\nHost: a/b", 400),

@@ -1,0 +1,369 @@
+"""Who comes in and how: TLS, local users, places for the owner, and clients that mean no good."""
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import socket
+import ssl
+import statistics
+import subprocess
+import threading
+import time
+
+import pytest
+
+from helpers import basic, serve, status_of, token, wait_for
+
+import roexec
+from roexec import RoexecError
+
+needs_tables = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"),
+                                  reason="this host has no table of sockets in /proc")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
+
+
+@pytest.fixture
+def said():
+    """What the server has told."""
+    return []
+
+
+@pytest.fixture
+def run_server(store, said):
+    """`run_server(**settings)` -> a server of the store; it ends with the test."""
+    with contextlib.ExitStack() as stack:
+        def run(host="127.0.0.1", **settings):
+            server = serve(store, said, host, **settings)
+            stack.callback(server.close)
+            return server
+        yield run
+
+
+# TLS.
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """`certificates(name)` -> {cert, key}: paths of a certificate for localhost of that name."""
+    if not shutil.which("openssl"):
+        assert "CI" not in os.environ, "there is no openssl here"
+        pytest.skip("there is no openssl here")
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def make(name):
+        paths = {"cert": str(folder / f"{name}.crt"), "key": str(folder / f"{name}.key")}
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                        f"/CN={name}", "-addext", "subjectAltName=DNS:localhost", "-out",
+                        paths["cert"], "-keyout", paths["key"]], check=True, capture_output=True)
+        return paths
+    return make
+
+
+def over_tls(server, certificate, path="/api/v1/health", **headers):
+    """(status, body) of an answer to a client that trusts this certificate alone."""
+    context = ssl.create_default_context(cafile=certificate)
+    with contextlib.closing(http.client.HTTPSConnection(
+            "localhost", server.address[1], timeout=20, context=context)) as connection:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def test_tls_is_spoken_with_files_that_are_read_again_when_they_change(run_server, certificates,
+                                                                       store, said):
+    first, second = certificates("first"), certificates("second")
+    server = run_server(tls=first, auth={"owner": False})
+    given = {"Authorization": basic("ci", token(store, role="viewer"))}
+    assert over_tls(server, first["cert"], "/api/v1/jobs", **given)[0] == 200
+    assert over_tls(server, first["cert"], "/api/v1/jobs")[0] == 401
+    for name in ("cert", "key"):
+        shutil.copy(second[name], first[name] + ".new")
+        os.replace(first[name] + ".new", first[name])
+    assert over_tls(server, second["cert"])[0] == 200
+    assert said == [f"TLS uses {first['cert']} as it is now"]
+    with open(first["key"], "w") as file:
+        file.write("broken")
+    assert over_tls(server, second["cert"])[0] == over_tls(server, second["cert"])[0] == 200
+    assert "cannot be used" in said[1] and said[1].endswith("; the one before is used")
+    assert len(said) == 2
+
+
+def test_a_client_without_tls_gets_nothing_and_is_no_error(run_server, certificates, said):
+    server = run_server(tls=certificates("plain"))
+    with socket.create_connection(server.address, timeout=20) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert not client.makefile("rb").read().startswith(b"HTTP")
+    with socket.create_connection(server.address) as client:
+        client.shutdown(socket.SHUT_RDWR)
+    wait_for(lambda: not server.connections)
+    assert not said
+
+
+def test_a_handshake_that_takes_for_ever_holds_up_nobody_else(run_server, certificates,
+                                                              monkeypatch):
+    monkeypatch.setattr(roexec, "_HEAD_TIME", 0.3)
+    paths = certificates("slow")
+    server = run_server(tls=paths)
+    with socket.create_connection(server.address):
+        wait_for(lambda: server.connections)
+        assert over_tls(server, paths["cert"])[0] == 200
+        wait_for(lambda: not server.connections)
+
+
+@needs_tables
+def test_over_tls_too_the_owner_is_let_in_and_a_log_followed(run_server, certificates, store):
+    paths, run_id = certificates("owner"), roexec.new_run_id()
+    server = run_server(tls=paths)
+    assert over_tls(server, paths["cert"], "/api/v1/jobs")[0] == 200
+    with store.write() as db:
+        roexec.add_run(db, id=run_id, job_id="x", trigger="manual", queued_at=0, state="queued")
+        roexec.change_run(db, run_id, "running")
+    journal = roexec.Journal.create(store.file("active"), {"run": run_id})
+    os.makedirs(store.file("logs/x"))
+    with open(store.file("logs/x/1.log"), "w") as file:
+        file.write("2025-08-01T10:00:00Z [OUT] one\n")
+    journal.note("supervisor", pid=1, start=1, log="logs/x/1.log")
+
+    def finish():
+        with store.write() as db:
+            roexec.finish_run(db, run_id, "succeeded", [], log="logs/x/1.log", finished_at=1)
+    timer = threading.Timer(0.3, finish)
+    timer.start()
+    found = over_tls(server, paths["cert"], f"/api/v1/runs/{run_id}/logs?follow=1&raw=1")
+    assert found == (200, b"one\n")
+    timer.join()
+    journal.close()
+
+
+@pytest.mark.parametrize("content", [None, "", "x", "-----BEGIN CERTIFICATE-----\n"])
+def test_files_that_are_no_certificates_stop_the_server_at_its_start(content, store, tmp_path):
+    path = tmp_path / "x.pem"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RoexecError, match=f"^server.tls: {path} and {path} cannot be used: "):
+        serve(store, tls={"cert": str(path), "key": str(path)})
+
+
+def test_a_key_with_a_password_is_refused_and_not_asked_for(store, certificates):
+    paths = certificates("locked")
+    subprocess.run(["openssl", "ec", "-aes128", "-passout", "pass:secret", "-in", paths["key"],
+                    "-out", paths["key"]], check=True, capture_output=True)
+    with pytest.raises(RoexecError, match="^server.tls: .* cannot be used: "):
+        serve(store, tls=paths)
+
+
+# Users of this host.
+
+def status_for(server, uid):
+    """The status of an answer to a process of another user."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            os.write(writer, b"%d" % status_of(server, "GET", "/api/v1/jobs"))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with open(reader) as answer:
+        return int(answer.read())
+
+
+@needs_tables
+@needs_root
+def test_local_users_that_are_named_are_let_in_and_no_others(run_server, monkeypatch):
+    server = run_server(auth={"local_users": ["daemon"]})
+    daemon, other = roexec.pwd.getpwnam("daemon").pw_uid, roexec.pwd.getpwnam("bin").pw_uid
+    assert [status_for(server, uid) for uid in (daemon, other, 0)] == [200, 401, 200]
+    server.admit(roexec.read_config("server: {auth: {local_users: bin}}", "c", "/").server)
+    assert [status_for(server, uid) for uid in (daemon, other, 0)] == [401, 200, 200]
+    server.admit(roexec.read_config("server: {auth: {owner: false}}", "c", "/").server)
+    assert [status_for(server, uid) for uid in (daemon, other, 0)] == [401, 401, 401]
+
+
+def test_a_user_that_is_not_there_is_told(store, run_server):
+    with pytest.raises(RoexecError, match='^server.auth.local_users: there is no user "nobodyx"'):
+        serve(store, auth={"local_users": "nobodyx"})
+    server = run_server(auth={"owner": False})
+    before = server.access
+    with pytest.raises(RoexecError):
+        server.admit(roexec.read_config("server: {auth: {local_users: nobodyx}}", "c", "/").server)
+    assert server.access is before
+
+
+# The first token.
+
+def test_a_server_that_others_can_reach_and_has_no_token_leaves_one(store, run_server, said):
+    server = run_server("0.0.0.0", auth={"owner": False})
+    path = store.file("admin-token")
+
+    def tell(text, level="INFO"):
+        said.append((text, level))
+    roexec.prepare_access(store, server, tell)
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    with open(path) as file:
+        text = file.read().strip()
+    assert said == [("Tokens travel unencrypted, unless a proxy in front speaks TLS; write server: "
+                     "{tls: {cert: …, key: …}}", "WARNING"),
+                    (f"There was no token yet; one for an administrator is in {path}", "INFO")]
+    assert status_of(server, "GET", "/api/v1/tokens", Authorization=f"Bearer {text}") == 200
+    with store.read() as db:
+        row, = roexec.list_audit(db, 10)
+    assert (row["who"], row["action"], row["target"]) == ("server", "token create", "admin")
+    os.unlink(path)
+    roexec.prepare_access(store, server, tell)
+    assert not os.path.exists(path) and text not in str(said)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_server_of_this_host_alone_leaves_none(host, store, said):
+    try:
+        server = serve(store, said, host)
+    except RoexecError:
+        pytest.skip("this host has no IPv6")
+    roexec.prepare_access(store, server, said.append)
+    server.close()
+    assert not said and not os.path.exists(store.file("admin-token"))
+
+
+def test_a_link_in_the_place_of_the_first_token_is_not_followed(store, run_server, tmp_path, said):
+    os.symlink(tmp_path / "elsewhere", store.file("admin-token"))
+    with pytest.raises(OSError):
+        roexec.prepare_access(store, run_server("0.0.0.0"), lambda *_: None)
+    assert not (tmp_path / "elsewhere").exists()
+    with store.read() as db:
+        assert not roexec.list_tokens(db)
+
+
+# Places.
+
+@contextlib.contextmanager
+def dialled(server, count):
+    """So many connections that say nothing."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(socket.create_connection(server.address, timeout=20))
+        yield
+
+
+@needs_tables
+def test_the_last_places_are_for_the_owner(run_server, monkeypatch):
+    monkeypatch.setattr(roexec, "_MOST_CONNECTIONS", 6)
+    monkeypatch.setattr(roexec, "_FOR_THE_OWNER", 2)
+    server = run_server()
+    with dialled(server, 4):
+        wait_for(lambda: len(server.connections) == 4)
+        assert status_of(server, "GET", "/api/v1/jobs") == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(roexec, "peer_uid", lambda connection: None)
+            assert status_of(server, "GET", "/api/v1/health") == 503
+        monkeypatch.setattr(roexec, "_MOST_CONNECTIONS", 4)
+        assert status_of(server, "GET", "/api/v1/jobs") == 503
+    monkeypatch.setattr(roexec, "peer_uid", lambda connection: None)
+    wait_for(lambda: not server.connections)
+    assert status_of(server, "GET", "/api/v1/health") == 200
+
+
+def test_one_peer_elsewhere_gets_some_places_only(run_server, monkeypatch):
+    monkeypatch.setattr(roexec, "_OF_ONE_PEER", 2)
+    server, address = run_server(), ["10.0.0.1", 1]
+    peers = {"10.0.0.1": True, "10.0.0.2": False, "::ffff:10.0.0.1": True, "2001:db8::1": False}
+    monkeypatch.setattr(roexec, "_peer", lambda _, of=roexec._peer: of(address))
+    with dialled(server, 2):
+        wait_for(lambda: len(server.connections) == 2)
+        for other, full in peers.items():
+            address[0] = other
+            assert (status_of(server, "GET", "/api/v1/health") == 503) is full
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("10.0.0.1", "10.0.0.1", True), ("10.0.0.1", "10.0.0.2", False),
+    ("10.0.0.1", "::ffff:10.0.0.1", True), ("2001:db8::1", "2001:db8::2", True),
+    ("2001:db8::1", "2001:db8:0:1::1", False), ("fe80::1%lo", "fe80::2", True)])
+def test_a_network_of_ipv6_is_one_peer(one, other, same):
+    assert (roexec._peer((one, 1)) == roexec._peer((other, 2))) is same
+    assert roexec._peer((one, 1)) is not None
+
+
+def test_this_host_is_nobody_in_particular():
+    assert [roexec._peer((host, 1)) for host in ("127.0.0.1", "127.9.9.9", "::1",
+                                                 "::ffff:127.0.0.1")] == [None] * 4
+
+
+# Clients that mean no good.
+
+HOST = b"Host: localhost\r\n"
+ABUSE = [
+    b"", b"G", b"GET / HTTP/1.1\r\n", b"GET /api/v1/jobs HTTP/1.1\r\n" + HOST,
+    b"POST /api/v1/jobs/x/run HTTP/1.1\r\n" + HOST + b"Content-Length: 1000\r\n\r\n{",
+    b"GET / HTTP/1.1\r\n" + HOST + b"A: " + b"x" * 15_000,
+    b"GET / HTTP/1.1\r\n" + HOST + b"A: " + b"x" * 100_000,
+    b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+    b"\r\nGET /api/v1/jobs HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+    b"GET /api/v1/jobs HTTP/1.1\r\n" + HOST + b"Authorization: Bearer x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500, b"\r\n" * 9000,
+    b"GET /api/v1/jobs HTTP/1.1\r\n" + HOST + b"Via: x\r\n\r\n" * 500]
+
+
+@needs_tables
+def test_whatever_others_do_the_owner_is_answered_in_time(run_server, said):
+    server = run_server()
+
+    def took():
+        """The median time of an answer to the owner, in seconds."""
+        times = []
+        for _ in range(11):
+            began = time.perf_counter()
+            assert status_of(server, "GET", "/api/v1/jobs") == 200
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
+    alone = took()
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for piece in ABUSE * 20:
+            client = stack.enter_context(socket.create_connection(server.address, timeout=20))
+            client.settimeout(5)
+            clients.append(client)
+            with contextlib.suppress(OSError):
+                client.sendall(piece)
+        among = took()
+        assert among < max(0.2, 10 * alone)
+        assert len(server.connections) >= 5 * 20        # those that have not said all
+        for client in clients[::2]:                     # and half of them go with a reset
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.close()
+        assert took() < max(0.2, 10 * alone)
+    wait_for(lambda: not server.connections)
+    assert not said
+
+
+def test_nothing_that_is_smuggled_behind_a_request_is_answered(run_server):
+    server = run_server()
+    for piece in ABUSE:
+        with socket.create_connection(server.address, timeout=20) as client:
+            with contextlib.suppress(OSError):
+                client.sendall(piece)
+                client.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                answer = client.makefile("rb").read()
+        statuses = [line.split()[1] for line in answer.split(b"\r\n")
+                    if line.startswith(b"HTTP/1.1 ")]
+        assert not {b"200", b"202"} & set(statuses), (piece, answer)
+
+
+def test_an_answer_names_no_route_and_no_job_to_a_stranger(run_server):
+    server = run_server(auth={"owner": False})
+    found = set()
+    for method, path in (("GET", "/api/v1/jobs/x"), ("GET", "/nowhere"), ("BREW", "/api/v1/jobs"),
+                         ("POST", "/api/v1/tokens"), ("OPTIONS", "/api/v1/jobs")):
+        with contextlib.closing(http.client.HTTPConnection(*server.address)) as connection:
+            connection.request(method, path)
+            found.add(json.dumps(json.loads(connection.getresponse().read())))
+    assert len(found) == 1
