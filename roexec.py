@@ -3231,6 +3231,8 @@ REASONS = {                             # a state -> its reasons; nothing else i
     "cancelled": ("user", "replaced", "shutdown", "fail_fast", "parent"),
     "lost": ("supervisor", "power")}
 
+TRIGGERS = ("schedule", "catch_up", "manual", "api", "retry", "pipeline")
+
 ON_TIME = 60            # seconds; a slot seen no later than this is simply started
 MOST_CAUGHT_UP = 1000   # slots of one job
 MOST_QUEUED = 10_000    # runs
@@ -4069,11 +4071,11 @@ def _attempt_payload(attempt):
             "exit_code", "signal", "cpu_seconds", "max_rss_bytes", "output_bytes")}}
 
 
-def job_payload(row, job, next_run, zone, now):
+def job_payload(row, job, next_run, zone, now, usual=None):
     """A job as --json and the API give it: `spec` as written, the rest as it is in effect.
 
     `job` is the Job with the defaults in effect, `next_run` seconds or None, `zone` the
-    scheduler's tzinfo, `now` seconds.
+    scheduler's tzinfo, `now` seconds, `usual` the seconds that it takes usually.
     """
     paused = row["paused"] > now
     last = None if row["last_id"] is None else {
@@ -4082,12 +4084,41 @@ def job_payload(row, job, next_run, zone, now):
         "finished_at": _instant(row["last_finished_at"])}
     return {
         "id": job.id, "name": job.name, "schedule": list(job.schedule),
-        "timezone": job.timezone or str(zone), "enabled": job.enabled,
+        "words": [cron.describe() for cron in job.crons()], "timezone": job.timezone or str(zone), "enabled": job.enabled,
         "paused": paused,
         "paused_until": _instant(row["paused"]) if paused and row["paused"] < math.inf else None,
-        "next_run": _instant(next_run), "last_run": last,
+        "next_run": _instant(next_run), "last_run": last, "usual": usual,
         "tags": list(job.tags), "source": row["source"], "spec": json.loads(row["spec"]),
         "version": row["version"], "active": row["active"]}
+
+
+def public_spec(spec):
+    """A spec for those who may not define jobs: without the values of variables, what a command
+    reads, and the addresses of webhooks and pings, which let in whoever knows them."""
+    if isinstance(spec, list):
+        return [public_spec(item) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    shown = {name: None if name in _SECRET_KEYS else public_spec(item)
+             for name, item in spec.items()}
+    if isinstance(spec.get("env"), dict):
+        shown["env"] = dict.fromkeys(spec["env"])
+    return shown
+
+
+_SECRET_KEYS = ("stdin", "webhook", "ping")
+
+
+def brief_run_payload(row):
+    """Of a run what a list of many needs, of its row alone."""
+    row = dict(row)
+    return {
+        "id": row["id"], "job_id": row["job_id"], "step": row["step"], "parent": row["parent"],
+        "trigger": row["trigger"], "state": row["state"], "reason": row["reason"],
+        "slot": _instant(row["slot"]), "last_slot": _instant(row["last_slot"]),
+        "count": row["count"], "queued_at": _instant(row["queued_at"]),
+        "started_at": _instant(row["started_at"]), "finished_at": _instant(row["finished_at"]),
+        "duration": _took(row, ())}
 
 
 def slot_payload(job, slot, zone):
@@ -4724,6 +4755,24 @@ CREATE TABLE tokens (
 CREATE TABLE audit (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL,
     action TEXT NOT NULL, job_id TEXT, target TEXT, detail TEXT);
+CREATE TABLE events (                   -- the newest changes, of a run or of a job
+    id INTEGER PRIMARY KEY, job_id TEXT NOT NULL, run_id TEXT);
+CREATE TRIGGER run_added AFTER INSERT ON runs BEGIN
+    INSERT INTO events (job_id, run_id) VALUES (NEW.job_id, NEW.id); END;
+CREATE TRIGGER run_changed AFTER UPDATE OF state, count ON runs
+    WHEN OLD.state != NEW.state OR OLD.count != NEW.count BEGIN
+    INSERT INTO events (job_id, run_id) VALUES (NEW.job_id, NEW.id); END;
+CREATE TRIGGER job_added AFTER INSERT ON jobs BEGIN
+    INSERT INTO events (job_id) VALUES (NEW.id); END;
+CREATE TRIGGER job_changed AFTER UPDATE OF changed ON jobs BEGIN
+    INSERT INTO events (job_id) VALUES (NEW.id); END;
+CREATE TRIGGER event_added AFTER INSERT ON events BEGIN
+    DELETE FROM events WHERE id <= NEW.id - 10000; END;
+CREATE TABLE answers (                  -- to requests that bear an Idempotency-Key
+    key TEXT PRIMARY KEY,               -- a digest of who asked, for which job, with which key
+    request TEXT NOT NULL,              -- a digest of what was asked for
+    run_id TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX answers_at ON answers (at);
 """]
 
 _PATIENCE = 5                           # seconds, until one says what one waits for
@@ -4744,6 +4793,7 @@ class Store:
         self.database = path if one_file else os.path.join(path, "roexec.db")
         self.say = say or (lambda text: None)
         self.kept = None                # where `keep_open` was called
+        self.memo = None                # the Memo of a server
 
     @property
     def exists(self):
@@ -5421,9 +5471,17 @@ def list_runs(db, where=(), limit=50, before=None):
                       (*values, limit)).fetchall()
 
 
-def run_filter(states=None, job_id=None, since=None, until=None, steps=False):
-    """The conditions of `list_runs`; `since` and `until` (UTC seconds) mean `queued_at`."""
-    where = [] if steps else [("parent IS NULL",)]
+def run_filter(states=None, job_id=None, since=None, until=None, steps=False, *, parent=None,
+               triggers=None, job_ids=None):
+    """The conditions of `list_runs`; `since` and `until` (UTC seconds) mean `queued_at`. With a
+    `parent` they are the steps of that run; `job_ids` are those of which runs are wanted at all."""
+    where = [] if steps or parent is not None else [("parent IS NULL",)]
+    if parent is not None:
+        where.append(("parent = ?", parent))
+    if triggers:
+        where.append((f'"trigger" IN ({", ".join("?" * len(triggers))})', *triggers))
+    if job_ids is not None:
+        where.append(("job_id IN (SELECT value FROM json_each(?))", json.dumps(list(job_ids))))
     if states:              # `+` keeps off the index of states where it would cost a long sort
         plus = "+" if job_id is not None or "succeeded" in states and len(states) > 1 else ""
         where.append((f"{plus}state IN ({', '.join('?' * len(states))})", *states))
@@ -5481,10 +5539,116 @@ def last_decision(db, row):
     return found and found[0]
 
 
+def seen_job_ids(db):
+    """The ids of all jobs that are registered or have runs, in order."""
+    return [row[0] for row in db.execute("""
+        WITH RECURSIVE ran (id) AS (SELECT MIN(job_id) FROM runs UNION ALL
+            SELECT (SELECT MIN(job_id) FROM runs WHERE job_id > ran.id) FROM ran
+            WHERE id IS NOT NULL)
+        SELECT id FROM ran WHERE id IS NOT NULL UNION SELECT id FROM jobs WHERE NOT deleted
+        ORDER BY id""")]
+
+
 def job_versions(db, job_id):
     """[(since, spec as JSON)] of what a job has been, oldest first."""
     return [(row["since"], row["spec"]) for row in db.execute(
         "SELECT since, spec FROM versions WHERE job_id = ? ORDER BY version", (job_id,))]
+
+
+# Events: what has changed, kept by triggers so that no change is without one.
+
+def event_span(db):
+    """(the id of the oldest event that is kept, that of the newest); (1, 0) without any."""
+    first, last = db.execute("SELECT MIN(id), MAX(id) FROM events").fetchone()
+    return (1, 0) if last is None else (first, last)
+
+
+def list_events(db, after, limit):
+    """Rows (id, job_id, run_id) of the events behind one, in order; run_id is None for a job."""
+    return db.execute("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?",
+                      (after, limit)).fetchall()
+
+
+def run_rows(db, run_ids):
+    """{id: row} of those runs that are there."""
+    return {row["id"]: row for row in db.execute(
+        "SELECT * FROM runs WHERE id IN (SELECT value FROM json_each(?))",
+        (json.dumps(list(run_ids)),))}
+
+
+# Answers to requests with a key, so that one that is repeated is not carried out again.
+
+_KEPT_ANSWER = 86400        # seconds
+
+
+class Repeated(RoexecError):
+    """A request with a key that has been answered already, by the run `run_id`; `same` is whether
+    it asks for the same."""
+
+    def __init__(self, run_id, same):
+        super().__init__(f"this key was used already: run {run_id}")
+        self.run_id, self.same = run_id, same
+
+
+def keep_answer(db, key, request, run_id, now):
+    """Note that a request with a key was answered by a run; raises Repeated where one was."""
+    db.execute("DELETE FROM answers WHERE at <= ?", (now - _KEPT_ANSWER,))
+    row = db.execute("SELECT run_id, request FROM answers WHERE key = ?", (key,)).fetchone()
+    if row is not None:
+        raise Repeated(row["run_id"], row["request"] == request)
+    db.execute("INSERT INTO answers VALUES (?, ?, ?, ?)", (key, request, run_id, now))
+
+
+# What holds as long as the database does not change.
+
+class Memo:
+    """Values computed from the database that hold as long as nobody has changed it."""
+
+    def __init__(self, store, most=64):
+        self.store, self.most = store, most
+        self._db, self._version, self._values = None, None, {}
+        self._mutex = threading.Lock()
+
+    def version(self):
+        """What differs once somebody has committed a change; None where one cannot know."""
+        import sqlite3
+        with self._mutex:
+            try:
+                if self._db is None:
+                    self._db = self.store.connect("ro")
+                version = self._db.execute("PRAGMA data_version").fetchone()[0]
+            except (sqlite3.Error, RoexecError):
+                self._close()
+                return None
+            if version != self._version:
+                self._version, self._values = version, {}
+            return version
+
+    def get(self, key, now):
+        """The value under a key; None where there is none that holds (any more)."""
+        if self.version() is None:
+            return None
+        value, until = self._values.get(key, (None, -math.inf))
+        return value if now < until else None
+
+    def keep(self, key, version, value, until):
+        """Keep a value that was computed after `version` was the version, until an instant."""
+        with self._mutex:
+            if version is not None and version == self._version:
+                if len(self._values) >= self.most:
+                    self._values = {}
+                self._values[key] = value, until
+
+    def close(self):
+        """Close the connection that it has."""
+        with self._mutex:
+            self._close()
+
+    def _close(self):
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+        self._version, self._values = None, {}
 
 
 # The outbox: notices that wait to be sent, and for a while those that were.
@@ -10365,6 +10529,8 @@ _IDLE_TIME = 30                 # seconds of waiting for a request, for its body
 _LINGER_TIME = 1                # seconds of listening to a client that was refused
 _CLOSING_TIME = 2               # seconds that open requests have when the server ends
 _MOST_LISTED = 1000             # items of a page
+_MOST_HISTORIES = 100           # jobs
+_LARGE_BODY = 2048              # bytes from which on it is compressed
 _MOST_BYTES = 1 << 62           # of a log
 
 
@@ -10420,9 +10586,10 @@ class Response(Value):
     """An answer: `status`, `type` and more `headers` ({name: text}), and either `body` (bytes) or
     `stream`, a function of `wait(seconds)` that gives an iterator of bytes.
 
-    The stream calls `wait` where it has nothing to give; that raises OSError when nobody reads.
+    The stream calls `wait` where it has nothing to give; that raises OSError when nobody reads. A
+    body that is all of what the database has stays the same until an instant, `until` (seconds).
     """
-    __slots__ = ("status", "type", "headers", "body", "stream")
+    __slots__ = ("status", "type", "headers", "body", "stream", "until")
 
 
 def json_response(payload, status=200, **headers):
@@ -10713,19 +10880,27 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# Payloads of rows, the same for --json of the CLI.
+# Payloads, the same for --json of the CLI.
+
+def in_effect(db, settings=None):
+    """(defaults of all jobs, tzinfo of those that name none, how many runs at once or None), by
+    the settings of the last server, else those passed."""
+    settings = get_settings(db) or settings or {}
+    scheduler = settings.get("scheduler") or {}
+    name = scheduler.get("timezone")
+    return (settings.get("defaults") or {}, get_zone(name) if name else host_zone(),
+            scheduler.get("max_concurrent"))
+
 
 def job_payloads(db, rows, now, settings=None):
     """Payloads of rows of jobs, as they are in effect, with their next runs after `now`; the
     settings count where the store has none of a server."""
-    settings = get_settings(db) or settings or {}
-    name = (settings.get("scheduler") or {}).get("timezone")
-    zone = get_zone(name) if name else host_zone()
-    payloads = []
+    defaults, zone, _ = in_effect(db, settings)
+    usual, payloads = usual_durations(db, [row["id"] for row in rows]), []
     for row in rows:
-        job = effective(Job(json.loads(row["spec"])), settings.get("defaults"))
+        job = effective(Job(json.loads(row["spec"])), defaults)
         coming = next_run(job, now, zone, row["paused"], row["position"])
-        payloads.append(job_payload(row, job, coming, zone, now))
+        payloads.append(job_payload(row, job, coming, zone, now, usual.get(row["id"])))
     return payloads
 
 
@@ -10759,25 +10934,79 @@ def _get_health(request, store):
 
 
 def _get_jobs(request, store):
-    options = request.options(("limit", "cursor"))
+    options = request.options(("limit", "cursor", "tag", "state", "brief"))
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
+    states, tag, brief = _words_of(options, "state", _JOB_STATES), options.get("tag"), _flag(
+        options, "brief")
+    filters = ("jobs", states, tag)
+    last, jobs, until, now = _seen(options, filters) or "", [], math.inf, time.time()
     with store.read() as db:
-        rows = list_jobs(db, after=_seen(options, ()) or "", limit=limit + 1)
-        jobs = job_payloads(db, rows[:limit], time.time())
-    more = len(rows) > limit
-    return json_response(page("jobs", jobs, _cursor(jobs[-1]["id"], ()) if more else None))
+        while len(jobs) <= limit:
+            rows = list_jobs(db, last, limit + 1)
+            if not rows:
+                break
+            last = rows[-1]["id"]
+            seen = job_payloads(db, [row for row in rows if request.caller.sees(row["id"])], now)
+            until = min([until, *map(_changes_at, seen)])
+            jobs += [job for job in seen if (tag is None or tag in job["tags"])
+                     and (not states or _states_of(job).intersection(states))]
+    more = len(jobs) > limit
+    jobs = [_shown_job(job, request.caller, brief) for job in jobs[:limit]]
+    cursor = _cursor(jobs[-1]["id"], filters) if more else None
+    return json_response(page("jobs", jobs, cursor)).changed(until=until)
+
+
+_JOB_STATES = ("running", "queued", "paused", "disabled", "scheduled", "manual")
+
+
+def _states_of(job):
+    """The words of _JOB_STATES that hold for the job of a payload."""
+    return {job["active"], "paused" if job["paused"] else None,
+            "disabled" if not job["enabled"] else "scheduled" if job["schedule"] else "manual"}
+
+
+def _changes_at(job):
+    """When the payload of a job becomes another one by itself (seconds)."""
+    return min((parse_instant(job[name], None) for name in ("next_run", "paused_until")
+                if job[name] is not None), default=math.inf)
+
+
+def _shown_job(job, caller, brief=False):
+    """The payload of a job as somebody may see it."""
+    if brief:
+        return {name: value for name, value in job.items() if name != "spec"}
+    return job if caller.may("job:write") else {**job, "spec": public_spec(job["spec"])}
+
+
+def _job_row(db, request):
+    """The row of the job in a path, as far as one sees it; raises NoSuchJob."""
+    job_id = request.arguments[0]
+    if not request.caller.sees(job_id):
+        raise NoSuchJob(f'there is no job "{printable(job_id)}"')
+    try:
+        return get_job(db, job_id)
+    except NoSuchJob:                   # whose nearest name may be one that is not to be seen
+        known = filter(request.caller.sees, job_ids(db))
+        raise NoSuchJob(f'there is no job "{printable(job_id)}"' + nearest(job_id, known)) from None
 
 
 def _get_job(request, store):
+    request.options(())
     with store.read() as db:
-        row = get_job(db, request.arguments[0])
-        return json_response(job_payloads(db, [row], time.time())[0])
+        return _job_response(db, _job_row(db, request), request.caller)
+
+
+def _job_response(db, row, caller, status=200):
+    job, = job_payloads(db, [row], time.time())
+    response = json_response(_shown_job(job, caller), status)
+    tag = f'"{row["version"]}-{_digest(response.body.decode())}"'
+    return response.changed(headers={"ETag": tag}, until=_changes_at(job))
 
 
 def _post_run(request, store):
     env = _given_env(request)
     with store.read() as db:
-        job = effective_job(db, request.arguments[0])
+        job = effective_job(db, _job_row(db, request)["id"])
     try:
         run_id = request_run(store, job, trigger="api", env=env, by=request.caller.name)
     except Refused as refused:
@@ -10819,41 +11048,86 @@ def _given_env(request):
 
 
 def _get_runs(request, store):
-    options = request.options(("limit", "cursor", "state", "job"))
+    options = request.options(("limit", "cursor", "state", "job", "tag", "trigger", "since", "until",
+                               "parent", "steps"))
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
-    states = _states(options.get("state"))
-    filters = (states, options.get("job"))
+    states, triggers = _states(options.get("state")), _words_of(options, "trigger", TRIGGERS)
+    chosen = {"states": states, "job_id": options.get("job"), "parent": options.get("parent"),
+              "since": _instant_option(options, "since"), "steps": _flag(options, "steps"),
+              "until": _instant_option(options, "until"), "triggers": triggers}
+    filters = ("runs", chosen, options.get("tag"))
     seen = _seen(options, filters)
     if seen is not None and not _LENGTH.fullmatch(seen):
         raise _bad_cursor()
     with store.read() as db:
-        rows = list_runs(db, run_filter(states=states, job_id=options.get("job")), limit + 1,
-                         before=seen and int(seen))
+        where = run_filter(**chosen, job_ids=_visible_jobs(db, request.caller, options.get("tag")))
+        rows = list_runs(db, where, limit + 1, before=seen and int(seen))
         runs = run_payloads(store, db, rows[:limit])
     more = len(rows) > limit
     cursor = _cursor(rows[limit - 1]["seq"], filters) if more else None
-    return json_response(page("runs", runs, cursor))
+    still = all(run["state"] != "running" for run in runs)      # of others their journals tell more
+    return json_response(page("runs", runs, cursor)).changed(until=math.inf if still else None)
+
+
+def _visible_jobs(db, caller, tag=None):
+    """The ids of the jobs with a tag that somebody sees; None for all."""
+    if tag is not None:
+        return [job["id"] for job in job_payloads(db, list_jobs(db), time.time())
+                if tag in job["tags"] and caller.sees(job["id"])]
+    return None if caller.pattern is None else list(filter(caller.sees, seen_job_ids(db)))
 
 
 def _states(text):
     """The states of a list with commas; `active` and `final` stand for several."""
     groups = {"active": ACTIVE_STATES, "final": FINAL_STATES}
-    states = []
-    for word in text.split(",") if text else ():
-        if word not in STATES and word not in groups:
-            raise Refusal(400, "bad_request", f'state: "{printable(word)}" is not one of '
-                          + ", ".join((*STATES, *groups)))
-        states += groups.get(word, (word,))
-    return sorted(set(states))
+    words = _words_of({"state": text}, "state", (*STATES, *groups))
+    return sorted({state for word in words for state in groups.get(word, (word,))})
 
 
 def _get_run(request, store):
-    return json_response(_run_payload(store, request.arguments[0]))
-
-
-def _run_payload(store, run_id):
+    request.options(())
     with store.read() as db:
-        return run_payloads(store, db, [get_run(db, run_id)])[0]
+        run, = run_payloads(store, db, [_run_row(db, request)])
+    return json_response(run).changed(until=None if run["state"] == "running" else math.inf)
+
+
+def _run_row(db, request):
+    """The row of the run in a path: its id, `latest`, a job's id or the beginning of the run's, as
+    far as one sees it. What changes a run is given its id. Raises NoSuchRun."""
+    target, caller = request.arguments[0], request.caller
+    row = find_run_row(db, target)
+    if row is None and request.method in ("GET", "HEAD"):
+        if target == "latest":
+            row, = list_runs(db, run_filter(job_ids=_visible_jobs(db, caller)), 1) or [None]
+        elif caller.sees(target) or len(target) >= 4:
+            with contextlib.suppress(NoSuchRun):
+                row = find_run(db, target)
+    if row is None or not caller.sees(row["job_id"]):
+        raise NoSuchRun(f'there is no run "{printable(target)}"')
+    return row
+
+
+def _get_history(request, store):
+    """The newest runs of several jobs, in brief."""
+    options = request.options(("jobs", "since", "until", "limit"))
+    limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 20
+    since, until = (_instant_option(options, name) for name in ("since", "until"))
+    histories = {}
+    with store.read() as db:
+        for job_id in _job_list(options, _MOST_HISTORIES):
+            if request.caller.sees(job_id):
+                rows = list_runs(db, run_filter(job_id=job_id, since=since, until=until), limit + 1)
+                histories[job_id] = {"runs": [brief_run_payload(row) for row in rows[:limit]],
+                                     "more": len(rows) > limit}
+    return json_response({"jobs": histories}).changed(until=math.inf)
+
+
+def _job_list(options, most):
+    """The ids of jobs in a list with commas; raises Refusal for none, or for more than so many."""
+    ids = list(dict.fromkeys(filter(None, options.get("jobs", "").split(","))))
+    if not 1 <= len(ids) <= most:
+        raise Refusal(400, "bad_request", f"jobs: give the ids of 1 to {most} jobs, with commas")
+    return ids
 
 
 # Tokens, and who has changed what.
@@ -10923,6 +11197,25 @@ def _get_audit(request, store):
 
 # Parameters and cursors.
 
+def _words_of(options, name, known):
+    """The words, of those known, in a parameter that is a list with commas."""
+    words = sorted(set(filter(None, (options.get(name) or "").split(","))))
+    for word in set(words).difference(known):
+        raise Refusal(400, "bad_request", f'{name}: "{printable(word)}" is not one of '
+                      + ", ".join(known))
+    return words
+
+
+def _instant_option(options, name):
+    """The seconds of an instant in a parameter, or None; without an offset it is in UTC."""
+    text = options.get(name)
+    try:
+        return text and parse_instant(text, datetime.timezone.utc)
+    except ValueError:
+        raise Refusal(400, "bad_request", f'{name}: "{printable(text)}" is no instant; write for '
+                      "example 2025-08-01T02:00:00Z") from None
+
+
 def _whole_number(options, name, low, high):
     """The number that a parameter gives, or None; raises Refusal."""
     text = options.get(name)
@@ -10974,7 +11267,8 @@ def _get_log(request, store):
     stream = options.get("stream")
     if stream not in (None, "out", "err"):
         raise Refusal(400, "bad_request", f'stream: "{printable(stream)}" is neither out nor err')
-    log = _Log(store, request.arguments[0])
+    with store.read() as db:
+        log = _Log(store, _run_row(db, request)["id"])
     chosen = {"raw": _flag(options, "raw"), "stream": stream}
     if _flag(options, "follow"):
         if log.ended:
@@ -11073,6 +11367,7 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
     ("GET", "/api/v1/jobs/{}", "job:read", _get_job),
     ("POST", "/api/v1/jobs/{}/run", "run:create", _post_run),
     ("GET", "/api/v1/runs", "run:list", _get_runs),
+    ("GET", "/api/v1/history", "run:list", _get_history),
     ("GET", "/api/v1/runs/{}", "run:list", _get_run),
     ("GET", "/api/v1/runs/{}/logs", "log:read", _get_log),
     ("GET", "/api/v1/tokens", "token:admin", _get_tokens),
@@ -11136,6 +11431,21 @@ def refusal_of(error):
 
 def answer(route, request, store, say):
     """The Response of a route to a request that was read whole; never raises."""
+    if request.method not in ("GET", "HEAD"):
+        return _answered(route, request, store, say)
+    memo, version, response = store.memo, None, None
+    key = request.path, request.query, request.caller, _takes_gzip(request)
+    if memo is not None:
+        response = memo.get(key, time.time())
+        version = None if response else memo.version()
+    if response is None:
+        response = _finished(_answered(route, request, store, say), request)
+        if response.until is not None and memo is not None:
+            memo.keep(key, version, response, response.until)
+    return _unless_known(response, request)
+
+
+def _answered(route, request, store, say):
     try:
         return route.handler(request, store)
     except RoexecError as error:
@@ -11144,6 +11454,38 @@ def answer(route, request, store, say):
         import traceback
         say(f"{request.method} {request.path} failed: {traceback.format_exc()}", "ERROR")
         return Refusal(500, "internal", "roexec has a defect here; see the server's log").response()
+
+
+def _takes_gzip(request):
+    """Whether an answer may be compressed (RFC 9110, 12.5.3)."""
+    for part in (request.header("accept-encoding") or "").lower().split(","):
+        name, _, weight = part.replace(" ", "").partition(";q=")
+        if name == "gzip":
+            return weight.strip("0.") != "" or not weight
+    return False
+
+
+def _finished(response, request):
+    """The Response with a tag that tells its content from others, compressed where that pays."""
+    if response.status != 200 or response.body is None or "ETag" in response.headers:
+        return response
+    body, headers = response.body, dict(response.headers)
+    if len(body) >= _LARGE_BODY:
+        headers["Vary"] = "Accept-Encoding"
+        if _takes_gzip(request):
+            import gzip
+            body, headers["Content-Encoding"] = gzip.compress(body, 6, mtime=0), "gzip"
+    headers["ETag"] = f'"{hashlib.blake2b(body, digest_size=10).hexdigest()}"'
+    return response.changed(body=body, headers=headers)
+
+
+def _unless_known(response, request):
+    """The Response, or a short one where the client has that content already (RFC 9110, 13.1.2)."""
+    known, tag = request.header("if-none-match"), response.headers.get("ETag")
+    if known is None or tag is None or response.status != 200:
+        return response
+    tags = [each.strip().removeprefix("W/") for each in known.split(",")]
+    return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
 # The adapter to http.server. It reads the head itself: http.server takes bare line feeds, folded
@@ -11278,7 +11620,7 @@ class _Connection:
             headers["Content-Type"] = response.type
         if chunked:
             headers["Transfer-Encoding"] = "chunked"
-        elif response.stream is None and response.status != 204:        # RFC 9110, 8.6
+        elif response.stream is None and response.status not in (204, 304):     # RFC 9110, 8.6
             headers["Content-Length"] = str(len(response.body))
         if self.close_connection:
             headers["Connection"] = "close"
@@ -11332,6 +11674,7 @@ class _Server:
         self.address = self.server_address[:2]
         self.connections, self.changed = {}, threading.Condition()      # {socket: its peer}
         self.failures, self.uses, self.noted = Failures(), {}, -math.inf
+        store.memo = Memo(store)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             threading.Thread(target=self.serve_forever, args=(5,), name="http",
@@ -11418,6 +11761,7 @@ class _Server:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
             self.changed.wait_for(lambda: not self.connections, _CLOSING_TIME)
+        self.store.memo.close()
 
 
 _NOTE_TIME = 60         # seconds between writes of when tokens were used
