@@ -2447,6 +2447,33 @@ def read_job_file(text, file, folder, defaults=None):
     return JobFile(jobs=[Job(spec) for spec in specs], warnings=warnings)
 
 
+def read_job(text, file, job_id):
+    """The JobFile of the keys of one job in YAML or JSON; its id, which is given, may be left out.
+
+    There are no relative paths. Raises Invalid.
+    """
+    def reader(value, place):
+        if not isinstance(value, dict):
+            raise ValueError(f"{place.shown(value)} is no job; write command: and so on")
+        spec = _read_job(value, place, {}, (job_id, place))
+        _check_schedule(place, spec, spec.get("timezone"))
+        return spec
+
+    spec, warnings = _in_two_passes(text, file, None, reader)
+    return JobFile(jobs=[Job(spec)], warnings=warnings)
+
+
+def named_jobs(spec):
+    """The ids of other jobs that a spec names, in hooks and steps."""
+    if isinstance(spec, list):
+        return {job_id for item in spec for job_id in named_jobs(item)}
+    if not isinstance(spec, dict):
+        return set()
+    here = {spec[name] for name in ("run", "job") if isinstance(spec.get(name), str)}
+    return here.union(*(named_jobs(item) for name, item in spec.items()
+                        if name not in ("env", "params")))
+
+
 def _in_two_passes(text, file, folder, reader):
     """(what the reader makes of the value of the text, warnings); raises Invalid."""
     try:
@@ -3885,6 +3912,17 @@ def _why_undecided(known, job, slot):
 
 # Who may do what.
 
+_OF_LOADERS = Pattern(r"(?:LD_|DYLD_|BASH_|PYTHON|PERL5|RUBY|LUA_|NODE_|JAVA_|JDK_|GCONV_).*|PATH|"
+                      r"ENV|IFS|PS4|SHELLOPTS|BASHOPTS|CLASSPATH|CDPATH")
+
+
+def refused_variables(declared, names, may_define):
+    """Those of some variables that a caller may not give to a run: who may not define jobs only
+    gives those that the job has `declared`, and nobody others that say how programs are loaded."""
+    return [name for name in names if name not in declared
+            and (not may_define or _OF_LOADERS.fullmatch(name))]
+
+
 SCOPES = ("job:read", "job:write", "job:pause", "run:list", "run:create", "run:cancel", "log:read",
           "token:admin", "metrics:read")
 ROLES = {                               # a name -> the scopes that it stands for
@@ -4084,8 +4122,8 @@ def job_payload(row, job, next_run, zone, now, usual=None):
         "finished_at": _instant(row["last_finished_at"])}
     return {
         "id": job.id, "name": job.name, "schedule": list(job.schedule),
-        "words": [cron.describe() for cron in job.crons()], "timezone": job.timezone or str(zone), "enabled": job.enabled,
-        "paused": paused,
+        "words": [cron.describe() for cron in job.crons()],
+        "timezone": job.timezone or str(zone), "enabled": job.enabled, "paused": paused,
         "paused_until": _instant(row["paused"]) if paused and row["paused"] < math.inf else None,
         "next_run": _instant(next_run), "last_run": last, "usual": usual,
         "tags": list(job.tags), "source": row["source"], "spec": json.loads(row["spec"]),
@@ -4107,6 +4145,14 @@ def public_spec(spec):
 
 
 _SECRET_KEYS = ("stdin", "webhook", "ping")
+
+
+def job_diff(before, job):
+    """What becomes of the definition of a job, as a unified diff; either may be None."""
+    import difflib
+    old, new = ([] if each is None else job_to_yaml([each]).splitlines(keepends=True)
+                for each in (before, job))
+    return "".join(difflib.unified_diff(old, new, "before", "after")) or None
 
 
 def brief_run_payload(row):
@@ -5169,9 +5215,14 @@ def list_jobs(db, after="", limit=-1):
                       (after, limit)).fetchall()
 
 
+def find_job(db, job_id):
+    """The row of a registered job, or None."""
+    return db.execute(_JOBS + "WHERE NOT deleted AND jobs.id = ?", (job_id,)).fetchone()
+
+
 def get_job(db, job_id):
     """The row of a registered job; raises RoexecError that names the nearest id."""
-    row = db.execute(_JOBS + "WHERE NOT deleted AND jobs.id = ?", (job_id,)).fetchone()
+    row = find_job(db, job_id)
     if row is None:
         raise NoSuchJob(f'there is no job "{printable(job_id)}"' + nearest(job_id, job_ids(db)))
     return row
@@ -5201,7 +5252,7 @@ def plan_apply(db, sources, prune=False):
     """The [Change] that makes the jobs of some sources what is given; nothing is changed yet.
 
     `sources` is {source: [Job]} in order (a source is a path, or None for `add`). With `prune` jobs
-    of these sources that are not given are removed. Raises RoexecError for a job of another source.
+    of these sources that are not given are removed. Raises Taken for a job of another source.
     """
     known = {row["id"]: row for row in db.execute(
         "SELECT id, spec, source FROM jobs WHERE NOT deleted")}
@@ -5225,8 +5276,12 @@ def plan_apply(db, sources, prune=False):
                         for job_id, row in sorted(known.items())
                         if row["source"] == source and job_id not in given]
     if problems:
-        raise RoexecError("\n".join(problems))
+        raise Taken("\n".join(problems))
     return changes
+
+
+class Taken(RoexecError):
+    """Jobs that another source has registered."""
 
 
 def perform_apply(db, changes, now, by=None):
@@ -9292,15 +9347,18 @@ def effective_job(db, job_id, settings=None):
 
 
 def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait=False, owner=None,
-                by=None):
+                by=None, note=None):
     """Ask for a run of a job -> its id. It is queued; the server is told.
 
     `env` {name: text} is added to the job's; `name` is for a command that is not registered, which
     knows no overlap; with `owner` (`own_identity()`) only that process starts it; `by` is the name
-    of the Caller who asks. Raises Refused.
+    of the Caller who asks; `note(db, id)` is called in the transaction that adds it. Raises
+    Refused.
     """
     run_id, other = new_run_id(), None
     with store.write() as db:
+        if note is not None:
+            note(db, run_id)
         active = active_runs(db, job.id) if name is None else ()
         action, other = overlap_action(job, trigger, active, wait)
         if action == "skip":
@@ -9373,12 +9431,12 @@ def cancel_run(store, run_id, reason="user", by=None):
     """Cancel a run: a queued one is withdrawn, a running one ends gracefully. `by` is the name of
     the Caller who asks.
 
-    The wish is committed first, then told. Raises RoexecError for a run that has ended.
+    The wish is committed first, then told. Raises HasEnded for a run that has ended.
     """
     with store.write() as db:
         run = get_run(db, run_id)
         if run["state"] in FINAL_STATES:
-            raise RoexecError(f"run {run_id} has ended already: {run['state']}")
+            raise HasEnded(f"run {run_id} has ended already: {run['state']}")
         if run["state"] == "queued":
             finish_run(db, run_id, "cancelled", [], reason=reason, finished_at=time.time())
         else:
@@ -9388,6 +9446,10 @@ def cancel_run(store, run_id, reason="user", by=None):
     if run["state"] == "running":
         signal_cancel(store, run_id, reason)
     store.wake()
+
+
+class HasEnded(RoexecError):
+    """A run about which nothing can be done any more."""
 
 
 def signal_cancel(store, run_id, reason, grace=None):
@@ -10978,7 +11040,7 @@ def _shown_job(job, caller, brief=False):
     return job if caller.may("job:write") else {**job, "spec": public_spec(job["spec"])}
 
 
-def _job_row(db, request):
+def _asked_job(db, request):
     """The row of the job in a path, as far as one sees it; raises NoSuchJob."""
     job_id = request.arguments[0]
     if not request.caller.sees(job_id):
@@ -10993,7 +11055,7 @@ def _job_row(db, request):
 def _get_job(request, store):
     request.options(())
     with store.read() as db:
-        return _job_response(db, _job_row(db, request), request.caller)
+        return _job_response(db, _asked_job(db, request), request.caller)
 
 
 def _job_response(db, row, caller, status=200):
@@ -11003,17 +11065,260 @@ def _job_response(db, row, caller, status=200):
     return response.changed(headers={"ETag": tag}, until=_changes_at(job))
 
 
-def _post_run(request, store):
-    env = _given_env(request)
+# Changes of jobs.
+
+def _put_one_job(request, store):
+    """Register a job, or change it."""
+    options = request.options(("dry_run",))
+    job_id = request.arguments[0]
+    _check_seen(request.caller, [job_id])
+    file = _read_or_refuse(lambda: read_job(request.body, "the body", job_id))
+    _check_seen(request.caller, named_jobs(file.jobs[0].spec))
+
+    def plan(db):
+        row = find_job(db, job_id)
+        _check_version(request, job_id, row)
+        source = row and row["source"]
+        if source and source.startswith("/"):
+            raise Refusal(409, "source", f'job "{job_id}" is registered by {source}; change it '
+                          "there, or delete it first")
+        return plan_apply(db, {source: file.jobs})
+
+    changes = _apply(request, store, plan, _flag(options, "dry_run"))
+    answer = _changes_response(changes, file.warnings, _flag(options, "dry_run"))
+    return answer.changed(status=201) if changes[0]["change"] == "added" else answer
+
+
+def _delete_one_job(request, store):
+    dry_run, job_id = _flag(request.options(("dry_run",)), "dry_run"), request.arguments[0]
+
+    def plan(db):
+        row = _asked_job(db, request)
+        _check_version(request, job_id, row)
+        return [Change(id=job_id, change="removed", source=row["source"])]
+
+    return _changes_response(_apply(request, store, plan, dry_run), (), dry_run)
+
+
+def _check_version(request, job_id, row):
+    """Refuse a change of a job that is not what the client takes it for (RFC 9110, 13.1)."""
+    wanted, absent = request.header("if-match"), request.header("if-none-match")
+    versions = [tag.strip().removeprefix("W/").strip('"').partition("-")[0]
+                for tag in (wanted or "").split(",")]
+    now = f"is version {row['version']}" if row else "is not there"
+    if wanted is not None and (row is None or not {"*", str(row["version"])} & set(versions)) \
+            or absent == "*" and row is not None:
+        raise Refusal(412, "precondition_failed", f'job "{job_id}" {now} by now; look at it again')
+
+
+def _post_apply(request, store):
+    """Register the jobs of one or several job files."""
+    options = request.options(("source", "prune", "dry_run"))
+    prune, dry_run = _flag(options, "prune"), _flag(options, "dry_run")
+    caller, texts = request.caller, _texts_of(request.body, options.get("source"))
     with store.read() as db:
-        job = effective_job(db, _job_row(db, request)["id"])
+        defaults = in_effect(db)[0]
+    files, sources, warnings = {}, {}, []
+    for source, text in texts.items():
+        files[source] = _read_or_refuse(lambda: read_job_file(text, source, None, defaults))
+        sources[source] = files[source].jobs
+        warnings += files[source].warnings
+    _check_ids(sources)
+    for jobs in sources.values():
+        _check_seen(caller, {job.id for job in jobs}.union(*(named_jobs(job.spec) for job in jobs)))
+
+    def plan(db):
+        return [change for change in plan_apply(db, sources, prune)
+                if change.change != "removed" or caller.sees(change.id)]
+
+    return _changes_response(_apply(request, store, plan, dry_run), warnings, dry_run)
+
+
+def _texts_of(body, source):
+    """{source: text of a job file} of a body: one, or those of {"files": […]}."""
     try:
-        run_id = request_run(store, job, trigger="api", env=env, by=request.caller.name)
+        given = json.loads(body.decode()).get("files")
+    except (ValueError, RecursionError, AttributeError):
+        given = None                    # a job file in YAML, or no JSON object
+    texts = {"api" if source is None else source: body}
+    if given is not None:
+        if not isinstance(given, list) or not all(
+                isinstance(file, dict) and set(file) == {"source", "text"}
+                and all(isinstance(text, str) for text in file.values()) for file in given):
+            raise Refusal(400, "bad_request", 'files is a list of {"source": …, "text": …}')
+        texts = {file["source"]: file["text"] for file in given}
+        if len(texts) != len(given) or source is not None:
+            raise Refusal(400, "bad_request", "each of files has a source of its own")
+    for name in texts:
+        if not 1 <= len(name) <= 200 or not name.isprintable() or name.startswith("/"):
+            raise Refusal(400, "bad_request", f'source: "{printable(name)}" cannot be a source; '
+                          "write a name, not a path of this host")
+    return texts
+
+
+def _check_ids(sources):
+    places = {}
+    for source, jobs in sources.items():
+        for job in jobs:
+            if places.setdefault(job.id, source) != source:
+                raise Refusal(422, "invalid", f'job "{job.id}" stands in {places[job.id]} and in '
+                              f"{source}; remove one of them", errors=[])
+
+
+def _check_seen(caller, job_ids):
+    for job_id in sorted(job_ids):
+        if not caller.sees(job_id):
+            raise Refusal(403, "forbidden", f'job "{printable(job_id)}" is none of those that '
+                          f"this token is about: {caller.pattern}")
+
+
+def _read_or_refuse(read):
+    try:
+        return read()
+    except Invalid as invalid:
+        raise Refusal(422, "invalid", str(invalid), errors=[
+            {name: getattr(problem, name) for name in problem.__slots__}
+            for problem in invalid.problems]) from None
+
+
+def _apply(request, store, plan, dry_run):
+    """Carry out the [Change] that `plan(db)` gives -> what has, or would have, become of jobs."""
+    with store.read() if dry_run else store.write() as db:
+        before = {row["id"]: Job(json.loads(row["spec"])) for row in list_jobs(db)}
+        try:
+            changes = plan(db)
+        except Taken as taken:
+            raise Refusal(409, "source", str(taken)) from None
+        if not dry_run:
+            perform_apply(db, changes, time.time(), request.caller.name)
+    if not dry_run:
+        store.wake()
+    return [{"id": change.id, "change": change.change,
+             "diff": job_diff(before.get(change.id), change.job)} for change in changes]
+
+
+def _changes_response(changes, warnings, dry_run):
+    return json_response({"changes": changes, "warnings": list(map(str, warnings)),
+                          "dry_run": dry_run})
+
+
+def _post_pause(request, store):
+    """Pause the schedule of a job, for some time or until it is resumed."""
+    request.options(())
+    given, until = _body_object(request, ("for", "until")), None
+    try:
+        if given.get("for") is not None:
+            until = math.ceil(time.time() + parse_duration(given["for"]))
+        elif given.get("until") is not None:
+            until = parse_instant(given["until"], datetime.timezone.utc)
+    except (ValueError, TypeError, AttributeError):
+        raise Refusal(400, "bad_request", 'write {"for": "2h"}, or {"until": '
+                      '"2025-08-01T02:00:00Z"}') from None
+    return _paused(request, store, True, until)
+
+
+def _post_resume(request, store):
+    request.options(())
+    _body_object(request, ())
+    return _paused(request, store, False, None)
+
+
+def _paused(request, store, paused, until):
+    with store.write() as db:
+        pause_job(db, _asked_job(db, request)["id"], paused, until, request.caller.name)
+    store.wake()
+    with store.read() as db:
+        return _job_response(db, _asked_job(db, request), request.caller)
+
+
+# Runs.
+
+def _post_run(request, store):
+    """Start a run of a job."""
+    request.options(())
+    given = _body_object(request, ("env", "queue"))
+    with store.read() as db:
+        job = effective_job(db, _asked_job(db, request)["id"])
+    env = _given_env(given, job, request.caller)
+    if given.get("queue", False) not in (False, True):
+        raise Refusal(400, "bad_request", "queue is true or false")
+    return _start(request, store, job, given, trigger="api", env=env,
+                  wait=given.get("queue", False))
+
+
+def _post_retry(request, store):
+    """Run again what a run ran."""
+    request.options(())
+    given = _body_object(request, ("env",))
+    with store.read() as db:
+        run = _asked_run(db, request)
+        if run["state"] not in FINAL_STATES:
+            raise Refusal(409, "state", f"run {run['id']} has not ended yet: it is {run['state']}")
+        if run["name"] is not None:
+            raise Refusal(409, "state", f"run {run['id']} is of a command that is not registered")
+        try:
+            job = effective_job(db, run["job_id"])
+        except NoSuchJob as error:
+            raise Refusal(409, "state", str(error)) from None
+    env = {**json.loads(run["env"] or "{}"), **_given_env(given, job, request.caller)}
+    return _start(request, store, job, given, trigger="retry", env=env, retry_of=run["id"])
+
+
+def _start(request, store, job, given, **how):
+    """Ask for a run, unless this has been asked for already with the same key -> the Response."""
+    key, headers = _key_of(request, job.id), {}
+    fingerprint = _digest((request.path, given))
+
+    def note(db, run_id):
+        if key is not None:
+            keep_answer(db, key, fingerprint, run_id, time.time())
+
+    try:
+        run_id = request_run(store, job, note=note, by=request.caller.name, **how)
     except Refused as refused:
         run = refused.run
         raise Refusal(409, "overlap", f'job "{job.id}" is {run["state"]} already: run {run["id"]}',
                       run=run["id"]) from None
-    return json_response(_run_payload(store, run_id), 202, Location=f"/api/v1/runs/{run_id}")
+    except Repeated as repeated:
+        if not repeated.same:
+            raise Refusal(422, "key_reused", "this Idempotency-Key was used for another request: "
+                          f"run {repeated.run_id}", run=repeated.run_id, errors=[]) from None
+        run_id, headers = repeated.run_id, {"Idempotency_Replayed": "true"}
+    return _run_response(store, run_id, **headers)
+
+
+def _run_response(store, run_id, **headers):
+    """The Response that something is being done about a run."""
+    with store.read() as db:
+        run, = run_payloads(store, db, [get_run(db, run_id)])
+    return json_response(run, 202, Location=f"/api/v1/runs/{run_id}", **headers)
+
+
+_KEY = Pattern(r"[!-~]{1,255}")
+
+
+def _key_of(request, job_id):
+    """What the store keeps of the Idempotency-Key of a request, or None."""
+    key = request.header("idempotency-key")
+    if key is None:
+        return None
+    if not _KEY.fullmatch(key):
+        raise Refusal(400, "bad_request", "an Idempotency-Key has 1 to 255 visible characters")
+    return hashlib.blake2b(json.dumps([request.caller.name, job_id, key]).encode(),
+                           digest_size=16).hexdigest()
+
+
+def _post_cancel(request, store):
+    """End a run, or withdraw one that is queued."""
+    request.options(())
+    _body_object(request, ())
+    with store.read() as db:
+        run = _asked_run(db, request)
+    try:
+        cancel_run(store, run["id"], by=request.caller.name)
+    except HasEnded as error:
+        raise Refusal(409, "state", str(error)) from None
+    return _run_response(store, run["id"])
 
 
 def _body_object(request, keys):
@@ -11024,17 +11329,17 @@ def _body_object(request, keys):
     except (ValueError, RecursionError) as error:
         raise Refusal(400, "bad_request", f"the body is not JSON: {error}") from None
     if not isinstance(given, dict):
-        raise Refusal(400, "bad_request", f'the body is not an object; write {{"{keys[0]}": …}}')
+        raise Refusal(400, "bad_request", "the body is not an object"
+                      + (f'; write {{"{keys[0]}": …}}' if keys else ""))
     for key in given:
         if key not in keys:
             raise Refusal(400, "bad_request", f'unknown key "{printable(key)}" in the body; there '
-                          f"{'are' if keys[1:] else 'is'} {', '.join(keys)}")
+                          f"{'are' if keys[1:] else 'is'} {', '.join(keys) or 'none'}")
     return given
 
 
-def _given_env(request):
-    """{name: value} that a body gives to a run."""
-    given = _body_object(request, ("env",))
+def _given_env(given, job, caller):
+    """{name: value} that a body gives to a run, as far as somebody may; raises Refusal."""
     env = given.get("env", {})
     if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
         raise Refusal(400, "bad_request", 'env is an object whose values are strings: '
@@ -11044,12 +11349,17 @@ def _given_env(request):
     except Invalid as invalid:
         raise Refusal(400, "bad_request", "\n".join(
             f"{problem.path}: {problem.message}" for problem in invalid.problems)) from None
+    refused = refused_variables(job.env, env, caller.may("job:write"))
+    if refused:
+        raise Refusal(403, "variable", f"env.{refused[0]}: the job does not declare it, and "
+                      + ("it says how programs are loaded" if caller.may("job:write") else
+                         "only who may define jobs gives others"))
     return env
 
 
 def _get_runs(request, store):
-    options = request.options(("limit", "cursor", "state", "job", "tag", "trigger", "since", "until",
-                               "parent", "steps"))
+    options = request.options(("limit", "cursor", "state", "job", "tag", "trigger", "since",
+                               "until", "parent", "steps"))
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
     states, triggers = _states(options.get("state")), _words_of(options, "trigger", TRIGGERS)
     chosen = {"states": states, "job_id": options.get("job"), "parent": options.get("parent"),
@@ -11087,11 +11397,11 @@ def _states(text):
 def _get_run(request, store):
     request.options(())
     with store.read() as db:
-        run, = run_payloads(store, db, [_run_row(db, request)])
+        run, = run_payloads(store, db, [_asked_run(db, request)])
     return json_response(run).changed(until=None if run["state"] == "running" else math.inf)
 
 
-def _run_row(db, request):
+def _asked_run(db, request):
     """The row of the run in a path: its id, `latest`, a job's id or the beginning of the run's, as
     far as one sees it. What changes a run is given its id. Raises NoSuchRun."""
     target, caller = request.arguments[0], request.caller
@@ -11268,7 +11578,7 @@ def _get_log(request, store):
     if stream not in (None, "out", "err"):
         raise Refusal(400, "bad_request", f'stream: "{printable(stream)}" is neither out nor err')
     with store.read() as db:
-        log = _Log(store, _run_row(db, request)["id"])
+        log = _Log(store, _asked_run(db, request)["id"])
     chosen = {"raw": _flag(options, "raw"), "stream": stream}
     if _flag(options, "follow"):
         if log.ended:
@@ -11366,9 +11676,16 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
     ("GET", "/api/v1/jobs", "job:read", _get_jobs),
     ("GET", "/api/v1/jobs/{}", "job:read", _get_job),
     ("POST", "/api/v1/jobs/{}/run", "run:create", _post_run),
+    ("PUT", "/api/v1/jobs/{}", "job:write", _put_one_job),
+    ("DELETE", "/api/v1/jobs/{}", "job:write", _delete_one_job),
+    ("POST", "/api/v1/jobs/{}/pause", "job:pause", _post_pause),
+    ("POST", "/api/v1/jobs/{}/resume", "job:pause", _post_resume),
+    ("POST", "/api/v1/apply", "job:write", _post_apply),
     ("GET", "/api/v1/runs", "run:list", _get_runs),
     ("GET", "/api/v1/history", "run:list", _get_history),
     ("GET", "/api/v1/runs/{}", "run:list", _get_run),
+    ("POST", "/api/v1/runs/{}/cancel", "run:cancel", _post_cancel),
+    ("POST", "/api/v1/runs/{}/retry", "run:create", _post_retry),
     ("GET", "/api/v1/runs/{}/logs", "log:read", _get_log),
     ("GET", "/api/v1/tokens", "token:admin", _get_tokens),
     ("POST", "/api/v1/tokens", "token:admin", _post_token),

@@ -28,6 +28,8 @@ JOBS = [{"id": "hello", "schedule": "0 2 * * *", "command": "echo hello"},
         {"id": "backup", "command": "echo backup", "overlap": "queue", "env": {"A": "b"}},
         {"id": "replaced", "command": "echo x", "overlap": "replace"}]
 
+OWNER = roexec.Caller(name="user me", scopes=("*",), owner=True)
+
 needs_tables = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"),
                                   reason="this host has no table of sockets in /proc")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
@@ -205,7 +207,7 @@ def test_overlap_is_obeyed(ask):
     (b"A=b", "the body is not JSON: "), (b"\xff", "the body is not JSON: "),
     (b'{"env": ', "the body is not JSON: "), (b"[" * 100_000, "the body is not JSON: "),
     (b"[]", 'the body is not an object; write {"env": …}'),
-    (b'{"enw": {}}', 'unknown key "enw" in the body; there is env'),
+    (b'{"enw": {}}', 'unknown key "enw" in the body; there are env, queue'),
     (b'{"env": ["A=b"]}', 'env is an object whose values are strings'),
     (b'{"env": {"A": 1}}', 'env is an object whose values are strings'),
     (b'{"env": null}', 'env is an object whose values are strings'),
@@ -439,7 +441,7 @@ def test_what_a_log_grows_by_while_it_is_read_is_not_given(store):
     run_id, journal = running(store)
     route = roexec.find_routes(f"/api/v1/runs/{run_id}/logs")[0]["GET"]
     request = Request("GET", f"/api/v1/runs/{run_id}/logs")
-    request.arguments = (run_id,)
+    request.arguments, request.caller = (run_id,), OWNER
     response = roexec.answer(route, request, store, print)
     write_log(store, "live.log", b"2025-08-01T10:00:02Z [OUT] late\n")
     assert response.headers["Roexec-Next-Offset"] == str(len(LOG))
@@ -1403,7 +1405,9 @@ def test_the_owner_is_let_in_wherever_the_server_listens(host, to, store):
 
 def test_handlers_know_no_sockets(store):
     route = roexec.find_routes("/api/v1/jobs")[0]["GET"]
-    response = roexec.answer(route, Request("GET", "/api/v1/jobs?limit=1"), store, print)
+    request = Request("GET", "/api/v1/jobs?limit=1")
+    request.caller = OWNER
+    response = roexec.answer(route, request, store, print)
     assert response.status == 200 and len(json.loads(response.body)["jobs"]) == 1
     assert json_response({}, 201, X_Y="z") == roexec.Response(
         status=201, type="application/json", headers={"X-Y": "z"}, body=b"{}\n")
