@@ -93,7 +93,8 @@ def test_a_job_has_the_members_of_the_design():
     payload = job({"last_id": "r1", "last_state": "failed", "last_started_at": NOON,
                    "last_finished_at": NOON + 1}, next_run=NOON)
     assert payload == {
-        "id": "backup", "name": "Back up", "schedule": ["0 2 * * *"], "timezone": "UTC",
+        "id": "backup", "name": "Back up", "schedule": ["0 2 * * *"],
+        "words": ["at 02:00 every day"], "usual": None, "timezone": "UTC",
         "enabled": True, "paused": False, "paused_until": None, "next_run": "2025-08-01T10:00:00Z",
         "last_run": {"id": "r1", "state": "failed", "started_at": "2025-08-01T10:00:00Z",
                      "finished_at": "2025-08-01T10:00:01Z"},
