@@ -524,7 +524,7 @@ def test_a_command_that_cannot_join_its_cgroup_does_not_start(store, tmp_path, m
 def test_a_server_makes_room_in_a_delegated_scope_only(tmp_path, monkeypatch, unit, moves):
     own = tmp_path / unit
     own.mkdir()
-    monkeypatch.setattr(roexec, "_own_cgroup", lambda: str(own))
+    monkeypatch.setattr(roexec, "_cgroup_of", lambda pid: str(own))
     monkeypatch.setattr(roexec, "_is_delegated", lambda folder: folder == str(own))
     roexec.prepare_cgroup()
     assert (own / "server").exists() is moves
