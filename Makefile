@@ -54,6 +54,10 @@ dist: ## build the release, a .tar.gz around roexec.pyz; sdist and wheel where `
 		then $(PYTHON) -m build --no-isolation --outdir dist .; \
 		else echo "no sdist and wheel: $(PYTHON) lacks build, or setuptools from 77 on"; fi
 
+.PHONY: reference
+reference: ## write the README's reference of commands anew
+	$(PYTHON) tests/reference.py
+
 .PHONY: bench
 bench: ## measure; fails where a stated ratio is missed
 	$(PYTHON) tests/bench/run.py

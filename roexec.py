@@ -12230,8 +12230,9 @@ def usual_store():
     return HOST_STORE if host else user_folder("XDG_STATE_HOME", ".local/state")
 
 
-def become_owner(store):
-    """Root becomes the owner of a store, so that nothing in it ever becomes root's."""
+def become_owner(store, say=None):
+    """Root becomes the owner of a store, so that nothing in it ever becomes root's; `say` is told
+    of it."""
     try:
         state = os.stat(store.path)
     except OSError:
@@ -12250,7 +12251,8 @@ def become_owner(store):
     os.setuid(uid)
     if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):
         raise RoexecError(f"cannot become {owner_name(uid)}, who owns {store.path}")
-    store.say(f"working as {owner_name(uid)}, who owns {store.path}")
+    if say is not None:
+        say(f"working as {owner_name(uid)}, who owns {store.path}")
 
 
 # Live servers. A server holds the lock of a file that has the number of its process as its name,
@@ -12598,7 +12600,7 @@ def _check_limits(examined):
         yield _ok("memory and processors are limited by cgroups")
         return
     yield _remark("limits.memory is kept by watching, limits.cpu not at all: no cgroup (v2) is "
-                  "delegated to a server here", "use examples/roexec.service, where systemd runs")
+                  "delegated to a server here", "roexec install, where systemd runs")
     for job in examined.jobs:
         if job.limits.cpu is not None:
             yield _wrong(f'limits.cpu of job "{job.id}" is not kept')
@@ -12741,6 +12743,638 @@ def compare_environments(job, caller):
         "env_from": list(job.env_from)}
 
 
+# Putting it into place, and taking it away. What is to be done are Steps, so that a dry run can
+# print the same as what a run performs.
+
+class Step(Value):
+    """Something to be done: `text` says what, and `perform()` does it."""
+    __slots__ = ("text", "perform")
+
+
+def perform_steps(steps, say):
+    """Say and perform steps in order; raises RoexecError for the first that fails."""
+    for step in steps:
+        say(step.text)
+        try:
+            step.perform()
+        except OSError as error:
+            raise RoexecError(f"{step.text}: {error.strerror or error}") from None
+
+
+def _file_step(path, data, mode=0o644):
+    """Steps that put a text or bytes into a file, by a rename, where it has others."""
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        with open(path, "rb") as file:
+            if file.read() == data:
+                return []
+    except FileNotFoundError:
+        pass
+    return [Step(text=f"write {path}", perform=lambda: _put_file(path, data, mode))]
+
+
+def _put_file(path, data, mode):
+    """A program that runs from the file goes on with the old one (its inode stays)."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    new = f"{path}.{os.getpid()}.new"
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            os.fchmod(descriptor, mode)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(new, path)
+    except BaseException:
+        os.unlink(new)
+        raise
+
+
+def _command_step(*words, may_fail=False):
+    return Step(text=shlex.join(words), perform=lambda: _run_command(words, may_fail))
+
+
+def _run_command(words, may_fail, data=None):
+    import subprocess
+    done = subprocess.run(words, input=data, capture_output=True, text=True)
+    if done.returncode and not may_fail:
+        raise RoexecError(f"{shlex.join(words)} has failed, status {done.returncode}: "
+                          f"{printable((done.stderr or done.stdout).strip())}")
+
+
+def _remove_step(path):
+    return [Step(text=f"remove {path}", perform=lambda: os.unlink(path))] \
+        if os.path.lexists(path) else []
+
+
+def _has_program(name):
+    try:
+        return bool(find_program(name, {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}))
+    except CannotStart:
+        return False
+
+
+CONFIG_TEMPLATE = """\
+# The configuration of roexec. What is commented out shows what can be said.
+
+jobs: jobs.yml                  # a job file, or a folder of them, that the server follows
+
+# server:
+#   host: 127.0.0.1             # 0.0.0.0 lets others in, who need a token
+#   port: 8080
+
+# store:                        # history, logs, and what is running
+#   type: local
+#   path: /var/lib/roexec
+
+# scheduler:
+#   max_concurrent: 10          # runs at once, of all jobs together; further ones wait
+#   timezone: Europe/Berlin     # of schedules; without it the host's
+
+# defaults:                     # for jobs that do not say otherwise
+#   timeout: 1h
+#   retries: 2
+
+# mail:                         # the server for {mail: ADDRESS} in hooks
+#   host: smtp.example.com
+#   from: roexec@example.com
+#   user: roexec
+#   password_file: /etc/roexec/mail-password
+
+# vault:                        # for vault:// in env_from
+#   address: https://vault.example.com:8200
+#   token_file: /etc/roexec/vault-token
+"""
+JOBS_TEMPLATE = """\
+# The jobs of this host. The server follows this file: a change holds a second after it was saved.
+# To check it: roexec apply -f jobs.yml --dry-run
+
+jobs:
+  - id: hello                   # without a schedule: roexec run hello
+    command: echo "Hello from $(hostname)"
+
+  # - id: backup-db
+  #   name: Backup database
+  #   schedule: "0 2 * * *"
+  #   command: /usr/local/bin/backup.sh
+  #   env: {DB_HOST: db.internal}
+  #   timeout: 1h
+  #   retries: 3
+  #   backoff: 30s
+  #   hooks:
+  #     on_failure: {mail: ops@example.com}
+"""
+
+
+def init_steps(folder):
+    """Steps that write config.yml and jobs.yml into a folder, where there are none yet."""
+    steps = []
+    for name, text in (("config.yml", CONFIG_TEMPLATE), ("jobs.yml", JOBS_TEMPLATE)):
+        path = os.path.join(folder, name)
+        if not os.path.lexists(path):
+            steps += _file_step(path, text)
+    return steps
+
+
+_MARK = "# Written by roexec install, which writes it again; without this line it is left alone.\n"
+_UNIT = _MARK + """\
+# For settings of your own: systemctl edit roexec
+
+[Unit]
+Description=roexec, scheduler and runner of jobs
+After=local-fs.target network.target time-sync.target
+# However often it fails, it is started again.
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart={command}
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=always
+RestartSec=1
+# A restart or an upgrade must end the server only: runs belong to their supervisors.
+KillMode=process
+# Limits of jobs need a part of the cgroup tree. (DelegateSubgroup is of systemd 254.)
+Delegate=yes
+DelegateSubgroup=server
+# A job that runs out of memory must not take the server along; nor are jobs to be few.
+OOMPolicy=continue
+TasksMax=infinity
+{identity}
+[Install]
+WantedBy={target}
+"""
+_OPENRC = """\
+#!/sbin/openrc-run
+""" + _MARK + """\
+name=roexec
+description="scheduler and runner of jobs"
+supervisor=supervise-daemon
+command={python}
+command_args="{arguments}"
+command_user={user}
+error_log=/var/log/roexec.log
+respawn_delay=1
+respawn_max=0
+# A restart must end the server only: runs belong to their supervisors.
+rc_cgroup_cleanup=no
+extra_started_commands=reload
+
+depend() {{
+    need localmount
+    use net
+}}
+
+start_pre() {{
+    checkpath --file --owner {user} --mode 0640 /var/log/roexec.log
+}}
+
+reload() {{
+    supervise-daemon roexec --signal HUP
+}}
+"""
+
+
+def systemd_unit(words, user):
+    """The unit that runs the server by some words; as a user, None: in the manager of a user."""
+    identity = "" if user is None else (
+        "# Makes /var/lib/roexec, the store, and gives it to the user of the unit.\n"
+        "StateDirectory=roexec\nStateDirectoryMode=0700\n"
+        + (f"User={user}\n" if user != "root" else ""))
+    return _UNIT.format(command=shlex.join(words), identity=identity,
+                        target="default.target" if user is None else "multi-user.target")
+
+
+class Installation:
+    """An installation on this host, for all or (`own`) for the user who asks for it.
+
+    `user` is who runs the server: for all that is the owner of the store, else `wanted`, else
+    "roexec". Raises RoexecError where that cannot be.
+    """
+
+    def __init__(self, own=False, wanted=None):
+        self.own = own
+        if not own and os.geteuid() != 0:
+            raise RoexecError("only root can install it for the host; write sudo roexec install, "
+                              "or roexec install --user")
+        home = os.path.expanduser("~")
+        self.program = os.path.join(home, ".local/bin/roexec") if own else "/usr/local/bin/roexec"
+        self.store = Store(user_folder("XDG_STATE_HOME", ".local/state") if own else HOST_STORE)
+        self.config = user_folder("XDG_CONFIG_HOME", ".config") if own else HOST_CONFIG
+        self.user = self._choose_user(wanted)
+        self.words = [sys.executable, "-I", self.program, "server"]
+        self.manager = self._find_manager()
+
+    def _choose_user(self, wanted):
+        owner = None
+        with contextlib.suppress(OSError):
+            owner = owner_name(os.stat(self.store.path).st_uid)
+        if self.own:
+            return owner_name(os.geteuid())
+        if wanted and owner and wanted != owner:
+            raise RoexecError(f"the store {self.store.path} belongs to {owner}; stop the server, "
+                              f"write chown -R {wanted} {self.store.path}, then install again")
+        return wanted or owner or "roexec"
+
+    def _find_manager(self):
+        if os.path.isdir("/run/systemd/system") and _has_program("systemctl"):
+            return _Systemd(self)
+        if not self.own and _has_program("openrc-run"):
+            return _OpenRc(self)
+        if _has_program("crontab"):
+            return _Crontab(self)
+        raise RoexecError("there is neither systemd nor OpenRC nor crontab here to start a server "
+                          "with the host; let what starts things here run "
+                          + shlex.join(self.words))
+
+    def check(self):
+        """Raise RoexecError for what would not work afterwards."""
+        if self.user not in ("root", owner_name(os.geteuid())):
+            for path in (os.path.realpath(sys.executable), sys.executable):
+                while path != "/":
+                    if not os.stat(path).st_mode & 0o001:
+                        raise RoexecError(
+                            f"{self.user} cannot run {sys.executable}, since {path} is private; "
+                            f"write for example /usr/bin/python3 {program_path()} install")
+                    path = os.path.dirname(path)
+        if self.store.exists:
+            ask_as_owner(self.store, _check_that_it_is_known)
+
+    def steps(self):
+        """The Steps that install it, or upgrade what is there."""
+        with open(program_path(), "rb") as file:
+            program = _file_step(self.program, file.read(), 0o755)
+        steps = [*program, *self._user_steps(), *self._store_steps(), *init_steps(self.config)]
+        return steps + self.manager.steps(bool(program))
+
+    def _user_steps(self):
+        with contextlib.suppress(KeyError):
+            pwd.getpwnam(self.user)
+            return []
+        shell = next((path for path in ("/usr/sbin/nologin", "/sbin/nologin")
+                      if os.path.exists(path)), "/bin/false")
+        if _has_program("useradd"):
+            return [_command_step("useradd", "--system", "--user-group", "--no-create-home",
+                                  "--home-dir", HOST_STORE, "--shell", shell, self.user)]
+        if _has_program("adduser"):     # of busybox
+            return [_command_step("addgroup", "-S", self.user),
+                    _command_step("adduser", "-S", "-D", "-H", "-G", self.user, "-h", HOST_STORE,
+                                  "-s", shell, self.user)]
+        raise RoexecError(f"there is no user {self.user}, and neither useradd nor adduser to make "
+                          "one; make it, or name another one with --as")
+
+    def _store_steps(self):
+        if os.path.isdir(self.store.path):
+            return []
+        return [Step(text=f"make the folder {self.store.path} for {self.user}",
+                     perform=self._make_store)]
+
+    def _make_store(self):
+        os.makedirs(os.path.dirname(self.store.path), exist_ok=True)
+        os.mkdir(self.store.path, 0o700)
+        if not self.own:
+            entry = pwd.getpwnam(self.user)
+            os.chown(self.store.path, entry.pw_uid, entry.pw_gid)
+
+    def removal(self):
+        """The Steps that take program and service away, and leave store and configuration."""
+        return self.manager.removal() + _remove_step(self.program)
+
+    def leftovers(self):
+        """The commands that would remove what `removal` leaves."""
+        left = [path for path in (self.store.path, self.config) if os.path.isdir(path)]
+        commands = [f"rm -r {shlex.quote(path)}" for path in left]
+        return commands + (["userdel roexec"] if self.user == "roexec" and not self.own else [])
+
+
+def _check_that_it_is_known(store):
+    with contextlib.closing(store.connect("ro")) as db:         # an older one is brought up to date
+        check_version(store, db)
+
+
+def ask_as_owner(store, question):
+    """Ask something of a store as its owner, in a process of its own: no file of it becomes root's.
+
+    Raises the RoexecError that the question raises.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer = "it could not be asked"
+        try:
+            become_owner(store)
+            question(store)
+            answer = ""
+        except (RoexecError, OSError) as error:
+            answer = str(error)
+        finally:
+            os.write(writer, answer.encode())
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        answer = file.read()
+    os.waitpid(child, 0)
+    if answer:
+        raise RoexecError(answer)
+
+
+class _Service:
+    """How a server is started with the host: a file at `path`, and the commands of the manager."""
+
+    def __init__(self, installation):
+        self.installation = installation
+
+    def _file_steps(self, text, mode=0o644):
+        """Steps that write the file, unless somebody has made it their own."""
+        try:
+            with open(self.path) as file:
+                if _MARK not in file.read():
+                    return []
+        except FileNotFoundError:
+            pass
+        return _file_step(self.path, text, mode)
+
+
+class _Systemd(_Service):
+    def __init__(self, installation):
+        super().__init__(installation)
+        own = installation.own
+        self.systemctl = ["systemctl", *(["--user"] if own else [])]
+        self.path = os.path.join(
+            os.path.dirname(user_folder("XDG_CONFIG_HOME", ".config")) if own else "/etc",
+            "systemd/user" if own else "systemd/system", "roexec.service")
+
+    def steps(self, changed):
+        """Steps that make the unit known, started with the host, and running what is new."""
+        installation = self.installation
+        unit = self._file_steps(systemd_unit(
+            installation.words, None if installation.own else installation.user))
+        reload = [_command_step(*self.systemctl, "daemon-reload")] if unit else []
+        linger = [_command_step("loginctl", "enable-linger", may_fail=True)] \
+            if installation.own else []
+        return [*unit, *reload, *linger, _command_step(*self.systemctl, "enable", "roexec"),
+                _command_step(*self.systemctl, "restart" if changed or unit else "start",
+                              "roexec")]
+
+    def removal(self):
+        """Steps that end the server and forget the unit; runs that are on go on."""
+        if not os.path.lexists(self.path):
+            return []
+        return [_command_step(*self.systemctl, "disable", "--now", "roexec"),
+                *_remove_step(self.path), _command_step(*self.systemctl, "daemon-reload")]
+
+
+class _OpenRc(_Service):
+    path = "/etc/init.d/roexec"
+
+    def steps(self, changed):
+        """Steps that make the script known, started with the host, and running what is new."""
+        python, *arguments = self.installation.words
+        script = self._file_steps(_OPENRC.format(
+            python=python, arguments=shlex.join(arguments), user=self.installation.user), 0o755)
+        return [*script, _command_step("rc-update", "add", "roexec", "default"),
+                _command_step("rc-service", "roexec", "restart" if changed or script else "start")]
+
+    def removal(self):
+        """Steps that end the server and forget the script; runs that are on go on."""
+        if not os.path.lexists(self.path):
+            return []
+        return [_command_step("rc-service", "roexec", "stop"),
+                _command_step("rc-update", "del", "roexec", "default"), *_remove_step(self.path)]
+
+
+class _Crontab(_Service):
+    """A line `@reboot` in the crontab of the user who runs the server."""
+
+    @property
+    def line(self):
+        installation = self.installation
+        log = shlex.quote(os.path.join(installation.store.path, "server.log"))
+        return f"@reboot exec {shlex.join(installation.words)} >>{log} 2>&1"
+
+    def _crontab(self, *words):
+        return ["crontab", *([] if self.installation.own else ["-u", self.installation.user]),
+                *words]
+
+    def _lines(self):
+        """The lines of the crontab, without ours."""
+        import subprocess
+        shown = subprocess.run(self._crontab("-l"), capture_output=True, text=True)
+        lines = shown.stdout.splitlines() if shown.returncode == 0 else []
+        others = [line for line in lines if f" {self.installation.program} server " not in line]
+        return others, lines
+
+    def _write_step(self, lines):
+        words, text = self._crontab("-"), "".join(line + "\n" for line in lines)
+        return Step(text=f"write the crontab of {self.installation.user}",
+                    perform=lambda: _run_command(words, False, text))
+
+    def steps(self, changed):
+        """Steps that add the line, and let a server run that is what is installed."""
+        others, lines = self._lines()
+        wanted = [*others, self.line]
+        crontab = [] if wanted == lines else [self._write_step(wanted)]
+        running = self.installation.store.server()
+        if running and not (changed or crontab):
+            return []
+        return [*crontab, *self._stop_steps(running),
+                Step(text=f"start a server as {self.installation.user}", perform=self._start)]
+
+    def _stop_steps(self, running):
+        return [Step(text=f"end the server (process {running})", perform=self._stop)] \
+            if running else []
+
+    def _stop(self):
+        store, deadline = self.installation.store, time.monotonic() + 30
+        pid = store.server()
+        if pid:
+            os.kill(pid, signal.SIGTERM)
+        while store.server() is not None:
+            if time.monotonic() > deadline:
+                raise RoexecError(f"the server (process {pid}) does not end")
+            time.sleep(0.05)
+
+    def _start(self):
+        import subprocess
+        entry = pwd.getpwnam(self.installation.user)
+        identity = {} if os.geteuid() else {
+            "user": entry.pw_uid, "group": entry.pw_gid,
+            "extra_groups": os.getgrouplist(entry.pw_name, entry.pw_gid)}
+        subprocess.run(["/bin/sh", "-c", self.line.partition(" ")[2] + " &"], cwd="/",
+                       env=clean_environment(entry.pw_uid), start_new_session=True,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, **identity)
+        deadline = time.monotonic() + 30
+        while self.installation.store.server() is None:
+            if time.monotonic() > deadline:
+                raise RoexecError("the server has not begun; see "
+                                  + self.installation.store.file("server.log"))
+            time.sleep(0.05)
+
+    def removal(self):
+        """Steps that remove the line and end the server; runs that are on go on."""
+        others, lines = self._lines()
+        return ([] if others == lines else [self._write_step(others)]) + self._stop_steps(
+            self.installation.store.server())
+
+
+# Completion of command lines, made of the table of commands.
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def _words_of_option(metavar):
+    """What stands behind an option: ids (`jobs`, `runs`), `files`, `none`, or words."""
+    if metavar.rstrip(".") in ("FILE", "PATH", "FOLDER"):
+        return "files"
+    if metavar in ("JOB", "STATE"):
+        return {"JOB": "jobs", "STATE": " ".join(STATES)}[metavar]
+    return metavar.replace("|", " ") if "|" in metavar and "=" not in metavar else "none"
+
+
+def _words_of_command(command):
+    """What stands alone behind the name of a command, as for options."""
+    if command.usage.startswith(("FILE", "[FOLDER")):
+        return "files"
+    if command.takes_words or not command.takes_ids:
+        return "jobs" if command.takes_ids and "JOB" in command.usage else "none"
+    if "RUN" in command.usage:
+        return "runs"
+    return "jobs" if "JOB" in command.usage else command.usage.replace("|", " ")
+
+
+def completion_script(shell, commands):
+    """The script by which a shell (one of SHELLS) completes command lines of these commands."""
+    if shell == "fish":
+        return _fish(commands)
+    words, cases = {"": []}, ""
+    for command in commands:
+        first, _, second = command.name.partition(" ")
+        if first not in words[""]:
+            words[""].append(first)
+        if second:
+            words.setdefault(first, []).append(second)
+        cases += _bash_case(command)
+    for first, seconds in words.items():
+        if first not in {command.name for command in commands}:
+            cases += f'        "{first}") kind="{" ".join(seconds)}" ;;\n'
+    families = "|".join(f'"{command.name}"' for command in commands if " " in command.name)
+    return (_ZSH if shell == "zsh" else "") + _BASH.replace("@FAMILIES@", families).replace(
+        "@CASES@", cases.rstrip("\n"))
+
+
+def _bash_case(command):
+    behind, switches = {}, []
+    for flags, metavar, *_ in command.options:
+        switches += [flag for flag in flags.split() if flag.startswith("--")]
+        if metavar is not None:
+            kind = _words_of_command(command) if flags == "--id" else _words_of_option(metavar)
+            behind.setdefault(kind, []).extend(flags.split())
+    behind = " ".join(f"{'|'.join(flags)}) kind=\"{kind}\" options= ;;"
+                      for kind, flags in behind.items())
+    return (f'        "{command.name}") kind="{_words_of_command(command)}" '
+            f'options="{" ".join(switches)}"\n            case $previous in {behind} esac ;;\n')
+
+
+_ZSH = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+autoload -Uz bashcompinit && bashcompinit
+"""
+_BASH = """\
+# Completes command lines of roexec. Made by `roexec completion`; make it anew after an upgrade.
+
+_roexec_ids() {
+    command roexec "${store[@]}" list "$@" 2>/dev/null | while read -r id rest; do
+        [ "$id" = ID ] || [ "$id" = RUN ] || echo "$id"
+    done
+}
+
+_roexec() {
+    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"
+    local before="" word="" name="" kind="" options="" number=0 store
+    store=()
+    for word in "${COMP_WORDS[@]}"; do
+        number=$((number + 1))
+        [ "$number" -gt 1 ] || continue
+        [ "$number" -le "$COMP_CWORD" ] || break
+        case $word in
+            --) COMPREPLY=($(compgen -f -- "$current")); return ;;
+        esac
+        case $before in
+            --store|--config|--url|--token) store+=("$before" "$word") ;;
+            *)  case $word in
+                    -*) ;;
+                    *)  if [ -z "$name" ]; then
+                            name=$word
+                        else
+                            case "$name $word" in @FAMILIES@) name="$name $word" ;; esac
+                        fi ;;
+                esac ;;
+        esac
+        before=$word
+    done
+    case $name in
+@CASES@
+    esac
+    case $current in -*) kind=$options ;; esac
+    case $kind in
+        jobs) kind=$(_roexec_ids jobs) ;;
+        runs) kind="latest $(_roexec_ids jobs; _roexec_ids runs)" ;;
+        none) kind="" ;;
+        files) COMPREPLY=($(compgen -f -- "$current")); return ;;
+    esac
+    COMPREPLY=($(compgen -W "$kind" -- "$current"))
+}
+
+complete -o filenames -F _roexec roexec
+"""
+
+
+def _fish(commands):
+    text = _FISH
+    for command in commands:
+        first, _, second = command.name.partition(" ")
+        where = f"__fish_seen_subcommand_from {first}"
+        if second:
+            others = [other.name.partition(" ")[2] for other in commands
+                      if other.name.startswith(first + " ")]
+            text += _fish_line("__fish_use_subcommand", f"-f -a {first}")
+            text += _fish_line(f"{where}; and not __fish_seen_subcommand_from {' '.join(others)}",
+                               f"-f -a {second} -d {shlex.quote(command.help)}")
+            where += f"; and __fish_seen_subcommand_from {second}"
+        else:
+            text += _fish_line("__fish_use_subcommand",
+                               f"-f -a {first} -d {shlex.quote(command.help)}")
+        text += _fish_line(where, _fish_words(_words_of_command(command)))
+        for flags, metavar, what, _ in command.options:
+            names = " ".join(f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}"
+                             for flag in flags.split())
+            kind = metavar and (_words_of_command(command) if flags == "--id" else
+                                _words_of_option(metavar))
+            text += _fish_line(where, f"{names}{' -r ' + _fish_words(kind) if kind else ''} "
+                                      f"-d {shlex.quote(what)}")
+    return text
+
+
+def _fish_line(where, what):
+    return f"complete -c roexec -n {shlex.quote(where)} {what}\n"
+
+
+def _fish_words(kind):
+    return {"files": "-F", "none": "-f", "jobs": "-f -a '(__roexec_ids jobs)'",
+            "runs": "-f -a 'latest (__roexec_ids jobs) (__roexec_ids runs)'"}.get(
+                kind, f"-f -a {shlex.quote(kind)}")
+
+
+_FISH = """\
+# Completes command lines of roexec. Made by `roexec completion`; make it anew after an upgrade.
+
+function __roexec_ids
+    command roexec list $argv 2>/dev/null | tail -n +2 | string split -f1 ' '
+end
+
+"""
+
+
 # ==== 21 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
@@ -12864,7 +13498,8 @@ class Session:
             self._store = Store(path, _say)
             if self.options.verbose:
                 _say(f"the store is {path}")
-            become_owner(self._store)
+            tell = self.options.verbose or self.command.name == "run"
+            become_owner(self._store, _say if tell else None)
         return self._store
 
     @property
@@ -13884,6 +14519,63 @@ def _cmd_audit(session):
                  lambda style: audit_table(payloads, style) if payloads else "")
 
 
+# Installing.
+
+def _cmd_init(session):
+    folders = session.options.ids or [
+        user_folder("XDG_CONFIG_HOME", ".config") if os.geteuid() else HOST_CONFIG]
+    if len(folders) > 1:
+        raise Usage("one folder is enough for init")
+    _take(session, init_steps(_absolute(folders[0])),
+          f"config.yml and jobs.yml in {folders[0]} are there already, and stay as they are")
+
+
+def _take(session, steps, nothing):
+    """Perform the steps, or say them only."""
+    options, dry = session.options, session.options.dry_run
+    if not dry:
+        perform_steps(steps, (lambda text: None) if options.json else print)
+    if options.json:
+        print(json.dumps({"steps": [step.text for step in steps], "dry_run": dry}, indent=2))
+    elif dry:
+        print("".join(f"{step.text} (dry run)\n" for step in steps), end="")
+    if not steps:
+        _say(nothing)
+
+
+def _installation(session):
+    options = session.options
+    if options.store or options.config:
+        raise Usage("an installation has a store and a configuration of its own; do without "
+                    "--store and --config")
+    return Installation(options.user, getattr(options, "as_", None))
+
+
+def _cmd_install(session):
+    if session.options.user and session.options.as_:
+        raise Usage("--user installs it for you alone, so there is no --as")
+    installation = _installation(session)
+    installation.check()
+    _take(session, installation.steps(), "nothing is to be done")
+    if not session.options.dry_run:
+        _say(f"the server runs as {installation.user} on {installation.store.path}; its jobs are "
+             f"in {installation.config}/jobs.yml")
+
+
+def _cmd_uninstall(session):
+    installation = _installation(session)
+    _take(session, installation.removal(), "it is not installed")
+    for command in () if session.options.dry_run else installation.leftovers():
+        _say(f"what is left can be removed by: {command}")
+
+
+def _cmd_completion(session):
+    shells = session.options.ids
+    if len(shells) != 1 or shells[0] not in SHELLS:
+        raise Usage(f"say for which shell: roexec completion {session.command.usage}")
+    sys.stdout.write(completion_script(shells[0], _COMMANDS))
+
+
 # The server.
 
 def _server_log(text, level="INFO", at=None):
@@ -13997,7 +14689,7 @@ class Command:
     def __init__(self, name, function, help, usage, example, *options, changes=False):
         self.name, self.function, self.help, self.usage = name, function, help, usage
         self.example, self.options, self.changes = example, (*_GLOBAL, *options), changes
-        self.takes_ids = _WITH_ID in options or usage.startswith("FILE")
+        self.takes_ids = _WITH_ID in options or usage.startswith(("FILE", "[FOLDER", "bash"))
         self.takes_words = "-- COMMAND" in usage
 
 
@@ -14111,6 +14803,18 @@ _COMMANDS = (
             ("--no-http", None, "do without the HTTP API", False),
             ("--drain", "TIME", "when asked to end, wait so long for runs first", None),
             changes=True),
+    Command("init", _cmd_init, "write a configuration and a job file with comments",
+            "[FOLDER]", "init", changes=True),
+    Command("install", _cmd_install, "install this program, and a service that runs the server",
+            "[--user | --as USER]", "install --dry-run",
+            ("--user", None, "for you alone", False),
+            ("--as", "USER", "who runs the server: roexec, or root for jobs of several users",
+             None), changes=True),
+    Command("uninstall", _cmd_uninstall, "remove program and service; store and jobs stay",
+            "[--user]", "uninstall --dry-run",
+            ("--user", None, "what was installed for you alone", False), changes=True),
+    Command("completion", _cmd_completion, "print a script that completes command lines in a shell",
+            "bash | zsh | fish", "completion bash > /etc/bash_completion.d/roexec"),
 )
 _OWN_STATUS = ("run", "exec", "wait")   # they end as the command did; 125 is left for roexec
 
@@ -14135,7 +14839,7 @@ class Options:
 def _attribute(flags):
     """`-v --dry-run` -> dry_run."""
     name = flags.split()[-1].strip("-").replace("-", "_")
-    return f"{name}_" if name in ("from", "for") else name      # words of Python
+    return f"{name}_" if name in ("from", "for", "as") else name        # words of Python
 
 
 def _split(words):

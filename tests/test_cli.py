@@ -95,13 +95,14 @@ def a_server(store, answers=True):
 
 COMMANDS = {command.name: command for command in roexec.commands()}
 CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", "cancel", "retry",
-            "server", "token create", "token rotate", "token revoke"}
+            "server", "init", "install", "uninstall", "token create", "token rotate",
+            "token revoke"}
 
 
 def test_the_commands_are_those_of_the_design():
     assert set(COMMANDS) == CHANGING | {
-        "doctor", "export", "import crontab", "list jobs", "list runs", "show", "logs", "next", "why",
-        "status", "wait", "token list", "audit"}
+        "completion", "doctor", "export", "import crontab", "list jobs", "list runs", "show",
+        "logs", "next", "why", "status", "wait", "token list", "audit"}
     assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
 
 

@@ -77,7 +77,9 @@ def test_the_unit_restarts_the_server_and_no_run():
     expected = {"KillMode": "process", "Delegate": "yes", "DelegateSubgroup": "server",
                 "OOMPolicy": "continue", "TasksMax": "infinity"}
     assert {key: service.get(key) for key in expected} == expected
-    assert re.fullmatch(r"/\S+/python3 -I /usr/local/bin/roexec server", service["ExecStart"])
+    assert (EXAMPLES / "roexec.service").read_text() == roexec.systemd_unit(
+        service["ExecStart"].split(), service["User"])
+    assert service["ExecStart"] == "/usr/bin/python3 -I /usr/local/bin/roexec server"
 
 
 @pytest.fixture

@@ -1,16 +1,21 @@
 """How roexec stands on a host: what doctor finds, and what mends it."""
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from helpers import apply, make_job, wait_for
+from helpers import apply, make_job, tool, wait_for
 
 import roexec
 
@@ -293,3 +298,354 @@ def test_what_doctor_says_a_job_gets_is_what_it_gets(cli, store, monkeypatch, tm
         here[name] = values["job"]
     assert {**here, **said["only_job"]} == own
     assert (tmp_path / "pwd").read_text() == said["directory"] + "\n"
+
+
+# init.
+
+def test_init_writes_what_a_server_can_be_started_with_and_never_overwrites(cli, tmp_path):
+    folder = tmp_path / "etc" / "roexec"
+    assert cli(f"init {folder} --dry-run")[1] == (
+        f"write {folder}/config.yml (dry run)\nwrite {folder}/jobs.yml (dry run)\n")
+    assert not folder.exists()
+    assert cli(f"init {folder}")[1] == f"write {folder}/config.yml\nwrite {folder}/jobs.yml\n"
+    status, out, err = cli(f"server --config {folder}/config.yml --dry-run")
+    assert (status, err) == (0, "") and "(dry run)" in out
+    (folder / "jobs.yml").write_text("jobs: []\n")
+    status, out, err = cli(f"init {folder}")
+    assert (status, out) == (0, "") and "are there already" in err
+    assert (folder / "jobs.yml").read_text() == "jobs: []\n"
+
+
+def uncommented(text, indent):
+    """A template with what is commented out in it; prose begins with a capital letter."""
+    return re.sub(rf"^{indent}# (?=[ a-z-])", indent, text, flags=re.M)
+
+
+def test_what_the_templates_show_can_be_said():
+    config = roexec.read_config(uncommented(roexec.CONFIG_TEMPLATE, ""), "config.yml", "/etc")
+    assert config.mail and config.vault and config.scheduler.max_concurrent == 10
+    assert config.jobs == ("/etc/jobs.yml",)
+    file = roexec.read_job_file(uncommented(roexec.JOBS_TEMPLATE, "  "), "jobs.yml", "/etc")
+    assert [job.id for job in file.jobs] == ["hello", "backup-db"] and not file.warnings
+    only, = roexec.read_job_file(roexec.JOBS_TEMPLATE, "jobs.yml", "/etc").jobs
+    assert only.schedule == ()          # nothing begins to run because somebody wrote a file
+
+
+# install, on a host of which everything that is written is a copy.
+
+PYTHON = next((path for path in ("/usr/bin/python3", "/usr/local/bin/python3")
+               if os.path.exists(path) and subprocess.run(
+                   [path, "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 9))"]
+               ).returncode == 0), None)
+PREPARE = """
+for folder in /etc /usr/local/bin; do
+    mkdir -p {root}$folder; cp -a $folder/. {root}$folder; mount --bind {root}$folder $folder
+done
+mount -t tmpfs tmpfs /var/lib; mount -t tmpfs tmpfs /run
+[ {manager} != systemd ] || mkdir -p /run/systemd/system
+export PATH={stubs}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+alias install='{python} {source} install' roexec='{python} -I /usr/local/bin/roexec'
+set -e
+"""
+STUBS = {
+    "systemd": {"systemctl": 'echo "systemctl $*" >>{root}/asked'},
+    "openrc": {name: f'echo "{name} $*" >>{{root}}/asked'
+               for name in ("openrc-run", "rc-update", "rc-service")},
+    "crontab": {"crontab": '[ "$1" = -u ]; shift 2; if [ "$1" = -l ]; then cat {root}/table; '
+                           "else cat >{root}/table; fi"},
+}
+
+
+@pytest.fixture
+def host(tmp_path):
+    """`host(manager, script)` performs a script of a shell, in which `install` is the command."""
+    if not ROOT or PYTHON is None:
+        pytest.skip("needs root, and a Python that everybody can run")
+    if subprocess.run(["unshare", "-mpf", "true"], capture_output=True).returncode:
+        pytest.skip("no mounts can be made here")
+
+    def perform(manager, script, source=roexec.__file__):
+        stubs = tmp_path / manager
+        stubs.mkdir(exist_ok=True)
+        for name, text in STUBS[manager].items():
+            (stubs / name).write_text("#!/bin/sh\n" + text.format(root=tmp_path) + "\n")
+            (stubs / name).chmod(0o755)
+        prepare = PREPARE.format(root=tmp_path, manager=manager, stubs=stubs, python=PYTHON,
+                                 source=source)
+        # PID 1 is no shell: a server below one takes the host for a container.
+        first = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+        done = subprocess.run(
+            ["unshare", "-mpf", "--kill-child", "--mount-proc", "--propagation", "private",
+             PYTHON, "-c", first, "sh", "-c", prepare + script],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()
+    return perform
+
+
+def test_install_puts_program_user_store_configuration_and_unit_into_place(host, tmp_path):
+    said = host("systemd", """
+        install --dry-run; ls /usr/local/bin/roexec /var/lib/roexec 2>&1 | grep -c 'No such' || true
+        install
+        stat -c '%U %a %n' /var/lib/roexec /usr/local/bin/roexec /etc/roexec/jobs.yml
+        roexec --version; getent passwd roexec | cut -d: -f6-
+        cat /etc/systemd/system/roexec.service >{root}/unit
+        echo again; install; install --json
+    """.replace("{root}", str(tmp_path)))
+    steps = ["write /usr/local/bin/roexec",
+             "useradd --system --user-group --no-create-home --home-dir /var/lib/roexec --shell "
+             "/usr/sbin/nologin roexec",
+             "make the folder /var/lib/roexec for roexec",
+             "write /etc/roexec/config.yml", "write /etc/roexec/jobs.yml",
+             "write /etc/systemd/system/roexec.service", "systemctl daemon-reload",
+             "systemctl enable roexec", "systemctl restart roexec"]
+    again = ["systemctl enable roexec", "systemctl start roexec"]
+    assert said[:len(steps)] == [f"{step} (dry run)" for step in steps] and said[9] == "2"
+    assert said[10:19] == steps
+    assert said[19:24] == ["roexec 700 /var/lib/roexec", "root 755 /usr/local/bin/roexec",
+                           "root 644 /etc/roexec/jobs.yml", f"roexec {roexec.__version__}",
+                           "/var/lib/roexec:/usr/sbin/nologin"]
+    assert said[24:27] == ["again", *again]
+    assert json.loads("".join(said[27:])) == {"steps": again, "dry_run": False}
+    assert (tmp_path / "asked").read_text().splitlines() == [*steps[6:], *again, *again]
+    assert (tmp_path / "unit").read_text() == roexec.systemd_unit(
+        [PYTHON, "-I", "/usr/local/bin/roexec", "server"], "roexec")
+
+
+def test_install_leaves_a_unit_alone_that_somebody_has_written(host, tmp_path):
+    said = host("systemd", """
+        mkdir -p /etc/systemd/system; echo mine >/etc/systemd/system/roexec.service
+        install --as root; cat /etc/systemd/system/roexec.service; stat -c %U /var/lib/roexec
+    """)
+    assert said[-2:] == ["mine", "root"] and not [line for line in said if "useradd" in line]
+
+
+def test_uninstall_leaves_history_and_jobs_and_says_so(host, tmp_path):
+    said = host("systemd", f"""
+        install >/dev/null; roexec uninstall --dry-run; roexec uninstall 2>{tmp_path}/err
+        ls -d /usr/local/bin/roexec /etc/systemd/system/roexec.service /var/lib/roexec 2>&1 || true
+        {PYTHON} {roexec.__file__} uninstall 2>&1 | head -1
+    """)
+    steps = ["systemctl disable --now roexec", "remove /etc/systemd/system/roexec.service",
+             "systemctl daemon-reload", "remove /usr/local/bin/roexec"]
+    assert said[:8] == [f"{step} (dry run)" for step in steps] + steps
+    assert said[8:] == [
+        "ls: cannot access '/usr/local/bin/roexec': No such file or directory",
+        "ls: cannot access '/etc/systemd/system/roexec.service': No such file or directory",
+        "/var/lib/roexec", "roexec: it is not installed"]
+    assert (tmp_path / "err").read_text().splitlines() == [
+        f"roexec: what is left can be removed by: {command}"
+        for command in ("rm -r /var/lib/roexec", "rm -r /etc/roexec", "userdel roexec")]
+
+
+def test_openrc_gets_a_script_that_a_shell_understands(host, tmp_path):
+    said = host("openrc", """
+        install; sh -n /etc/init.d/roexec; stat -c %a /etc/init.d/roexec
+        grep command /etc/init.d/roexec; roexec uninstall
+    """)
+    assert said[5:9] == ["write /etc/init.d/roexec", "rc-update add roexec default",
+                         "rc-service roexec restart", "755"]
+    assert said[9:12] == [f"command={PYTHON}", 'command_args="-I /usr/local/bin/roexec server"',
+                          "command_user=roexec"]
+    assert said[-4:] == ["rc-service roexec stop", "rc-update del roexec default",
+                         "remove /etc/init.d/roexec", "remove /usr/local/bin/roexec"]
+
+
+def test_what_would_not_work_is_refused_before_anything_is_written(host, tmp_path):
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    said = host("systemd", f"""
+        cp {PYTHON} {private}/python3
+        {private}/python3 {roexec.__file__} install 2>&1 || echo $?
+        mkdir /var/lib/roexec; chown nobody /var/lib/roexec; install --as root 2>&1 || echo $?
+        ls /usr/local/bin/roexec 2>&1 || true
+    """)
+    assert "roexec cannot run" in said[0] and "is private" in said[0] and said[1] == "1"
+    assert "belongs to nobody" in said[2] and said[3] == "1"
+    assert "No such file" in said[4]
+
+
+def test_without_root_only_an_installation_for_oneself_is_possible(cli, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    status, _, err = cli("install", store=None)
+    assert status == 1 and "write sudo roexec install, or roexec install --user" in err
+
+
+def test_an_installation_for_oneself_touches_nothing_of_the_host(host, tmp_path):
+    said = host("systemd", f"""
+        HOME={tmp_path}/home; mkdir $HOME
+        install --user; cat $HOME/.config/systemd/user/roexec.service
+        {PYTHON} $HOME/.local/bin/roexec uninstall --user
+    """)
+    home = tmp_path / "home"
+    assert said[:5] == [f"write {home}/.local/bin/roexec",
+                        f"make the folder {home}/.local/state/roexec for root",
+                        f"write {home}/.config/roexec/config.yml",
+                        f"write {home}/.config/roexec/jobs.yml",
+                        f"write {home}/.config/systemd/user/roexec.service"]
+    assert said[5:9] == ["systemctl --user daemon-reload", "loginctl enable-linger",
+                         "systemctl --user enable roexec", "systemctl --user restart roexec"]
+    assert "WantedBy=default.target" in said and "StateDirectory=roexec" not in said
+    assert said[-1] == f"remove {home}/.local/bin/roexec"
+
+
+# Upgrades, by archives of different versions.
+
+@pytest.fixture
+def build(tmp_path):
+    """`build(version, migration)` -> the path of an archive of that version, perhaps with a newer
+    store."""
+    root = Path(roexec.__file__).parent
+
+    def make(version, migration=None):
+        tree = tmp_path / version
+        tree.mkdir()
+        source = (root / "roexec.py").read_text(encoding="utf-8").replace(
+            f'__version__ = "{roexec.__version__}"', f'__version__ = "{version}"')
+        if migration:
+            source = source.replace("\n_PATIENCE = ", f"\n_MIGRATIONS.append({migration!r})\n"
+                                    "_PATIENCE = ", 1)
+        (tree / "roexec.py").write_text(source, encoding="utf-8")
+        shutil.copy(root / "LICENSE", tree)
+        shutil.copytree(root / "zipapp", tree / "zipapp")
+        subprocess.run([sys.executable, tree / "zipapp" / "build.py", PYTHON],
+                       check=True, capture_output=True)
+        return tree / "dist" / "roexec.pyz"
+    return make
+
+
+def test_an_upgrade_disturbs_no_run_and_a_downgrade_is_refused_in_words(host, build, tmp_path):
+    first, second = build("9.1.0"), build("9.2.0", "CREATE TABLE later (x)")
+    said = host("crontab", f"""
+        install >/dev/null; cat {tmp_path}/table
+        cd /; roexec add long -- sh -c \
+            'echo $$ >/run/pid; until [ -e /run/end ]; do sleep 0.1; done; echo end'
+        run=$(roexec run long --detach); until [ -s /run/pid ]; do sleep 0.1; done
+        server=$(roexec status | sed -n 's/process *//p')
+        {PYTHON} {second} install --dry-run; {PYTHON} {second} install 2>&1; roexec --version
+        [ "$server" != "$(roexec status | sed -n 's/process *//p')" ] && echo another server
+        kill -0 $(cat /run/pid) && echo the run is on
+        touch /run/end; roexec wait $run; echo "status $?"; roexec logs $run --stream out
+        install 2>&1 || echo "status $?"
+        roexec --version; roexec list jobs | tail -1 | cut -c1-4
+        stat -c %U /var/lib/roexec/* | sort -u; roexec uninstall | tail -3; cat {tmp_path}/table
+    """, source=first)
+    line = f"@reboot exec {PYTHON} -I /usr/local/bin/roexec server >>/var/lib/roexec/server.log 2>&1"
+    assert said[:2] == [line, "long: added"]
+    steps = ["write /usr/local/bin/roexec", re.match("end the server [(]process [0-9]+[)]",
+                                                     said[3])[0], "start a server as roexec"]
+    assert said[2:8] == [f"{step} (dry run)" for step in steps] + steps
+    assert said[8:14] == ["roexec: the server runs as roexec on /var/lib/roexec; its jobs are in "
+                          "/etc/roexec/jobs.yml", "roexec 9.2.0", "another server",
+                          "the run is on", "status 0", "end"]
+    assert said[14:19] == ["roexec: the store /var/lib/roexec was made by a newer roexec (its "
+                           "version is 2, this one knows 1); use that one", "status 1",
+                           "roexec 9.2.0", "long", "roexec"]
+    assert said[19] == "write the crontab of roexec" and said[21:] == [
+        "remove /usr/local/bin/roexec"]
+
+
+# completion.
+
+@pytest.fixture
+def shell(cli, store, tmp_path, monkeypatch):
+    """`shell(name)` -> the script of that shell, on a host where `roexec` has two jobs and a run."""
+    apply(store, make_job(job_id="backup-db"), make_job(job_id="hello"))
+    with store.write() as db:
+        roexec.add_run(db, id="run4567890", job_id="hello", trigger="manual", state="queued",
+                       queued_at=time.time())
+    program = tmp_path / "bin" / "roexec"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {roexec.__file__} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setenv("ROEXEC_STORE", store.path)
+    (tmp_path / "jobs.yml").touch()
+
+    def make(name):
+        path = tmp_path / f"completion.{name}"
+        path.write_text(cli(f"completion {name}")[1])
+        return path
+    return make
+
+
+COMPLETED = [
+    ("roexec canc", ["cancel"]),
+    ("roexec li", ["list"]),
+    ("roexec list ", ["jobs", "runs"]),
+    ("roexec list runs --act", ["--active"]),
+    ("roexec list runs --job ", ["backup-db", "hello"]),
+    ("roexec list runs --state succ", ["succeeded"]),
+    ("roexec pause ba", ["backup-db"]),
+    ("roexec run --id h", ["hello"]),
+    ("roexec logs ", ["backup-db", "hello", "latest", "run4567890"]),
+    ("roexec logs --stream ", ["err", "out"]),
+    ("roexec apply -f jo", ["jobs.yml"]),
+    ("roexec completion z", ["zsh"]),
+    ("roexec --verbose sho", ["show"]),
+]
+
+
+@pytest.mark.parametrize("line, expected", COMPLETED)
+def test_bash_completes_commands_options_and_ids(line, expected, shell):
+    words = line.split(" ")
+    script = (f"source {shell('bash')}; COMP_WORDS=({' '.join(map(shlex.quote, words))}); "
+              f'COMP_CWORD={len(words) - 1}; _roexec; printf "%s\\n" "${{COMPREPLY[@]}}"')
+    done = subprocess.run(["bash", "-uc", script], capture_output=True, text=True)
+    assert (sorted(done.stdout.split()), done.stderr) == (expected, "")
+
+
+def test_the_store_that_was_typed_is_asked(shell, tmp_path, cli):
+    other = str(tmp_path / "other")
+    assert cli("add elsewhere -- true", store=other)[0] == 0
+    script = (f"source {shell('bash')}; COMP_WORDS=(roexec --store {other} pause e); COMP_CWORD=4; "
+              '_roexec; echo "${COMPREPLY[@]}"')
+    assert subprocess.run(["bash", "-c", script], capture_output=True).stdout == b"elsewhere\n"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("line, expected", COMPLETED)
+def test_fish_completes_commands_options_and_ids(line, expected, shell):
+    script = f"source {shell('fish')}; complete -C {shlex.quote(line)}"
+    done = subprocess.run([tool("fish"), "--no-config", "-c", script], capture_output=True,
+                          text=True)
+    assert (sorted(row.split("\t")[0] for row in done.stdout.splitlines()), done.stderr) == (
+        expected, "")
+
+
+@pytest.mark.engine
+def test_zsh_completes_commands_options_and_ids(shell):
+    path = shell("zsh")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="dumb", PS1="> ")
+        os.execv(tool("zsh"), ["zsh", "-f", "-i"])
+    try:
+        seen = ""
+
+        def types(text, until):
+            nonlocal seen
+            os.write(terminal, text.encode())
+            seen = ""
+            deadline = time.monotonic() + 20
+            while until not in seen:
+                assert time.monotonic() < deadline, seen
+                if select.select([terminal], [], [], 0.1)[0]:
+                    seen += os.read(terminal, 4096).decode(errors="replace")
+        types(f"source {path}; echo re''ady\n", "ready")
+        for line, expected in COMPLETED:
+            if len(expected) == 1:
+                word = line.rpartition(" ")[2]
+                types(f"{line}\t", expected[0][len(word):])
+                types("\x15", "")                # forget the line
+        types("roexec list \t\t", "jobs")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize("line", ["completion", "completion tcsh", "completion bash zsh"])
+def test_a_shell_that_is_not_known_is_wrong_usage(line, cli):
+    status, _, err = cli(line)
+    assert status == 2 and "roexec completion bash | zsh | fish" in err

@@ -4,13 +4,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import reference
 
 import roexec
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BEFORE, REFERENCE, BEHIND = reference.split(README)
 BLOCKS = [re.sub("^    ", "", block, flags=re.M).strip("\n")
           for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", README, re.M)]
-NAMED = set(re.findall(r"[a-z]\w*", " ".join(re.findall(r"`([^`\n]+)`", README))))
+NAMED = set(re.findall(r"[a-z]\w*", " ".join(re.findall(r"`([^`\n]+)`", BEFORE + BEHIND))))
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [re.search(r"(?:^|\W)(roexec (?!=).*)", line)[1] for line in LINES
             if re.match(r"(id=\$\(|.* \| )?roexec ", line)]
@@ -77,6 +79,10 @@ def test_there_are_examples_of_all_kinds():
     assert len(COMMANDS) > 25
     assert [text.partition(":")[0] for text in documents()] == [
         "jobs", "hooks", "env_from", "limits", "server", "server"]
+
+
+def test_the_reference_of_commands_is_what_the_parser_knows():
+    assert REFERENCE == reference.reference(roexec.commands()), "write make reference"
 
 
 def test_the_changes_name_every_command():
