@@ -13239,7 +13239,9 @@ def _words_of_command(command):
         return "jobs" if command.takes_ids and "JOB" in command.usage else "none"
     if "RUN" in command.usage:
         return "runs"
-    return "jobs" if "JOB" in command.usage else command.usage.replace("|", " ")
+    if "JOB" in command.usage:
+        return "jobs"
+    return command.usage.replace("|", " ") if " | " in command.usage else "none"
 
 
 def completion_script(shell, commands):

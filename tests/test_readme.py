@@ -15,7 +15,7 @@ BLOCKS = [re.sub("^    ", "", block, flags=re.M).strip("\n")
 NAMED = set(re.findall(r"[a-z]\w*", " ".join(re.findall(r"`([^`\n]+)`", BEFORE + BEHIND))))
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [re.search(r"(?:^|\W)(roexec (?!=).*)", line)[1] for line in LINES
-            if re.match(r"(id=\$\(|.* \| )?roexec ", line)]
+            if re.match(r"(id=\$\(|.* \| |sudo )?roexec ", line)]
 
 
 def tables():
