@@ -4947,8 +4947,18 @@ class Store:
         if not lock_is_held(path):
             return None
         with open(path) as file:
-            text = file.read(20).strip()
+            text = file.readline(20).strip()
         return int(text) if text.isdigit() else 0
+
+    def leave_word(self, trouble):
+        """Say, as the server, what keeps it from its work; None takes that back."""
+        with contextlib.suppress(OSError), open(self.file("server.lock"), "r+") as file:
+            file.truncate(file.write(f"{os.getpid()}\n{trouble or ''}\n"))
+
+    def trouble(self):
+        """What keeps the live server from its work, by its own word; None where nothing does."""
+        with open(self.file("server.lock")) as file:
+            return file.read().partition("\n")[2].strip() or None
 
     def refusal(self):
         """The error for a store that one may not open: whose it is."""
@@ -9909,7 +9919,6 @@ def _become_supervisor(launcher, folder, descriptor):
 
 # The loop.
 
-_LONGEST_SLEEP = 5.0    # seconds: a step of the clock, or a suspend, is seen then
 _BATCH = 64             # jobs decided in one transaction
 _LEAD = 0.008           # seconds by which a start is prepared before its instant
 _IDLE = 5.0             # seconds until a supervisor that nobody needs ends
@@ -9931,7 +9940,8 @@ class _Supervisor:
     __slots__ = ("channel", "run", "since", "is_new")
 
     def __init__(self, channel):
-        self.channel, self.run, self.since, self.is_new = channel, None, 0.0, True
+        self.channel, self.run, self.is_new = channel, None, True
+        self.since = time.monotonic()   # when it was asked for, or has become idle
 
 
 class _Supervisors:
@@ -10193,6 +10203,103 @@ class _Timetable:
                 slot=slot, state="queued", queued_at=now, priority=entry.job.priority)
 
 
+STUCK = "the scheduler does not answer"
+
+
+class Vitals:
+    """How the loop of a server is doing: any thread may ask, and commands are left word of it."""
+
+    def __init__(self, store, supervisors, timetable):
+        self.store, self.supervisors, self.timetable = store, supervisors, timetable
+        self.last_turn, self.failed, self.found = time.monotonic(), False, None
+        self.worst = -math.inf, 0.0     # (when, the most seconds that it was late of late)
+
+    def note_turn(self, now):
+        """Note that the loop begins a turn at an instant, and how late that is for some slot."""
+        self.last_turn = time.monotonic()
+        late = now - self.timetable.next_due()
+        if late > self.worst[1] or self.last_turn > self.worst[0] + _RECENT:
+            self.worst = self.last_turn, max(0.0, late)
+
+    def lag(self):
+        """The most seconds by which a slot was late in the last minute, or is."""
+        return max(self.worst[1], self._overdue())
+
+    def _overdue(self):
+        with contextlib.suppress(IndexError):       # the loop has just taken the last one
+            return time.time() - self.timetable.next_due()
+        return 0.0
+
+    def trouble(self):
+        """What keeps the server from its work, a sentence; None where nothing does."""
+        return STUCK if time.monotonic() > self.last_turn + _STUCK else self.found
+
+    def look(self):
+        """See whether something is wrong; the loop does, each second."""
+        found = self._store_trouble() or self._work_trouble()
+        if found != self.found:
+            self.found = found
+            self.store.leave_word(found)
+
+    def _store_trouble(self):
+        disk = os.statvfs(self.store.folder)
+        if disk.f_flag & os.ST_RDONLY:
+            return "the file system of the store is read-only"
+        room = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail     # root has a reserve
+        if not room or disk.f_files and not disk.f_favail:
+            return "the disk of the store is full"
+        return "the scheduler fails at its work; its log says why" if self.failed else None
+
+    def _work_trouble(self):
+        asked_for = [each.since for each in self.supervisors.all.values() if each.is_new]
+        if asked_for and min(asked_for) < time.monotonic() - _STUCK:
+            return "the launcher does not answer"
+        waiting = self.supervisors.waiting
+        if waiting and waiting[0].header.get("claimed_at", math.inf) < time.time() - ON_TIME \
+                or self._overdue() > ON_TIME:
+            return "runs have been due for more than a minute and are not started"
+        return None
+
+
+_STUCK = 10.0           # seconds without a turn of the loop, or an answer of the launcher
+_RECENT = 60.0          # seconds
+
+
+class SystemdNotifier:
+    """Tells the manager of services how a server is doing (sd_notify(3)); to be called each second
+    by its loop. Without a manager that wants to know it does nothing."""
+
+    def __init__(self, vitals):
+        self.vitals, self.address = vitals, os.environ.get("NOTIFY_SOCKET")
+        self.ready, self.status = False, None
+        watched = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watched = watched and "WATCHDOG_USEC" in os.environ
+
+    def __call__(self):
+        status, supervisors = self.vitals.found, self.vitals.supervisors
+        if status is None:
+            runs = sum(each.run is not None for each in supervisors.all.values())
+            status = (f"jobs: {len(self.vitals.timetable.entries)}, runs in hand: {runs}, waiting: "
+                      f"{len(supervisors.waiting)}")
+        said = ["READY=1"] * (not self.ready) + ["WATCHDOG=1"] * self.watched
+        if status != self.status:
+            said.append(f"STATUS={status}")
+        if said and self.tell(*said):
+            self.ready, self.status = True, status
+
+    def tell(self, *lines):
+        """Send such lines -> whether they have arrived."""
+        if not self.address:
+            return False
+        path = "\0" + self.address[1:] if self.address.startswith("@") else self.address
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.setblocking(False)
+            channel.sendto("\n".join(lines).encode(), path)
+            return True
+        return False
+
+
 class Scheduler:
     """The loop of a server. The order of its start is that of `server` in the command line.
 
@@ -10206,6 +10313,7 @@ class Scheduler:
         self.poller = select.poll()
         self.supervisors = _Supervisors(store, launcher, self.poller, say)
         self.timetable = _Timetable(store, say)
+        self.vitals = Vitals(store, self.supervisors, self.timetable)
         self.postman = None             # who is to be told of new notices
         self.ended = []                 # journals that are to be taken in
         self.more_queued = False        # whether not all have got the places that are free
@@ -10223,10 +10331,12 @@ class Scheduler:
             while not self.asked:
                 ended = self._sleep(0 if more else self._seconds())
                 _see_store(self.store, self.fifo)
+                self.vitals.note_turn(time.time())
                 try:
                     more = self._turn(ended, time.time())
                 except (RoexecError, OSError) as error:     # a full disk, say: tried again
                     self.say(str(error), "ERROR")
+                    self.vitals.failed = True
                     more = False
                     time.sleep(1)
             self._await_runs(self.drain)
@@ -10294,9 +10404,7 @@ class Scheduler:
 
     def _seconds(self):
         """How long there is nothing to do."""
-        longest = _LONGEST_SLEEP
-        if self.each_second:
-            longest = min(longest, self.last_second + 1 - time.monotonic())
+        longest = self.last_second + 1 - time.monotonic()
         if self.supervisors.waiting:
             longest = min(longest, _STALL)
         return max(0, min(longest, self.timetable.next_due() - time.time()))
@@ -10334,7 +10442,7 @@ class Scheduler:
             if self.reload:
                 self.reload = False
                 _call(self.on_reload, self.say)
-            _call(self.each_second, self.say)
+            _call((self.vitals.look, *self.each_second), self.say)
         self.supervisors.hand_over()    # before the disk is waited for
         looking = time.monotonic() - self.last_look >= _LOOK
         if looking:
@@ -10386,6 +10494,7 @@ class Scheduler:
             for job_id in due:
                 self.timetable.plan(job_id)
             raise
+        self.vitals.failed = False
         for job_id, position in decided:
             self.timetable.move(job_id, position)
         discard(done)
@@ -10602,14 +10711,15 @@ class Request:
     """A request: `method`, `path` and `query` as they were sent, `version` the 1 of HTTP/1.1,
     `headers` {lower-case name: [values]}, `length` of the body (bytes).
 
-    `arguments` (texts in the path), `body` (bytes) and `caller` (a Caller) are put in when they are
-    known.
+    `arguments` (texts in the path), `body` (bytes), `caller` (a Caller) and `vitals` (those of the
+    scheduler, where there is one) are put in when they are known.
     """
 
     def __init__(self, method, target, headers=None, *, version=1):
         self.method, self.version, self.headers = method, version, headers or {}
         self.path, _, self.query = target.partition("?")
-        self.length, self.arguments, self.body, self.caller = 0, (), b"", None
+        self.length, self.arguments, self.body = 0, (), b""
+        self.caller = self.vitals = None
 
     def header(self, name):
         """The value of a header; that of one that is repeated joined by commas; None without."""
@@ -10992,6 +11102,9 @@ def _get_health(request, store):
             count_changes(db)
     except RoexecError:
         raise Refusal(503, "unavailable", "the store cannot be read") from None
+    trouble = request.vitals and request.vitals.trouble()
+    if trouble:
+        raise Refusal(503, "unavailable", trouble)
     return json_response({"status": "ok"})
 
 
@@ -11856,7 +11969,7 @@ class _Connection:
             self.close_connection = not request.keeps
             route = admitted(request, self.place)
             self.read_body(request)
-            unread = False
+            unread, request.vitals = False, self.server.vitals
             response = answer(route, request, self.server.store, self.server.say)
         except RoexecError as error:
             refusal = refusal_of(error)
@@ -11984,6 +12097,8 @@ class _Server:
     """The listening socket and its connections; mixed into socketserver.ThreadingTCPServer."""
     allow_reuse_address, daemon_threads, block_on_close = True, True, False
     request_queue_size = 128
+
+    vitals = None                       # of the scheduler of the same process
 
     def start(self, store, access, say):
         """Serve from now on, in threads that no signal of the process reaches."""
@@ -14203,12 +14318,12 @@ def _cmd_status(session):
     notices = []
     if store.exists:
         health = "no server runs" if process is None else (
-            "healthy" if _answers(store) else "the server does not answer")
+            "healthy" if _answers(store) else STUCK)
         with store.read() as db:
             states, jobs = [run["state"] for run in active_runs(db)], job_ids(db)
             notices = unsent_notices(db)
             if health == "healthy":
-                health = _overdue(db, *session.in_effect(db)) or health
+                health = store.trouble() or _overdue(db, *session.in_effect(db)) or health
     warnings = [f"{found.about}: {found.text}" for found in status_warnings(store, session.config)]
     payload = {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
                "running": states.count("running"), "queued": states.count("queued"),
@@ -14617,6 +14732,7 @@ def _cmd_server(session):
         scheduler, address = Scheduler(store, launcher, _server_log), None
         if not options.no_http:
             http = start_http(store, host, port, _server_log, access)
+            http.vitals = scheduler.vitals
             stack.callback(http.close)
             address = f"http{'s' if access.tls else ''}://%s:%d" % http.address
             prepare_access(store, http, _server_log)
@@ -14626,7 +14742,9 @@ def _cmd_server(session):
         scheduler.drain = _duration_of("--drain", options.drain) if options.drain else 0
         scheduler.postman = start_postman(store, lambda: _stored_settings(store), _server_log)
         stack.callback(scheduler.postman.close)
-        scheduler.each_second.append(files)
+        notifier = SystemdNotifier(scheduler.vitals)
+        scheduler.each_second += [files, notifier]
+        stack.callback(notifier.tell, "STOPPING=1")
         scheduler.on_reload.insert(0, lambda: _reload(session, files))
         _server_log(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
         warning = unit_warning()

@@ -75,6 +75,7 @@ def test_the_unit_restarts_the_server_and_no_run():
     unit.read(EXAMPLES / "roexec.service", encoding="utf-8")
     service = dict(unit["Service"])
     expected = {"KillMode": "process", "Delegate": "yes", "DelegateSubgroup": "server",
+                "Type": "notify", "WatchdogSec": "2min",
                 "OOMPolicy": "continue", "TasksMax": "infinity"}
     assert {key: service.get(key) for key in expected} == expected
     assert (EXAMPLES / "roexec.service").read_text() == roexec.systemd_unit(

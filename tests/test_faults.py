@@ -388,7 +388,7 @@ class Claim(Case):
 
     def serve(self, ready, **options):
         def hurry(scheduler):
-            sleep, roexec._LOOK, roexec._LONGEST_SLEEP = time.sleep, 0.1, 0.2
+            sleep, roexec._LOOK = time.sleep, 0.1
             time.sleep = lambda seconds: sleep(min(seconds, 0.02))
         return Told(ready, self.store, self.log, prepare=hurry, **options)
 
