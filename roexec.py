@@ -7762,13 +7762,44 @@ def prepare_cgroup():
                 os.rmdir(folder)
 
 
-def meter_of(job, name):
+def cgroup_members(parent, run_id):
+    """The pids in the cgroups that a run has below a folder (None: it has none)."""
+    found = set()
+    for folder in _cgroups_of(parent, run_id):
+        with contextlib.suppress(OSError):
+            with open(folder + "/cgroup.procs") as file:
+                found.update(map(int, file))
+    return found
+
+
+def remove_cgroups(parent, run_id):
+    """Kill at once what is in the cgroups of a run, and remove those that are empty."""
+    for folder in _cgroups_of(parent, run_id):
+        with contextlib.suppress(OSError):
+            with open(folder + "/cgroup.kill", "w") as file:        # from Linux 5.14 on
+                file.write("1")
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+def _cgroups_of(parent, run_id):
+    with contextlib.suppress(TypeError, OSError):
+        return [f"{parent}/{name}" for name in os.listdir(parent)
+                if name.startswith(f"run-{run_id}-")]
+    return []
+
+
+def cgroups_for(job):
+    """The folder for the cgroups of a job's attempts; None where it needs none, or cannot."""
+    return None if job.limits.memory is None and job.limits.cpu is None else delegated_cgroup()
+
+
+def meter_of(job, parent, name):
     """What keeps the limits of memory and processor of a job, and a sentence for the log; (None,
-    None) where there are none."""
+    None) where there are none. `parent` is what `cgroups_for` says."""
     limits = {key: getattr(job.limits, key) for key in ("memory", "cpu")}
     if limits == {"memory": None, "cpu": None}:
         return None, None
-    parent = delegated_cgroup()
     if parent is not None:
         return Cgroup(parent, name, limits), "Limits are kept by a cgroup"
     remarks = [] if limits["memory"] is None else [
@@ -7782,6 +7813,9 @@ def meter_of(job, name):
 # The supervisor: it carries out one run at a time, from its journal. It never opens the store. Each
 # step is written into the journal before or right after it is done, so that whoever finds the
 # journal later knows what may be alive; the lock of the journal says whether its supervisor is.
+# Of a run whose supervisor was killed all processes are found: by session and environment, and what
+# has left both as an orphan of its keeper. (Not where that was killed too, or where a foreground
+# run, which has none, was, unless there is a cgroup.)
 
 # The journal.
 
@@ -7916,9 +7950,9 @@ def _object(line):
 class Progress:
     """What the events of a journal add up to.
 
-    `attempts` are rows as the store has them; `open` is the process (a dict with what, pid, start)
-    that may still be alive, or None; `done` are the names of what was begun; `supervisor`, `retry`,
-    `outcome` and `finished` are the events, or None.
+    `attempts` are rows as the store has them; `open` is the process (a dict with what, pid, start,
+    and the keeper and the cgroups of its supervisor) that may be alive, or None; `done` are the
+    names of what was begun; `supervisor`, `retry`, `outcome` and `finished` are events, or None.
     """
 
     def __init__(self, events=()):
@@ -7935,7 +7969,8 @@ class Progress:
         self.supervisor, self.log = event, event["log"] or self.log
 
     def _starting(self, event):
-        self.open = {"what": event["what"], "at": event["at"], "pid": None, "start": None}
+        self.open = {"what": event["what"], "at": event["at"], "pid": None, "start": None,
+                     **{name: (self.supervisor or {}).get(name) for name in ("keeper", "cgroups")}}
         if event["what"] != "env_from":         # which may be asked again
             self.done.append(event["what"])
         if event["what"] == "attempt":
@@ -7983,7 +8018,7 @@ def processes():
 
 
 def _tree(chosen, table):
-    """{pid: start} of the chosen processes and all their descendants that are alive."""
+    """{pid: Process} of the chosen processes and all their descendants that are alive."""
     children = {}
     for pid, process in table.items():
         children.setdefault(process.parent, []).append(pid)
@@ -7993,23 +8028,28 @@ def _tree(chosen, table):
         if pid not in found:
             found.add(pid)
             ahead += children.get(pid, ())
-    return {pid: table[pid].start for pid in found if table[pid].alive and pid != os.getpid()}
+    return {pid: table[pid] for pid in found if table[pid].alive and pid != os.getpid()}
 
 
-def _remnants(run_id, session, start):
-    """{pid: start} of what is left of a run whose supervisor died.
+def _remnants(run_id, left):
+    """{pid: Process} of what is left of a run whose supervisor died; `left` is `Progress.open`.
 
     That is the session of its command (if its leader is alive it must be the one that was started,
-    not a later process with its number), what bears the run's id in its environment, and what
-    descends from these.
+    not a later process with its number), the orphans below its keeper, what is in its cgroups, what
+    bears the run's id in its environment, and what descends from these.
     """
+    session, (keeper, began) = left["pid"], left["keeper"] or (None, None)
     if not _has_proc():
         return {session: None} if session and _signal_group(session, 0) else {}
     table, mark = processes(), f"ROEXEC_RUN_ID={run_id}\0".encode()
-    if session in table and table[session].start != start:
+    if session in table and table[session].start != left["start"]:
         session = None
+    if keeper in table and table[keeper].start != began:
+        keeper = None
+    inside = cgroup_members(left["cgroups"], run_id)
     return _tree([pid for pid, process in table.items()
-                  if process.session == session or mark in _environment_of(pid)], table)
+                  if process.session == session or process.parent == keeper or pid in inside
+                  or mark in _environment_of(pid)], table)
 
 
 def _has_proc():
@@ -8025,13 +8065,14 @@ def _environment_of(pid):
 
 
 def _signal_all(found, number):
-    """Send a signal to each of {pid: start}, unless it is another process by now."""
-    for pid, start in found.items():
-        if start is None:
-            _signal_group(pid, number)
-        elif process_start(pid) == start:
+    """Send a signal to each of {pid: Process}, unless it is another one by now, and let it run."""
+    for pid, process in found.items():
+        if process is None:
+            _signal_group(pid, number), _signal_group(pid, signal.SIGCONT)
+        elif process_start(pid) == process.start:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
+                os.kill(pid, signal.SIGCONT)
 
 
 def _signal_group(group, number):
@@ -8042,19 +8083,43 @@ def _signal_group(group, number):
         return False
 
 
-def kill_remnants(run_id, session, start, grace):
-    """End what is left of a run whose supervisor died -> how many processes were there."""
-    count, deadline, number = 0, time.monotonic() + grace, signal.SIGTERM
-    while True:
-        found = _remnants(run_id, session, start)
-        if not found or time.monotonic() > deadline + 10:
-            return count
-        if number == signal.SIGTERM or time.monotonic() > deadline:
+_UNKILLABLE = 10.0      # seconds after which one gives up on processes that survive SIGKILL
+
+
+def _end_all(left, first, grace, pause, kill):
+    """End what `left()` finds, {pid: Process}, each time: a signal, `grace` seconds, then `kill()`
+    and SIGKILL until nothing is left -> (how many there were, how many survived).
+
+    Within the grace an orphan that has come meanwhile gets the signal too; one whose parent is
+    among those found may be what that cleans up with. `pause(seconds)` waits, or less.
+    """
+    count = 0
+    for number, seconds in ((first, grace), (signal.SIGKILL, _UNKILLABLE)):
+        if number == signal.SIGKILL:
+            kill()
+        told, deadline, delay = {}, time.monotonic() + seconds, 0.005
+        while True:
+            found = left()
             count = max(count, len(found))
-            _signal_all(found, number)
-            _signal_all(found, signal.SIGCONT)
-            number = signal.SIGKILL
-        time.sleep(0.02)
+            meant = {pid: process for pid, process in found.items()
+                     if number == signal.SIGKILL or not told or pid not in told
+                     and process is not None and process.parent not in found}
+            _signal_all(meant, number)
+            told.update(meant)
+            rest = deadline - time.monotonic()
+            if not found or rest <= 0:
+                break
+            pause(min(delay, rest))
+            delay = min(delay * 1.5, 0.1)
+    return count, len(found)
+
+
+def kill_remnants(run_id, left, grace):
+    """End what is left of a run whose supervisor died -> how many processes were there."""
+    count, _ = _end_all(lambda: _remnants(run_id, left), signal.SIGTERM, grace, time.sleep,
+                        lambda: remove_cgroups(left["cgroups"], run_id))
+    remove_cgroups(left["cgroups"], run_id)
+    return count
 
 
 # Starting a command.
@@ -8234,7 +8299,6 @@ def exit_status(run):
 _READ_SIZE = 1 << 18     # bytes taken at once
 _SMALL_PIPE, _LARGE_PIPE = 1 << 15, 1 << 20
 _DRAIN = 1.0            # seconds for what is still in the pipes when the command has ended
-_UNKILLABLE = 10.0      # seconds after which one gives up on processes that survive SIGKILL
 
 
 class Signals:
@@ -8422,20 +8486,9 @@ class RunningCommand:
             first = self.signals.asked
         if self.kill_reason == "memory":            # there is no time to lose
             first, grace = signal.SIGKILL, lambda: 0
-        for number, seconds in ((first, grace()), (signal.SIGKILL, _UNKILLABLE)):
-            if self.meter is not None and number == signal.SIGKILL:
-                self.meter.kill()
-            found, deadline, delay = self._left(), time.monotonic() + seconds, 0.005
-            self.killed = max(self.killed, len(found))
-            _signal_all(found, number)
-            _signal_all(found, signal.SIGCONT)
-            while found and time.monotonic() < deadline:
-                self._pause(min(delay, deadline - time.monotonic()))
-                delay = min(delay * 1.5, 0.1)
-                found = self._left()
-                if number == signal.SIGKILL:        # it may have forked meanwhile
-                    _signal_all(found, number)
-        self.survivors = len(found)
+        self.killed, self.survivors = _end_all(
+            self._left, first, grace(), self._pause,
+            lambda: self.meter is not None and self.meter.kill())
 
     def _pause(self, seconds):
         """Read for some seconds, or until the command ends."""
@@ -8444,8 +8497,8 @@ class RunningCommand:
             self._read(deadline - time.monotonic())
 
     def _left(self):
-        """{pid: start} of what is alive of the tree: the command's session, and what descends from
-        this supervisor, which inherits orphans. Orphans that have ended are reaped."""
+        """{pid: Process} of what is alive of the tree: the command's session, and what descends
+        from this supervisor, which inherits orphans. Orphans that have ended are reaped."""
         self._has_ended()
         if not _has_proc():
             return {self.pid: None} if _signal_group(self.pid, 0) and not self.ended else {}
@@ -8677,11 +8730,13 @@ class _Execution:
 
     `folder` is the store's. In the foreground there is a `console`; `base` is the caller's
     environment where the run has that, with the caller's folder and standard input. `tell()` says
-    that the journal has a notice that should not wait for the end.
+    that the journal has a notice that should not wait for the end; `keep_orphans` gives a keeper.
     """
 
-    def __init__(self, journal, folder, signals, console=None, base=None, tell=None):
+    def __init__(self, journal, folder, signals, console=None, base=None, *, tell=None,
+                 keeper=None):
         self.journal, self.folder, self.header = journal, folder, journal.header
+        self.keeper, self.cgroups = keeper, None
         self.signals, self.console, self.base, self.tell = signals, console, base, tell
         self.job, self.progress = Job(journal.header["spec"]), Progress(journal.events)
         self.log, self.setup, self.masks, self.last_output = None, Setup(), Masks(()), 0.0
@@ -8825,7 +8880,7 @@ class _Execution:
 
     def _meter(self):
         number = len(self.progress.attempts)
-        meter, remark = meter_of(self.job, f"run-{self.journal.run_id}-{number}")
+        meter, remark = meter_of(self.job, self.cgroups, f"run-{self.journal.run_id}-{number}")
         if remark is not None:
             self.info(remark)
         return meter
@@ -8973,8 +9028,9 @@ class Supervision(_Hooks):
 
     def _perform(self):
         earlier, number = self.progress.supervisor, len(self.progress.attempts)
-        self.note("supervisor", pid=os.getpid(), start=self.signals.start,
-                  log=self._open_log())
+        self.cgroups = cgroups_for(self.job)
+        self.note("supervisor", pid=os.getpid(), start=self.signals.start, log=self._open_log(),
+                  keeper=self.keeper, cgroups=self.cgroups)
         self._prepare()
         if self.header.get("only"):
             if earlier is None:
@@ -9080,7 +9136,7 @@ class Supervision(_Hooks):
         if left is None:
             return
         if self.header["boot"] == boot_id():    # else its numbers are those of other processes
-            killed = kill_remnants(self.journal.run_id, left["pid"], left["start"], self.job.grace)
+            killed = kill_remnants(self.journal.run_id, left, self.job.grace)
             if killed:
                 self.info(f"Killed {killed} processes that were left")
         self.note("ended", lost=True)
@@ -9217,7 +9273,39 @@ def _file_of(data):
 
 # The supervisors of a server.
 
-def serve_runs(channel, folder):
+def keep_orphans(function):
+    """Perform `function(keeper)` in a child, until it has ended.
+
+    Should the child be killed, what it leaves hangs below this process, which stays until nothing
+    of that is left: so whoever finishes the run finds it all, whatever it made of its session and
+    its environment. `keeper` is [pid, start]; None where the host has no subreapers.
+    """
+    keeper = [os.getpid(), process_start(os.getpid())] if become_subreaper() else None
+    child = fork(lambda: function(keeper))
+    for name in os.listdir("/dev/fd"):
+        if int(name) > 2:               # sockets and locks are the child's
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, 0) != (child, 0):
+            pass
+
+
+def fork(function):
+    """Perform a function in a child -> its pid. The child never comes back from here."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # inherited so: none could be waited
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # for (wait(2))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def serve_runs(channel, folder, keeper=None):
     """The body of a supervisor: take runs from the server, one at a time, until it goes away.
 
     `channel` is a SOCK_SEQPACKET socket: a run id comes with its locked journal; the answer is
@@ -9232,7 +9320,7 @@ def serve_runs(channel, folder):
             if run_id is None:
                 return
             journal = Journal(os.path.join(folder, "active", run_id), descriptor)
-            answer = _supervise(journal, folder, signals, channel)
+            answer = _supervise(journal, folder, signals, channel, keeper)
             os.chdir("/")
             journal.close()
             # A SIGTERM for that run may still be on its way; or daemons were left.
@@ -9246,9 +9334,9 @@ def serve_runs(channel, folder):
         channel.close()
 
 
-def _supervise(journal, folder, signals, channel):
+def _supervise(journal, folder, signals, channel, keeper):
     try:
-        Supervision(journal, folder, signals,
+        Supervision(journal, folder, signals, keeper=keeper,
                     tell=lambda: _answer(channel, f"notice {journal.run_id}")).perform()
         return journal.run_id
     except Exception:
@@ -9568,7 +9656,7 @@ def deliver_alone(store, settings=None):
     with store.read() as db:
         due, settings = due_notices(db, time.time(), 1), get_settings(db) or settings or {}
     if due and store.server() is None:
-        child = _fork(lambda: _fork(lambda: (_detach(), deliver(store, settings, time.time()))))
+        child = fork(lambda: fork(lambda: (_detach(), deliver(store, settings, time.time()))))
         os.waitpid(child, 0)
 
 
@@ -9677,7 +9765,7 @@ def settle(store, wait=False):
             if progress.open or not progress.attempts:
                 deadline = max(deadline, time.monotonic() + 10 + Job(journal.header["spec"]).grace)
             others = [lock, *(other.descriptor for other in unfinished)]
-            children.append(_fork(lambda: _finish_alone(store, journal, others)))
+            children.append(fork(lambda: _finish_alone(store, journal, others)))
             journal.close()
     finally:
         os.close(lock)
@@ -9695,22 +9783,11 @@ def _finish_alone(store, journal, others):
         os.close(descriptor)
     inherit_nothing()
     _detach()
-    become_subreaper()
-    Supervision(journal, store.folder, Signals()).perform()
 
-
-def _fork(function):
-    """Perform a function in a child -> its pid. The child never comes back from here."""
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # inherited so: none could be waited
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # for (wait(2))
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
+    def finish(keeper):
+        become_subreaper()
+        Supervision(journal, store.folder, Signals(), keeper=keeper).perform()
+    keep_orphans(finish)
 
 
 def _detach():
@@ -9742,7 +9819,7 @@ def run_here(store, job, *, caller=False, settings=None, **request):
 
 
 def _run_alone(store, job, signals, console, told=None, *, caller, settings=None,
-               trigger="manual", **request):
+               trigger="manual", keeper=None, **request):
     """Queue a run, wait for its place, supervise it in this process -> its row in the end."""
     if not store.exists:
         store.create()
@@ -9758,7 +9835,7 @@ def _run_alone(store, job, signals, console, told=None, *, caller, settings=None
         if console is not None and console.status:
             with store.read() as db:
                 console.status.usual = usual_durations(db, [job.id]).get(job.id)
-        Supervision(journal, store.folder, signals, console, base).perform()
+        Supervision(journal, store.folder, signals, console, base, keeper=keeper).perform()
         with store.write() as db:
             take_in(db, journal)
         discard([journal])
@@ -9823,7 +9900,7 @@ def run_detached(store, job, **request):
     The keywords are those of `run_here`, and `trigger` and `retry_of`. Raises Refused.
     """
     reader, writer = os.pipe()
-    child = _fork(lambda: _fork(lambda: _run_detached(store, job, reader, writer, request)))
+    child = fork(lambda: fork(lambda: _run_detached(store, job, reader, writer, request)))
     os.close(writer)
     os.waitpid(child, 0)
     with open(reader) as answer:
@@ -9841,11 +9918,14 @@ def _run_detached(store, job, reader, writer, request):
         with contextlib.suppress(OSError):          # it has been told of the run already
             os.write(writer, f"{kind} {text}".encode())
             os.close(writer)
-    try:
-        _run_alone(store, job, Signals(), None, lambda run_id: tell("run", run_id),
-                   **{"caller": False, **request})
-    except RoexecError as error:
-        tell("error", str(error))
+
+    def run(keeper):
+        try:
+            _run_alone(store, job, Signals(), None, lambda run_id: tell("run", run_id),
+                       **{"caller": False, "keeper": keeper, **request})
+        except RoexecError as error:
+            tell("error", str(error))
+    keep_orphans(run)
 
 
 # The launcher.
@@ -9857,7 +9937,7 @@ def start_launcher():
     _warm_up()
     inherit_nothing()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    _fork(lambda: _launch(ours, theirs))
+    fork(lambda: _launch(ours, theirs))
     theirs.close()
     return ours
 
@@ -9891,7 +9971,7 @@ def _launch(ours, channel):
         if folder is None:
             return
         try:
-            _fork(lambda: _become_supervisor(channel, folder, descriptor))
+            fork(lambda: _become_keeper(channel, folder, descriptor))
         except OSError:                 # too many processes; the server asks again at once
             time.sleep(0.1)
         os.close(descriptor)
@@ -9906,15 +9986,20 @@ def _reap_all(*_):
             pass
 
 
-def _become_supervisor(launcher, folder, descriptor):
+def _become_keeper(launcher, folder, descriptor):
     launcher.close()
-    for number in (*_NOT_FOR_CHILDREN, signal.SIGCHLD):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    keep_orphans(lambda keeper: _become_supervisor(folder, descriptor, keeper))
+
+
+def _become_supervisor(folder, descriptor, keeper):
+    for number in _NOT_FOR_CHILDREN:
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
     become_subreaper()
     server = socket.socket(fileno=descriptor)
     server.send(b"ready")
-    serve_runs(server, folder)
+    serve_runs(server, folder, keeper)
 
 
 # The loop.

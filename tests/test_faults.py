@@ -19,9 +19,9 @@ from datetime import timezone
 from pathlib import Path
 
 import pytest
-from helpers import (Server, apply, await_state, descendants, end_of, in_child, is_alive,
-                     kill_descendants, make_job, read_attempts, read_pid, read_run, read_runs,
-                     wait_for)
+from helpers import (Server, apply, await_state, claimed, descendants, end_of, in_child, is_alive,
+                     kill_descendants, make_job, read_attempts, read_log_of, read_pid,
+                     read_run, read_runs, wait_for)
 
 import roexec
 from roexec import RoexecError
@@ -225,6 +225,112 @@ def test_kills_at_any_moment_start_nothing_twice_and_lose_nothing(store, witness
     ended = [row for row in read_runs(store) if row["state"] not in ("lost", "skipped")]
     assert {row["state"] for row in ended} == {"succeeded", "failed"} and len(ended) > 200
     assert "Traceback" not in victims.said.read_text()
+
+
+# What is left of a run is found, whoever was killed.
+
+def escaping(folder):
+    """A command with a process that leaves its session, its parent and its environment behind."""
+    # The shell's own redirections come first, so that no pipe tells of it either.
+    return ("(setsid env -i /bin/sh -c 'trap \"\" TERM; sleep 600 & "
+            f"echo $$ $! > {folder}/new; mv {folder}/new {folder}/escaped; wait' "
+            "< /dev/null > /dev/null 2>&1 &); sleep 600")
+
+
+def escaped(folder):
+    return [int(pid) for pid in wait_for(folder.joinpath("escaped").exists)
+            and folder.joinpath("escaped").read_text().split()]
+
+
+def supervisor_of(store, run_id):
+    journal = wait_for(lambda: roexec.Journal.glance(store.file(f"active/{run_id}")))
+    return roexec.Progress(journal.events).supervisor
+
+
+@pytest.mark.parametrize("cancel", ["before", "after"])
+@pytest.mark.parametrize("killed", [
+    ("supervisor",), ("launcher",), ("supervisor", "launcher"), ("launcher", "supervisor"),
+    ("supervisor", "server"), ("server", "supervisor", "launcher"), ("keeper",)])
+def test_no_process_of_a_cancelled_run_survives_whoever_was_killed(
+        killed, cancel, store, tmp_path):
+    job = make_job(escaping(tmp_path), grace=0.3)
+    apply(store, job)
+    victims = Victims(store, tmp_path)
+    victims.start(wait=True)
+    run_id = roexec.request_run(store, job, trigger="manual")
+    pids, supervisor = escaped(tmp_path), supervisor_of(store, run_id)
+    assert all(map(is_alive, pids)) and supervisor["keeper"]
+    launcher, = [pid for pid, process in roexec.processes().items()
+                 if process.parent == victims.pid and process.alive]
+    if cancel == "before":
+        with store.write() as db:           # committed, and not told yet
+            roexec.ask_to_cancel(db, run_id, "user")
+    for name in killed:
+        pid = {"supervisor": supervisor["pid"], "launcher": launcher, "server": victims.pid,
+               "keeper": supervisor["keeper"][0]}[name]
+        os.kill(pid, signal.SIGKILL)
+        if name == "server":
+            end_of(pid)
+            victims.pid = None
+    if cancel == "after":
+        with contextlib.suppress(RoexecError):      # it has been found to be lost by now
+            roexec.cancel_run(store, run_id)
+    elif "supervisor" not in killed:
+        roexec.signal_cancel(store, run_id, "user")
+    victims.start(wait=True)
+    row = await_state(store, run_id, *roexec.FINAL_STATES)
+    wait_for(lambda: not any(map(is_alive, pids)))
+    assert row["state"] in ({"cancelled"} if cancel == "before" or "supervisor" not in killed
+                            else {"cancelled", "lost"})
+    victims.stop()
+    wait_for(lambda: not descendants(), what=descendants)
+
+
+def test_what_escapes_from_a_run_in_the_background_is_found_without_a_server(store, tmp_path):
+    run_id = roexec.run_detached(store, make_job(escaping(tmp_path), grace=0.1), name="x")
+    pids, supervisor = escaped(tmp_path), supervisor_of(store, run_id)
+    os.kill(supervisor["pid"], signal.SIGKILL)
+    wait_for(lambda: not is_alive(supervisor["pid"]))
+    assert all(map(is_alive, pids))
+    roexec.settle(store, wait=True)
+    assert read_run(store, run_id)["state"] == "lost" and not any(map(is_alive, pids))
+    wait_for(lambda: not descendants(), what=descendants)
+
+
+@pytest.fixture
+def cgroup():
+    """A cgroup (v2) below which runs can have theirs; here it has no controllers."""
+    root = "/sys/fs/cgroup" if os.path.exists("/sys/fs/cgroup/cgroup.procs") \
+        else "/sys/fs/cgroup/unified"
+    folder = f"{root}/roexec-test-{os.getpid()}"
+    try:
+        os.mkdir(folder)
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error}")
+    yield folder
+    kill_descendants()
+    os.rmdir(folder)
+
+
+def test_what_escapes_from_everything_is_found_in_the_cgroup_of_its_run(
+        store, tmp_path, cgroup, monkeypatch):
+    """The supervisor, which has no keeper here, was killed."""
+    monkeypatch.setattr(roexec, "delegated_cgroup", lambda: cgroup)
+    monkeypatch.setattr(roexec.Cgroup, "_write", lambda *_: None)
+    job = make_job(escaping(tmp_path), limits={"cpu": 1}, grace=0.1)
+    journal = claimed(store, job)
+    pid = in_child(lambda: roexec.Supervision(journal, store.folder, roexec.Signals()).perform())
+    journal.close()
+    pids = escaped(tmp_path)
+    members = roexec.cgroup_members(cgroup, journal.run_id)
+    assert members > set(pids)
+    os.kill(pid, signal.SIGKILL)
+    end_of(pid)
+    monkeypatch.setattr(roexec, "delegated_cgroup", lambda: None)       # as a command sees it
+    roexec.settle(store, wait=True)
+    assert read_run(store, journal.run_id)["state"] == "lost" and not any(map(is_alive, pids))
+    assert f"Killed {len(members)} processes" in read_log_of(store, journal.run_id)
+    assert not [name for name in os.listdir(cgroup) if name.startswith("run-")]
 
 
 # Each call that touches a file is the last one, or fails.
@@ -873,7 +979,7 @@ def test_many_runs_leave_no_descriptor_no_process_and_no_memory(store, start):
     assert len(read_runs(store)) == total
     assert {row["exit_code"] for row in read_runs(store)} == {0, 1, 2}
     assert max(files[2:]) - min(files[2:]) <= 10, files         # a supervisor each
-    assert max(children) <= 10, children
+    assert max(children) <= 20, children                        # with a keeper each
     assert memory[-1] - memory[2] < 8 << 20, memory
     assert not [pid for pid, process in roexec.processes().items()
                 if process.parent in (server.pid, *descendants(server.pid)) and not process.alive]

@@ -264,6 +264,20 @@ def test_after_a_power_cut_an_unfinished_run_is_lost(store, marks, begun):
     assert (run["state"], run["reason"], marks()) == ("lost", "power", [])
 
 
+def test_an_orphan_that_comes_within_the_grace_is_asked_to_end_too(store):
+    started = time.monotonic()
+    run = perform(store, "trap 'setsid sleep 600 > /dev/null 2>&1 & exit' TERM; "
+                  "while :; do sleep 0.02; done", timeout=0.2, grace=20)
+    assert run["state"] == "timed_out" and time.monotonic() - started < 10
+    assert not descendants()
+
+
+def test_what_a_command_cleans_up_with_is_left_to_it(store):
+    run = perform(store, "trap 'sleep 0.4 && echo clean; exit' TERM; while :; do sleep 0.02; done",
+                  timeout=0.2)
+    assert (run["state"], output_of(store, run).split()[-1:]) == ("timed_out", ["clean"])
+
+
 def test_what_a_lost_supervisor_has_left_is_killed_before_the_run_is_lost(store, tmp_path):
     pids = tmp_path / "pid"
     command = (f"trap '' TERM; setsid sleep 600 & echo $! > {pids}; sleep 600")
@@ -744,7 +758,7 @@ def test_hooks_of_a_success(store, marks):
 
 
 def test_hooks_of_a_timeout(store, marks):
-    run = perform(store, "sleep 60", timeout=0.1, hooks=described_hooks(marks))
+    run = perform(store, "exec sleep 60", timeout=0.1, hooks=described_hooks(marks))
     assert run["state"] == "timed_out"
     assert [line.split(" ")[:2] for line in marks()][1:] == [
         ["on_failure", "timed_out:timeout:"], ["post_run", "timed_out:timeout:"]]
