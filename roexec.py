@@ -9965,7 +9965,7 @@ def _launch(ours, channel):
     for number in _NOT_FOR_CHILDREN:
         signal.signal(number, signal.SIG_IGN)
     become_subreaper()
-    signal.signal(signal.SIGCHLD, _reap_all)
+    signal.signal(signal.SIGCHLD, reap_all)
     while True:
         folder, descriptor = receive_descriptor(channel)
         if folder is None:
@@ -9980,7 +9980,8 @@ def _launch(ours, channel):
 _NOT_FOR_CHILDREN = (2, 15, 1, 20)      # INT, TERM, HUP, TSTP: the launcher ends with the server
 
 
-def _reap_all(*_):
+def reap_all(*_):
+    """Take the ends of all children that have ended, whoever they were."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -10469,10 +10470,13 @@ class Scheduler:
             os.close(descriptor)
         self.launcher.close()
 
-    def _await_runs(self, seconds):
-        """Take runs in that end within some seconds; a further signal ends the waiting."""
+    def _await_runs(self, seconds, others=()):
+        """Take runs in that end within some seconds, ours and some of others'; a further signal
+        ends the waiting."""
         deadline, asked = time.monotonic() + seconds, self.asked
-        while self.supervisors.are_busy() and self.asked == asked:
+        journals = [self.store.file(f"active/{run_id}") for run_id in others]
+        while self.asked == asked and (self.supervisors.are_busy()
+                                       or any(map(lock_is_held, journals))):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -10481,9 +10485,10 @@ class Scheduler:
 
     def _end_runs(self):
         """End all runs at once, since what ends us ends the host, in 10 s (docker stop)."""
-        for run_id in _ask_all_to_end(self.store):
+        running = _ask_all_to_end(self.store)
+        for run_id in running:
             signal_cancel(self.store, run_id, "shutdown", _LAST_GRACE)
-        self._await_runs(_LAST_GRACE + 2)
+        self._await_runs(_LAST_GRACE + 2, running)      # also those that commands have begun
 
     # Sleeping.
 
@@ -10656,7 +10661,7 @@ def _start_again(store, say):
     """The launcher has died: become a new server, as every restart does."""
     say("The launcher has ended; starting again", "ERROR")
     store.close()
-    _reap_all()
+    reap_all()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv")
              else [sys.executable, *sys.argv])
 
@@ -14790,10 +14795,15 @@ def _server_log(text, level="INFO", at=None):
         pass
 
 
+def _host_to_serve(config):
+    """The address of the configuration; in a container, whose loopback nobody else reaches, all."""
+    return "0.0.0.0" if ends_with_us() and not config.host_was_set else config.server.host
+
+
 def _cmd_server(session):
     options, config, store = session.options, session.config, session.store
     files = JobFiles(store, _owned_paths(session), config.defaults, _server_log)
-    host = options.host or config.server.host
+    host = options.host or _host_to_serve(config)
     port = config.server.port if options.port is None else options.port
     if options.dry_run:
         _check_job_files(files)
@@ -14830,6 +14840,8 @@ def _cmd_server(session):
         notifier = SystemdNotifier(scheduler.vitals)
         scheduler.each_second += [files, notifier]
         stack.callback(notifier.tell, "STOPPING=1")
+        if os.getpid() == 1:            # what others leave behind is ours to reap
+            scheduler.each_second.append(reap_all)
         scheduler.on_reload.insert(0, lambda: _reload(session, files))
         _server_log(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
         warning = unit_warning()

@@ -31,8 +31,8 @@ def config():
 
 
 def test_the_examples_are_these():
-    names = sorted(path.name for path in EXAMPLES.iterdir())
-    assert names == ["config-local.yml", "jobs.yml", "roexec.service"]
+    names = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.*"))
+    assert names == ["config-local.yml", "docker/compose.yml", "jobs.yml", "roexec.service"]
 
 
 def test_the_jobs_are_those_of_the_readme(jobs):
@@ -101,7 +101,7 @@ def cli(tmp_path):
 @pytest.mark.parametrize("job, options, output", [
     ("hello", ["--env", "KEY=VAL"], ["Hello", "from", "Roexec", "KEY is VAL"]),
     ("backup-db", [], ["dumping from db.internal as backup", "10240"]),
-    ("sync", [], ["config-local.yml", "jobs.yml", "roexec.service"]),
+    ("sync", [], ["config-local.yml", "docker", "jobs.yml", "roexec.service"]),
 ])
 def test_a_job_runs_anywhere(cli, job, options, output):
     run = cli("run", "--id", job, *options)

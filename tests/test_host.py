@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -543,6 +544,129 @@ def test_an_upgrade_disturbs_no_run_and_a_downgrade_is_refused_in_words(host, bu
                            "roexec 9.2.0", "long", "roexec"]
     assert said[19] == "write the crontab of roexec" and said[21:] == [
         "remove /usr/local/bin/roexec"]
+
+
+# A container, of which everything but the container engine is real: the steps of the Dockerfile in
+# a root tree, its entry point as PID 1, the command line of the compose file, health and exec.
+
+DOCKER = Path(roexec.__file__).parent / "examples" / "docker"
+TREE = """
+set -e
+mkdir -p {tree}/usr/local/bin {tree}/proc {tree}/dev {tree}/tmp {tree}/run {tree}/var/lib {tree}/etc
+for folder in /usr /dev; do mount --rbind $folder {tree}$folder; done
+mount -t tmpfs tmpfs {tree}/usr/local
+mkdir {tree}/usr/local/bin
+for name in bin sbin lib lib64; do [ ! -L /$name ] || cp -P /$name {tree}/; done
+cp /etc/passwd /etc/group /etc/ld.so.cache {tree}/etc/
+cp {program} {tree}/usr/local/bin/roexec
+mount -t proc proc {tree}/proc
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+chroot {tree} /bin/sh -ec {steps}
+mount --bind {data} {tree}/data
+exec chroot {tree} {command}
+"""
+
+
+def instructions(name):
+    """What the Dockerfile says behind the instructions of a name."""
+    return re.findall(rf"^{name} +(.*)$", (DOCKER / "Dockerfile").read_text(), re.M)
+
+
+class Container:
+    """What `docker run` makes of the image, with `data` as the volume."""
+
+    def __init__(self, tmp_path, program, command, before=()):
+        data, log = tmp_path / "data", tmp_path / "log"
+        tree = tempfile.mkdtemp(prefix="tree", dir=tmp_path)
+        data.mkdir(exist_ok=True)
+        words = [*before, *json.loads(instructions("ENTRYPOINT")[0]), *shlex.split(command)]
+        script = TREE.format(tree=tree, program=program, data=data,
+                             steps=shlex.quote("\n".join(instructions("RUN"))),
+                             command=shlex.join(words))
+        self.log, file = log, open(log, "a")
+        with file:
+            self.process = subprocess.Popen(
+                ["unshare", "-mpnf", "--kill-child", "--propagation", "private", "sh", "-c",
+                 script], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+
+    def exec(self, *words):
+        """docker exec -> CompletedProcess."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return subprocess.run(["nsenter", "-t", children.read_text().strip(), "-m", "-p", "-n", "-r",
+                               "-w", *words], capture_output=True, text=True, timeout=60)
+
+    def stop(self):
+        """docker stop -> (exit status, seconds); it kills after ten of them."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        begin = time.monotonic()
+        os.kill(int(children.read_text()), signal.SIGTERM)
+        return self.process.wait(10), time.monotonic() - begin
+
+    def is_healthy(self):
+        command, = re.findall("^HEALTHCHECK .*?CMD (.*)$", (DOCKER / "Dockerfile").read_text(),
+                              re.M)
+        return self.exec("/bin/sh", "-c", command).returncode == 0
+
+
+@pytest.fixture
+def container(host, build, tmp_path):
+    """`container(command, before)` -> a Container; all of them are ended afterwards."""
+    program, started = build(roexec.__version__), []
+    program.chmod(0o755)
+
+    def run(command, before=()):
+        started.append(Container(tmp_path, program, command, before))
+        return started[-1]
+    yield run
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+COMPOSED = roexec.load_yaml((DOCKER / "compose.yml").read_text())["services"]["roexec"]
+
+
+def states_of_processes(container):
+    """The states of the processes in a container."""
+    shown = container.exec("/bin/sh", "-c", "cat /proc/[0-9]*/stat").stdout
+    return [line.rpartition(") ")[2][0] for line in shown.splitlines()]
+
+
+def test_the_compose_file_is_about_the_image_and_its_volume():
+    assert COMPOSED["command"] == "server --config /data/config.yml"
+    assert [volume.split(":")[1] for volume in COMPOSED["volumes"]] == instructions("VOLUME")
+    assert [port.rpartition(":")[2] for port in COMPOSED["ports"]] == instructions("EXPOSE")
+
+
+@pytest.mark.parametrize("before", [
+    (), pytest.param(["/usr/bin/tini", "--"], marks=pytest.mark.engine)], ids=["PID 1", "tini"])
+def test_a_container_serves_keeps_its_data_and_ends_in_time(before, container, tmp_path):
+    if before:
+        tool("tini")
+    data = tmp_path / "data"
+    assert container("init /data").process.wait(30) == 0
+    (data / "jobs.yml").write_text(
+        "jobs:\n  - {id: stubborn, command: \"trap '' TERM; echo $$ >/data/pid; while :; do "
+        "sleep 0.1; done\"}\n  - {id: often, schedule: '@every 1s', command: echo hi}\n")
+    one = container(COMPOSED["command"], before)
+    wait_for(lambda: "Server started" in one.log.read_text(), 30, one.log.read_text)
+    assert "http=http://0.0.0.0:8080" in one.log.read_text()
+    wait_for(one.is_healthy, 30, one.log.read_text)
+    assert len(data.joinpath("admin-token").read_text().strip()) > 20
+    assert one.exec("roexec", "run", "stubborn", "--detach").returncode == 0
+    # What docker exec leaves behind becomes PID 1's.
+    one.exec("/bin/sh", "-c", "(sleep 0.3 &) ; (sleep 0.3 &)")
+    wait_for(lambda: "completed, exit=0, job=often" in one.log.read_text(), 30)
+    wait_for(lambda: (data / "pid").exists(), 30)
+    wait_for(lambda: "Z" not in states_of_processes(one), 30)
+    status, seconds = one.stop()
+    assert status == 0 and 4 < seconds < 9, one.log.read_text()
+    again = container(COMPOSED["command"], before)
+    wait_for(again.is_healthy, 30, again.log.read_text)
+    runs = json.loads(again.exec("roexec", "list", "runs", "--job", "stubborn", "--json").stdout)
+    assert [(run["state"], run["reason"]) for run in runs["runs"]] == [("cancelled", "shutdown")]
+    assert again.stop()[1] < 4
+    assert (data / "roexec.db").exists() and not list(data.glob("active/*"))
 
 
 # completion.

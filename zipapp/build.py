@@ -88,7 +88,9 @@ def archive(pythons):
 
 def release(program, folder):
     """The bytes of the .tar.gz: `folder` with `program` as the executable roexec, and papers."""
-    examples = sorted(os.listdir(os.path.join(ROOT, "examples")))
+    examples = sorted(os.path.relpath(os.path.join(folder, name), os.path.join(ROOT, "examples"))
+                      for folder, _, names in os.walk(os.path.join(ROOT, "examples"))
+                      for name in names)
     members = [("roexec", program, 0o755)] + [
         (name, read(name), 0o644)
         for name in ["README.md", "LICENSE", *(f"examples/{name}" for name in examples)]]
