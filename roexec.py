@@ -13092,6 +13092,9 @@ After=local-fs.target network.target time-sync.target
 StartLimitIntervalSec=0
 
 [Service]
+# It tells when it is ready, how it is (systemctl status), and that its loop still turns.
+Type=notify
+WatchdogSec=2min
 ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=always
