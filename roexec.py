@@ -299,66 +299,62 @@ def get_zone(name):
 # ==== 2 yaml (pure) ===============================================================================
 # YAML 1.2.2 as configuration uses it: one document, no tags, the core schema. The right value, or
 # an error that says where and why. One recursive descent over the text: a method begins at self.at,
-# reads one thing there and leaves self.at behind it; one of a block style leaves it at the next
-# line that has something, whose indentation is then self.indent (-1 at the end). `n` is the column
-# of the block collection around, -1 without one: what belongs to it is indented by more. Inside
-# quotes and brackets `columns` is the least indentation of further lines. Numbers in round brackets
-# are chapters of the specification.
+# reads one thing there and leaves self.at behind it; `value` goes on to the next thing, which is
+# outside of brackets the next line that has something, with the indentation self.indent. `n` is the
+# column of the block collection around, -1 without one: what belongs to it is indented by more.
+# Numbers in round brackets are chapters of the specification.
 
 _DEEPEST = 100                          # collections inside one another
 _MOST_COPIES = 100_000                  # values that aliases may add to a document
 _LONGEST_KEY = 1024                     # characters of an implicit key (7.4.2)
 _LONGEST_NUMBER = 1000                  # characters
 
-_ONLY_IN_QUOTES = Pattern("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")                     # (5.1)
+_IN_QUOTES = Pattern("[\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")        # and only there (5.1)
 _NOT_PRINTABLE = Pattern("[\0-\x08\x0b-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff\ufffe\uffff]")
 _BLANKS = Pattern(r"[ \t]*")
-_BLANK_LINES = Pattern(r"[ \n]*")
 _LINE_END = Pattern(r"[ \t]*(?:(?<=[ \t\n])#[^\n]*)?\n(?:[ \t\n]*\n)?( *)(?:\t[ \t]*)?")
 _MARKER = Pattern(r"(?:---|\.\.\.)(?=[ \t\n])|\0")                                      # (9.1)
 _DIRECTIVE = Pattern(r"%(?:YAML[ \t]+1\.([0-9]+)|(?!(?:YAML|TAG)[ \t\n])[^ \t\n][^\n]*)")  # (6.8)
 _COLON = Pattern(r"[ \t]*:(?=[ \t\n])")
-_NAME = Pattern(r"[&*]([^ \t\n,\[\]{}]+)(?=[ \t\n,\]}])[ \t]*")                         # (6.9.2)
-_FOLD = Pattern(r"\n((?:[ \t\n]*\n)?)( *)[ \t]*")                                       # (6.5)
+_ANCHOR = Pattern(r"&([^ \t\n,\[\]{}]+)(?=[ \t\n,\]}])[ \t]*(?![ \t&*])")               # (6.9.2)
+_ALIAS = Pattern(r"\*([^ \t\n,\[\]{}]+)(?=[ \t]*(?:[\n,\]}]|(?<=[ \t])[#:]))")
 _SINGLE = Pattern(r"([^'\n]*)(''|['\n])")                                               # (7.3.2)
 _DOUBLE = Pattern(r'([^"\\\n]*)(["\n]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|'
                   r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\[\s\S])")   # (7.3.1)
 _ESCAPES = {"''": "'", **{"\\" + char: meant for char, meant in zip(                    # (5.7)
     '0abt\tnvfre "/\\N_LP', '\0\a\b\t\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029')}}
-_HEADER = Pattern(r"[|>](?:([-+]?)([1-9]?)|([1-9])([-+]))(?:[ \t]+#[^\n]*|[ \t]*)\n")   # (8.1.1)
+_HEADER = Pattern(r"[|>]([-+]?[1-9]?|[1-9][-+])(?:[ \t]+#[^\n]*|[ \t]*)\n"           # (8.1.1)
+                  r"((?:[ \n]*\n)?)( *)")
 _FOLDED_LINE = Pattern(r"^([^ \t\n][^\n]*)\n(\n*)(?=[^ \t\n])", "m")                    # (8.1.3)
 
-
-def _plain_patterns(stop):
-    """Patterns of the first line of a plain scalar, behind blanks, and of each further one (7.3.3).
-
-    `stop` are the characters besides a line end that end one. Behind its first character neither
-    can fail, so nothing is read twice.
-    """
-    rest = (rf"[^\n:#{stop}]*(?:(?::(?![ \t\n{stop}])|(?<![ \t])#)[^\n{stop}]*?)?"
-            rf"(?=[ \t]#|:[ \t\n{stop}]|[\n{stop}])")
-    first = rf"(?:[^ \t\n\-?:,\[\]{{}}#&*!|>'\"%@`]|[-?:](?![ \t\n{stop}]))"
-    return Pattern(rf"[ \t]*({first}{rest})"), Pattern(rf"(?!#|:[ \t\n{stop}])[^ \t\n{stop}]{rest}")
-
-
-_PLAIN, _PLAIN_LINE = _plain_patterns("")
-_FLOW_PLAIN, _FLOW_LINE = _plain_patterns(r",\[\]{}")
+# The first line of a plain scalar, behind blanks, and a further one; END ends one, too (7.3.3).
+# Behind its first character neither can fail, so nothing is read twice.
+_REST = (r"[^\n:#END]*(?:(?::(?![ \t\nEND])|(?<![ \t])#)[^\nEND]*?)?"
+         r"(?=[ \t]#|:[ \t\nEND]|[\nEND])")
+_START = r"[ \t]*((?:[^ \t\n\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?![ \t\nEND]))" + _REST + ")"
+_MORE = r"(?!#|:[ \t\nEND])[^ \t\nEND]" + _REST
+_PLAIN, _PLAIN_LINE, _FLOW_PLAIN, _FLOW_LINE = (
+    Pattern(text.replace("END", end)) for end in ("", r",\[\]{}") for text in (_START, _MORE))
+# A key that needs no question mark, and its colon: its anchor, all of it, itself if it is plain.
+_A_KEY = Pattern(
+    rf"(?:&([^ \t\n,\[\]{{}}]+)[ \t]+(?!\*))?((?={_PLAIN.text})\3|'(?:[^'\n]|'')*'|"
+    r'"(?:[^"\\\n]|\\.)*"|\*[^ \t\n,\[\]{}]+(?=[ \t])|)[ \t]*:(?=[ \t\n])')
 
 # The core schema (10.3.2), and the plain scalars that YAML 1.1 reads, or may read, otherwise.
-_MERGE_KEY = "".join("<<")              # this very object is a plain <<, not one in quotes
 _WORDS = {word: value for words, value in (
-    ("null Null NULL ~", None), ("true True TRUE", True), ("false False FALSE", False),
+    ("null Null NULL ~ ", None), ("true True TRUE", True), ("false False FALSE", False),
     (".inf .Inf .INF +.inf +.Inf +.INF", float("inf")), ("-.inf -.Inf -.INF", float("-inf")),
-    (".nan .NaN .NAN", float("nan")), ("<<", _MERGE_KEY)) for word in words.split()}
+    (".nan .NaN .NAN", float("nan"))) for word in words.split(" ")}
 _NUMBER = Pattern(r"([-+]?[0-9]+)|(0o[0-7]+|0x[0-9a-fA-F]+)|"
                   r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _OTHER_IN_1_1 = Pattern(
     r"(?!(?:[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*(?:[eE][-+][0-9]+)?)?|[-+]?\.[0-9]+|0x[0-9a-fA-F]+)\Z)"
     r"(?:[yYnN]|[yY]es|YES|[nN]o|NO|[oO]n|ON|[oO]ff|OFF|=|[-+]?\.?[0-9][-+0-9a-fA-FxXo_:.]*|"
     r"[0-9]{4}-[0-9][0-9]?-[0-9][0-9]?[Tt \t].*|[^\x85\u2028\u2029]*[\x85\u2028\u2029].*)")
-
-_MERGE = object()                       # stands for the key << until its mapping is complete
-_IS_KEY = object()                      # what was read is the first key of a mapping
+_ONE_ANCHOR = "a value has one anchor, an alias none; quote a text with &"
+_NO_KEY = f"a key is one text or number in its line, of at most {_LONGEST_KEY} characters; quote it"
+_TAB = "a tab cannot indent; write blanks"
+_MERGE = object()                       # the key << that is plain, until its mapping is complete
 
 
 class YamlError(RoexecError, ValueError):
@@ -370,11 +366,11 @@ class YamlError(RoexecError, ValueError):
 
 
 class Note(Value):
-    """Where a value stands and how it is written; Notes are a tree parallel to the values.
+    """Where a value stands, from line and column 1 on, and how it is written: a tree as the values.
 
-    `line` and `column` count from 1. `text` is a plain scalar as written, or the value of one in
-    another style; `plain` says which. `keys` has the Notes of a mapping's keys by key, `items`
-    those of its values by key, or of a list's in order; each is None where it has no meaning.
+    `text` is a plain scalar as written, or the value of one in another style; `plain` says which.
+    `keys` has the Notes of a mapping's keys by key, `items` those of its values by key, or of a
+    list's in order; each is None where it has no meaning.
     """
     __slots__ = ("line", "column", "text", "plain", "keys", "items")
 
@@ -391,49 +387,53 @@ def read_yaml(text, notes=None):
             raise YamlError(1, 1, "this is UTF-16 or UTF-32; save it as UTF-8")
         text = text.decode("utf-8", "surrogateescape")
     reader = _Document(text, notes is not None)
-    value = reader.document()
+    node = reader.document()
     if notes is not None:
-        notes.append(reader.note)
-    return value
+        notes.append(_noted(node, [match.start() for match in re.finditer("\n", reader.text)]))
+    return node[0]
+
+
+def _noted(node, lines):
+    """The Note of a node; `lines` are the places before the lines."""
+    value, at, written, parts = node
+    line = bisect.bisect_left(lines, at)
+    note = Note(line=line, column=at - lines[line - 1], plain=written is not None)
+    if isinstance(value, list):
+        return note.changed(items=[_noted(part, lines) for part in parts])
+    if isinstance(value, dict):
+        keys, items = ({key: _noted(pair[side], lines) for key, pair in parts.items()}
+                       for side in (0, 1))
+        return note.changed(keys=keys, items=items)
+    return note.changed(text=value if written is None else written)
 
 
 class _Scalars:
-    """The text and the place in it; scalars of all five styles."""
+    """The text, the place in it, and scalars of all five styles. What is read is a node: (value,
+    place, a plain scalar as written or None, parts), where parts are the nodes of a list, {key:
+    (node of the key, node of the value)} of a mapping, else None."""
 
     def __init__(self, text, noting):
+        self.keeping = noting or "<<" in text
         text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
         # Each line has an end before it and one of its own, and no index is ever too large.
         self.text = "\n" + text + "\n\0"[text[-1:] in ("", "\n"):]
-        self.at = self.indent = self.depth = self.values = self.copies = 0
-        self.tabbed = False             # whether there are tabs between the indentation and self.at
-        self.json_like = False          # whether the node read last is in quotes or brackets
-        self.old = False                # whether the document says %YAML 1.1
-        self.noting, self.note = noting, None       # the Note is that of the value read last
-        self.lines = [match.start() for match in re.finditer("\n", self.text)] if noting else ()
-        self.anchors = {}               # name -> (value, Note, how many values); None until its end
+        self.at = self.depth = self.values = self.copies = 0
+        self.indent = 0                 # -1 at the end; a half below a column where a tab is (6.1)
+        self.anchors = {}               # name -> (node, how many values)
         self.brackets = []              # where those stand that are open
         self.suspects = {match.start() + 1 for match in _NOT_PRINTABLE.finditer(text)}
 
     def error(self, at, problem):
-        text = self.text
-        return YamlError(text.count("\n", 0, at), at - text.rfind("\n", 0, at), problem)
+        return YamlError(self.text.count("\n", 0, at), at - self.text.rfind("\n", 0, at), problem)
 
     def shown(self, at):
-        """The rest of a line, for an error."""
         rest = self.text[at:self.text.find("\n", at)]
         return printable(rest if len(rest) <= 40 else rest[:37] + "...")
 
-    def noted(self, at, text=None, plain=False, keys=None, items=None):
-        """Note a value that begins at `at`; None."""
-        if self.noting:
-            line = bisect.bisect_left(self.lines, at)
-            self.note = Note(line=line, column=at - self.lines[line - 1], text=text, plain=plain,
-                             keys=keys, items=items)
+    def is_indicator(self, kind):
+        return self.text[self.at] == kind and self.text[self.at + 1] in " \t\n"
 
-    def is_indicator(self, kinds):
-        return self.text[self.at] in kinds and self.text[self.at + 1] in " \t\n"
-
-    def next_line(self):
+    def next_line(self, comment="#"):
         """Go on to the next line that has something, over blanks and comments (6.6)."""
         text, at = self.text, self.at
         while True:
@@ -441,513 +441,360 @@ class _Scalars:
             if not match:
                 raise self.left_over(_BLANKS.match(text, at).end())
             self.at = match.end()
-            if text[self.at] != "#":
+            if text[self.at] != comment:
                 break
             at = text.index("\n", self.at)
         (start, end), at = match.span(1), self.at
-        self.indent, self.tabbed = end - start, end != at
+        self.indent = end - start if end == at else end - start - 0.5
         if start == at and text[at] in "-.\0" and _MARKER.match(text, at):
             self.indent = -1
 
     def left_over(self, at):
+        if _COLON.match(self.text, at):
+            return self.error(at, '": " inside a plain value; put the value in quotes, or below |')
         return self.error(at, 'a "#" needs a blank before it' if self.text[at] == "#" else
                           f'"{self.shown(at)}" is left over; put the whole value in quotes')
 
-    def resolve(self, written, at):
-        """The value of a plain scalar."""
+    def scalar(self, written, at):
+        """The node of a plain scalar."""
         if self.old and _OTHER_IN_1_1.fullmatch(written):
             raise self.error(at, f'"{self.shown(at)}" differs between YAML 1.1 and 1.2; quote it')
-        number = _NUMBER.fullmatch(written) if written[0] in "0123456789+-." else None
-        if not number:
-            return _WORDS.get(written, written)
+        if written[:1] not in "0123456789+-." or not (number := _NUMBER.fullmatch(written)):
+            return _WORDS.get(written, written), at, written, None
         if len(written) <= _LONGEST_NUMBER:
             value = int(written) if number[1] else int(written, 0) if number[2] else float(written)
             if value not in (math.inf, -math.inf):
-                return value
+                return value, at, written, None
         raise self.error(at, "a number this large is not read; put a text in quotes")
 
-    def plain(self, match, n, further):
-        """The plain scalar whose first line is matched, with its further lines (6.5, 7.3.3)."""
+    def plain(self, match, n):
+        """The plain scalar whose first line is matched, with its further lines (7.3.3)."""
         text, start, pieces = self.text, match.start(1), [match[1].rstrip(" \t")]
-        self.at = match.end()
+        further, self.at = _FLOW_LINE if self.brackets else _PLAIN_LINE, match.end()
         while text[self.at] in " \t\n":
             end = self.at
-            self.next_line()
-            line = further.match(text, self.at) if self.indent > n else None
-            if not line:
+            self.gap(n)
+            if self.indent <= n or not (line := further.match(text, self.at)):
                 break
             if text.find("#", end, self.at) >= 0:
                 raise self.error(self.at, "a comment has ended the value above; put it in quotes")
-            self.refuse_tabs(end, self.at, n + 1)
-            pieces += "\n" * (text.count("\n", end, self.at) - 1) or " ", line[0].rstrip(" \t")
+            pieces += self.folded(end, n), line[0].rstrip(" \t")
             self.at = line.end()
         else:
-            if further is _PLAIN_LINE:
-                raise self.colon_inside()
-        written = pieces[0] if len(pieces) == 1 else "".join(pieces)
-        if self.noting:
-            self.noted(start, written, True)
-        return self.resolve(written, start)
+            if not self.brackets:
+                raise self.left_over(self.at)
+        return self.scalar(pieces[0] if len(pieces) == 1 else "".join(pieces), start)
 
-    def refuse_tabs(self, start, end, columns):
-        """Blank lines inside a scalar are indented as it is, or have nothing but blanks (6.4)."""
-        if columns and self.text.find("\t", start, end) >= 0:
-            if tab := re.compile(rf"\n {{0,{columns - 1}}}\t").search(self.text, start, end):
-                raise self.error(tab.end() - 1, "a tab cannot indent; write blanks")
+    def folded(self, start, n):
+        """What the line ends between `start` and here count as in a scalar (6.5)."""
+        if n >= 0 and self.text.find("\t", start, self.at) >= 0 and (
+                tab := re.compile(rf"\n {{0,{n}}}\t").search(self.text, start, self.at)):  # (6.4)
+            raise self.error(tab.end() - 1, _TAB)
+        if self.indent <= n:
+            raise self.error(self.at, "a line inside quotes is indented too little")
+        return "\n" * (self.text.count("\n", start, self.at) - 1) or " "
 
-    def colon_inside(self):
-        return self.error(self.at, '": " inside a plain value; put the value in quotes, or below |')
-
-    def quoted(self, columns):
+    def quoted(self, n):
         """A scalar in quotes (7.3.1, 7.3.2)."""
-        text, start, quote, pieces = self.text, self.at, self.text[self.at], []
-        chunk, at = (_DOUBLE if quote == '"' else _SINGLE).match, start + 1
-        while True:
-            match = chunk(text, at)
-            if not match:
-                raise self.error(start, "the quote is not closed")
-            piece, stop = match.groups()
-            at = match.end()
-            if stop == quote:
-                break
-            if stop[-1] != "\n":
-                pieces += piece, self.escaped(stop, at)
+        text, start, pieces, stop = self.text, self.at, [], None
+        quote, chunk = text[start], (_DOUBLE if text[start] == '"' else _SINGLE).match
+        self.at += 1
+        while stop != quote:
+            match = chunk(text, self.at)
+            (piece, stop), self.at = match.groups(), match.end()
+            if stop[-1] == "\n":
+                end = self.at = self.at - 1
+                self.next_line(None)
+                if self.indent == -1:
+                    raise self.error(start, "the quote is not closed")
+                fold = self.folded(end, n)
+                pieces += (piece.rstrip(" \t"), fold) if stop == "\n" else (piece, fold.strip(" "))
             else:
-                at, empty = self.fold(start, at - 1, columns)
-                pieces += (piece.rstrip(" \t"), empty or " ") if stop == "\n" else (piece, empty)
-        self.at, value = at, "".join(pieces) + piece
+                pieces += piece, "" if stop == quote else self.escaped(stop)
         if self.suspects:
-            self.suspects -= {match.start() for match in _ONLY_IN_QUOTES.finditer(text, start, at)}
-        self.noted(start, value)
-        return value
+            self.suspects -= {match.start() for match in _IN_QUOTES.finditer(text, start, self.at)}
+        return "".join(pieces), start, None, None
 
-    def fold(self, start, at, columns):
-        """Where quoted text goes on behind a line end, and the line ends that count (6.5)."""
-        match = _FOLD.match(self.text, at)
-        if not match[2] and _MARKER.match(self.text, match.end(2)):
-            raise self.error(start, "the quote is not closed")
-        if len(match[2]) < columns:
-            raise self.error(match.end(2), "a line inside quotes is indented too little")
-        self.refuse_tabs(at, match.end(), columns)
-        return match.end(), "\n" * match[1].count("\n")
-
-    def escaped(self, written, end):
+    def escaped(self, written):
         try:
             if len(written) == 2:
                 return _ESCAPES[written]
             halves = written.encode().decode("unicode_escape")  # of a surrogate pair, as in JSON
             return halves.encode("utf-16", "surrogatepass").decode("utf-16")
         except (KeyError, UnicodeError):
-            raise self.error(end - len(written), f"{printable(written)} is no escape; write \\\\ "
-                             "for a backslash, or use single quotes") from None
+            raise self.error(self.at - len(written), f"{printable(written)} is no escape; write "
+                             "\\\\ for a backslash, or use single quotes") from None
 
     def block_scalar(self, n):
         """A literal or folded scalar (8.1)."""
-        text, start, header = self.text, self.at, _HEADER.match(self.text, self.at)
-        if not header:
+        text, start = self.text, self.at
+        if not (header := _HEADER.match(text, start)):
             raise self.error(start, f"{text[start]} begins a text below it; put this in quotes")
-        chomp, digit, first = header[1] or header[4], header[2] or header[3], header.end()
-        columns = max(n, 0) + int(digit) if digit else self.detected(first, n)
-        outside = rf"\n(?! {{{columns}}}| *\n)" if columns else r"\n(?=(?:---|\.\.\.)[ \t\n]|\0)"
+        chomp, digit = header[1].strip("123456789"), header[1].strip("-+")
+        first, begin = header.start(2), header.end()
+        widest, columns = max(map(len, header[2].split("\n"))), len(header[3])
+        if digit:
+            columns = max(n, 0) + int(digit)
+        elif columns <= n or not columns and _MARKER.match(text, begin):
+            columns = max(n + 1, widest)
+        elif columns < widest:
+            raise self.error(begin, "this line is indented less than the blank lines above it")
+        outside = rf"\n(?=(?! {{{columns}}}| *\n)|{_MARKER.text})"
         end = re.compile(outside).search(text, first - 1).end()
         value = "\n".join([line[columns:] for line in text[first:end].split("\n")])
         if text[start] == ">":
             value = _FOLDED_LINE.sub(lambda line: line[1] + (line[2] or " "), value)
-        if chomp != "+":
-            kept = value.rstrip("\n")
-            value = kept + "\n" if kept and not chomp else kept
-        self.at = end - 1
-        self.next_line()
-        self.refuse_misplaced_text(start, end, n)
-        self.noted(start, value)
-        return value
-
-    def detected(self, first, n):
-        """The indentation of a block scalar: that of its first line that is not blank."""
-        end = _BLANK_LINES.match(self.text, first).end()
-        start = self.text.rfind("\n", 0, end) + 1
-        widest = max(map(len, self.text[first:start].split("\n")))
-        if end - start <= n or end == start and _MARKER.match(self.text, end):
-            return max(n + 1, widest)
-        if widest > end - start:
-            raise self.error(end, "this line is indented less than the blank lines above it")
-        return end - start
-
-    def refuse_misplaced_text(self, start, end, n):
-        """What cannot come after a block scalar, and so was most likely meant to be in it."""
-        text, here = self.text, _BLANKS.match(self.text, end).end()
-        below = f"the text below {text[start]}"
-        if text.find("\t", end, here) >= 0:
+        kept = value.rstrip("\n")
+        value = value if chomp == "+" else kept + "\n" if kept and not chomp else kept
+        self.at, blanks, below = end - 1, _BLANKS.match(text, end), f"the text below {text[start]}"
+        if "\t" in blanks[0]:
             raise self.error(text.index("\t", end), f"a tab cannot indent {below}; write blanks")
-        if self.indent > n and text[here] == "#":
-            raise self.error(here, f"this comment ends {below}; indent it as the text is")
+        self.next_line()
+        if self.indent > n and text[blanks.end()] == "#":
+            raise self.error(blanks.end(), f"this comment ends {below}; indent it as the text is")
         if self.indent > n:
             raise self.error(self.at, f"this is indented less than the first line of {below}")
+        return value, start, None, None
 
 
-class _Nodes(_Scalars):
-    """Anchors, aliases and merges, and what stands in brackets (7.4)."""
+class _Document(_Scalars):
+    """Anchors and aliases, collections in brackets (7.4) and in blocks (8.2), and the document."""
 
-    def nothing(self):
-        """The value where there is none."""
-        self.noted(self.at, "", True)
-
-    def anchor(self):
-        """What `define` needs of the anchor here; goes to what follows it on the line."""
-        match = _NAME.match(self.text, self.at)
-        if not match or self.text[match.end()] in "&*":
-            raise self.error(self.at, "a value has one anchor, an alias none; quote a text with &")
-        self.at, self.anchors[match[1]] = match.end(), None
-        return match[1], self.values
-
-    def define(self, anchor, value):
-        self.anchors[anchor[0]] = value, self.note, 1 + self.values - anchor[1]
+    def anchor(self, n, dashes):
+        """The value behind an anchor (6.9.2)."""
+        match, values = _ANCHOR.match(self.text, self.at), self.values
+        if not match:
+            raise self.error(self.at, _ONE_ANCHOR)
+        self.at = match.end()
+        self.anchors.pop(match[1], None)
+        if self.brackets:
+            self.gap(n)
+        node = self.value(n, dashes, False, True)
+        self.anchors[match[1]] = node, 1 + self.values - values
+        return node
 
     def alias(self):
         """The value of an alias: the same object (7.1)."""
-        start, match = self.at, _NAME.match(self.text, self.at)
+        start, match = self.at, _ALIAS.match(self.text, self.at)
         if not match or match[1] not in self.anchors:
-            raise self.star(start)
-        if self.anchors[match[1]] is None:
-            raise self.error(start, f"*{match[1]} stands inside the value that it names")
-        value, note, count = self.anchors[match[1]]
+            value = self.shown(start).split(" #")[0].rstrip()
+            raise self.error(start, 'a value that begins with "*" is an alias, and nothing has '
+                             f'this name; put the schedule in quotes: "{value}"')
+        (value, _, written, parts), count = self.anchors[match[1]]
         self.at, self.values, self.copies = match.end(1), self.values + count, self.copies + count
         if self.copies > _MOST_COPIES:
             raise self.error(start, f"aliases add more than {_MOST_COPIES} values")
-        if note:
-            self.noted(start, note.text, note.plain, note.keys, note.items)
-        return value
+        return value, start, written, parts
 
-    def star(self, at):
-        value = self.shown(at).split(" #")[0].rstrip()
-        return self.error(at, 'a value that begins with "*" is an alias, and nothing has this '
-                              f'name; put the schedule in quotes: "{value}"')
-
-    def content(self, columns):
-        """A node in quotes or brackets, or an alias."""
+    def content(self, n):
+        """A node in quotes or brackets, an alias, or nothing."""
         kind = self.text[self.at]
+        if kind in "'\"[{":
+            return self.flow(n) if kind in "[{" else self.quoted(n)
         if kind == "*":
             return self.alias()
-        if kind not in "'\"[{":
-            problem = "tags are not read" if kind == "!" else (
-                f'"{printable(kind)}" cannot begin a value here')
-            raise self.error(self.at, problem + "; put a text that begins so in quotes")
-        value = self.quoted(columns) if kind in "'\"" else self.flow(columns)
-        self.json_like = True
-        return value
-
-    def atom(self, columns, pattern):
-        """A node as it stands in brackets, or as a key outside of them; it may be missing."""
-        anchor = self.anchor() if self.text[self.at] == "&" else None
-        if anchor and pattern is _FLOW_PLAIN:
-            self.gap(columns)
-        self.json_like, match = False, pattern.match(self.text, self.at)
-        if match and pattern is _PLAIN:
-            self.at, written = match.end(), match[1].rstrip(" \t")
-            value = self.resolve(written, match.start(1))
-            if self.noting:
-                self.noted(match.start(1), written, True)
-        elif match:
-            value = self.plain(match, columns - 1, _FLOW_LINE)
-            self.refuse_outside(match.end(), columns)
-        elif self.text[self.at] in ",]}" or self.is_colon():
-            value = self.nothing()
-        else:
-            value = self.content(columns)
-        if anchor:
-            self.define(anchor, value)
-        return value
-
-    def flow(self, columns):
-        """A collection in brackets."""
-        text, start, notes = self.text, self.at, {}
-        value, closing = ([], "]") if text[start] == "[" else ({}, "}")
-        self.enter()
-        self.brackets.append(start)
-        self.gap(columns, 1)
-        while text[self.at] != closing:
-            if text[self.at] == ",":
-                raise self.error(self.at, "a value is missing before the comma")
-            if closing == "}":
-                self.pair(columns, value, notes)
-            else:
-                value.append(self.pair(columns))
-                notes[len(value)] = self.note
-            if text[self.at] == ",":
-                self.gap(columns, 1)
-            elif text[self.at] != closing:
-                raise self.error(self.at, f'"," or "{closing}" is missing here')
-        self.at += 1
-        self.brackets.pop()
-        return self.complete(start, value, notes)
+        if kind in ",]}:":
+            return self.scalar("", self.at)
+        problem = "tags are not read" if kind == "!" else (
+            f'"{printable(kind)}" cannot begin a value here')
+        raise self.error(self.at, f"{problem}; put a text that begins so in quotes")
 
     def enter(self):
+        """Begin a collection; the column of a block collection here, which no tab can be before."""
         self.depth += 1
         if self.depth > _DEEPEST:
             raise self.error(self.at, f"nested deeper than {_DEEPEST} levels")
+        return math.floor(self.indent)
 
-    def gap(self, columns, indicator=0):
-        """Go over an indicator, and over blanks, comments and line ends inside brackets."""
-        start = self.at + indicator
-        self.at = _BLANKS.match(self.text, start).end()
-        if self.text[self.at] in "\n#":
-            self.next_line()
-            self.refuse_outside(start, columns)
+    def flow(self, n):
+        """A collection in brackets."""
+        text, start = self.text, self.at
+        parts, closing = ([], "]") if text[start] == "[" else ({}, "}")
+        self.enter()
+        self.brackets.append(start)
+        self.gap(n, 1)
+        while text[self.at] != closing:
+            if text[self.at] == ",":
+                raise self.error(self.at, "a value is missing before the comma")
+            self.pair(n, parts)
+            if text[self.at] not in ("," + closing):
+                raise self.error(self.at, f'"," or "{closing}" is missing here')
+            self.gap(n, text[self.at] == ",")
+        self.at += 1
+        self.brackets.pop()
+        return self.collection(start, parts)
 
-    def refuse_outside(self, start, columns):
-        """Lines inside brackets are indented; a closing bracket may stand below its key."""
-        least = columns - (self.text[self.at] in "]}")
-        if self.indent < least and "\n" in self.text[start:self.at]:
-            if self.indent < 0:
-                opened = self.brackets[-1]
-                raise self.error(opened, f'this "{self.text[opened]}" is not closed')
+    def gap(self, n, indicator=0):
+        """Go on in brackets, over an indicator and what does not count; else to the next line."""
+        if self.brackets:
+            self.at = _BLANKS.match(self.text, self.at + indicator).end()
+            if self.text[self.at] not in "\n#":
+                return
+        self.next_line()
+        if self.brackets and self.indent == -1:
+            raise self.error(self.brackets[-1],
+                             f'this "{self.text[self.brackets[-1]]}" is not closed')
+        if self.brackets and self.indent <= n - (self.text[self.at] in "]}"):   # as its key may be
             raise self.error(self.at, "a line inside brackets is indented too little")
 
-    def is_colon(self):
-        """Whether the colon of a pair stands here; behind quotes and brackets it needs no blank."""
-        return self.text[self.at] == ":" and (
-            self.json_like or self.text[self.at + 1] in " \t\n,[]{}")
+    def pair(self, n, parts):
+        """A pair of a mapping in braces; in a list, a value, or a mapping of one pair."""
+        start, explicit, in_list = self.at, self.is_indicator("?"), isinstance(parts, list)
+        self.gap(n, explicit)
+        key, value, alone = self.value(n), self.scalar("", self.at), in_list and not explicit
+        # Behind quotes and brackets a colon needs no blank.
+        if self.text[self.at] == ":" and (self.text[self.at + 1] in " \t\n,[]{}" or
+                                          self.text[key[1]] in "'\"[{"):
+            if alone and (self.at - start > _LONGEST_KEY or "\n" in self.text[start:self.at]):
+                raise self.error(start, _NO_KEY)
+            self.gap(n, 1)
+            value = self.value(n)
+        elif alone:
+            return parts.append(key)
+        pairs = {} if in_list else parts
+        self.store(pairs, start, key, value)
+        if in_list:
+            self.enter()
+            parts.append(self.collection(start, pairs))
 
-    def pair(self, columns, mapping=None, notes=None):
-        """A pair of a mapping in braces; in a list, a value, or a mapping of one pair (7.4)."""
-        start, in_list, explicit = self.at, mapping is None, self.is_indicator("?")
-        if explicit:
-            self.gap(columns, 1)
-        key, key_note, value = self.atom(columns, _FLOW_PLAIN), self.note, None
-        self.gap(columns)
-        if self.is_colon():
-            if in_list and not explicit:
-                self.refuse_long_key(start)
-            self.gap(columns, 1)
-            value = self.atom(columns, _FLOW_PLAIN)
-            self.gap(columns)
-        elif in_list and not explicit:
-            return key
-        else:
-            self.nothing()
-        if not in_list:
-            return self.store(mapping, notes, start, key, key_note, value)
-        mapping, notes = {}, {}
-        self.store(mapping, notes, start, key, key_note, value)
-        self.depth += 1                 # `complete` takes it back; the brackets count, not this
-        return self.complete(start, mapping, notes)
-
-    def refuse_long_key(self, start):
-        if self.at - start > _LONGEST_KEY or self.text.find("\n", start, self.at) >= 0:
-            raise self.error(start, "a key is on one line, with its colon, and at most "
-                                    f"{_LONGEST_KEY} characters long")
-
-    def store(self, mapping, notes, start, key, key_note, value):
-        """Put a pair into its mapping, if its key is a scalar and new there."""
-        if key is _MERGE_KEY:
-            key, value = _MERGE, (start, value)
-        if isinstance(key, (dict, list)):
-            raise self.error(start, "a list or mapping cannot be a key; put a text in quotes")
-        if key in mapping:
-            same = next(name for name in mapping if name in (key,))
-            names = [json.dumps("<<" if name is _MERGE else name) for name in (key, same)]
+    def store(self, pairs, start, key, value):
+        """Put a pair to those of its mapping, if its key is a scalar and new there."""
+        if key[3] is not None:
+            raise self.error(start, _NO_KEY)
+        name = _MERGE if key[2] == "<<" else key[0]
+        if name in pairs:
+            names = [json.dumps(node[2] if name is _MERGE else node[0])
+                     for node in (key, pairs[name][0])]
             raise self.error(start, f"the key {names[0]} is there already" + (
                 "" if names[0] == names[1] else f", as {names[1]}"))
-        mapping[key] = value
-        if self.noting:
-            notes[key] = key_note, self.note
+        pairs[name] = key, value
 
-    def complete(self, start, value, notes):
-        """A collection at its end: merged, counted, noted."""
+    def collection(self, start, parts, column=float("inf")):
+        """The node of a collection that ends here, in front of a line of at most that column."""
         self.depth -= 1
-        if isinstance(value, list):
-            self.values += len(value)
-            self.noted(start, items=[*notes.values()])
-            return value
-        if _MERGE in value:
-            self.merge(value, notes, *value.pop(_MERGE))
-        self.values += 2 * len(value)
-        if self.noting:
-            self.noted(start, keys={key: notes[key][0] for key in value},
-                       items={key: notes[key][1] for key in value})
-        return value
-
-    def merge(self, mapping, notes, at, sources):
-        """Take over what << names: own keys win, then earlier sources."""
-        note, is_list = self.noting and notes[_MERGE][1], isinstance(sources, list)
-        pairs = itertools.zip_longest(sources, note.items if note else ()) if is_list else [
-            (sources, note)]
-        for source, note in pairs:
-            if not isinstance(source, dict):
-                raise self.error(at, "<< takes mappings; put it in quotes if it is a name")
-            for key in source:
-                if key not in mapping:
-                    mapping[key] = source[key]
-                    if note:
-                        notes[key] = note.keys[key], note.items[key]
-
-
-class _Document(_Nodes):
-    """Block collections (8.2), and the document around all (9)."""
+        self.ended(column)
+        if isinstance(parts, list):
+            self.values += len(parts)
+            value = [part[0] for part in parts]
+            return value, start, None, parts if self.keeping else ()
+        if _MERGE in parts:             # own keys win, then earlier sources
+            key, merged = parts.pop(_MERGE)
+            for source in merged[3] if isinstance(merged[0], list) else [merged]:
+                if not isinstance(source[0], dict):
+                    raise self.error(key[1], "<< takes mappings; put it in quotes if it is a name")
+                for name, pair in source[3].items():
+                    parts.setdefault(name, pair)
+        self.values += 2 * len(parts)
+        value = {key: pair[1][0] for key, pair in parts.items()}
+        return value, start, None, parts if self.keeping else ()
 
     def document(self):
         self.next_line()
         self.suffixes()
         self.directives()
-        if self.indent >= 0:
-            value = self.node(-1)
-        elif self.text[self.at] == "-":
-            self.at += 3
-            value = self.inline(-1)
+        marked = self.indent == -1
+        if marked and self.text[self.at] == "\0":
+            node = self.scalar("", self.at)
         else:
-            value = self.nothing()
+            self.at += 3 * marked
+            node = self.value(-1, starts=not marked)
         self.suffixes()
-        if self.indent >= 0:
-            raise self.misplaced()
+        self.ended(-1)
         if self.text[self.at] == "-":
             raise self.error(self.at, "a second document begins here; a file has one")
         for at in sorted(self.suspects):
             code = ord(self.text[at])
             raise self.error(at, f"the byte 0x{code & 255:02x} is not UTF-8" if code >> 7 == 0x1B9
                              else f"the character U+{code:04X} stands only in quotes, as an escape")
-        return value
+        return node
 
     def suffixes(self):
-        while self.indent < 0 and self.text[self.at] == ".":
+        while self.indent == -1 and self.text[self.at] == ".":
             self.at += 3
             self.next_line()
 
     def directives(self):
         begin, version = self.at, None
-        while self.indent == 0 and not self.tabbed and self.text[self.at] == "%":
+        while self.indent == 0 and self.text[self.at] == "%":
             match = _DIRECTIVE.match(self.text, self.at)
             if not match or match[1] and version:
                 raise self.error(self.at, f'"{self.shown(self.at)}" is not read; write %YAML 1.2')
             self.at, version = match.end(), match[1] or version
             self.next_line()
-        self.old = version in ("0", "1")
-        if self.at > begin and (self.indent >= 0 or self.text[self.at] != "-"):
+        self.old = version in ("0", "1")        # their plain scalars are refused where they differ
+        if self.at > begin and (self.indent > -1 or self.text[self.at] != "-"):
             raise self.error(self.at, "--- is missing behind the line that begins with %")
 
-    def misplaced(self):
-        """A line whose indentation is none of those that the lines above allow."""
-        if self.tabbed:
-            at = self.text.index("\t", self.text.rfind("\n", 0, self.at))
-            return self.error(at, "a tab cannot indent; write blanks")
-        return self.error(self.at, f'"{self.shown(self.at)}" belongs to nothing above; check its '
-                                   "indentation")
+    def ended(self, column):
+        """Refuse a line whose indentation is none of those that the lines above allow."""
+        if self.indent > column:
+            tab = self.text.find("\t", self.text.rfind("\n", 0, self.at), self.at)
+            raise self.error(tab, _TAB) if tab > 0 else self.error(
+                self.at, f'"{self.shown(self.at)}" belongs to nothing above; check its indentation')
 
-    def below(self, n, out, anchored=False):
-        """What stands on the lines below: indented by more than n, or nothing.
-
-        Where it is `out`, the dashes of a list may be in column n.
-        """
-        at = self.at
-        self.next_line()
-        if self.indent > n:
-            return self.node(n, out, anchored)
-        if out and self.indent == n and self.is_indicator("-"):
-            return self.collection([])
-        return self.noted(at, "", True)
-
-    def entry(self, n, out=False):
-        """What stands behind a dash, or a ? and its colon: collections too (8.2.1)."""
-        start = self.at + 1
-        self.at = _BLANKS.match(self.text, start).end()
-        if self.text[self.at] in "\n#":
-            return self.below(n, out)
-        self.indent = n + 1 + self.at - start
-        self.tabbed = self.text.find("\t", start, self.at) >= 0
-        return self.node(n, out)
-
-    def node(self, n, out=False, anchored=False):
-        """A node where block collections may begin: in a line, or behind a dash."""
-        start, indent, tabbed = self.at, self.indent, self.tabbed
-        if self.is_indicator("-"):
-            return self.collection([])
-        value = _IS_KEY if self.is_indicator("?:") else self.inline(n, out, True, anchored)
-        if value is not _IS_KEY:
-            return value
-        self.at, self.indent, self.tabbed = start, indent, tabbed
-        return self.collection({})
-
-    def inline(self, n, out=False, may_be_key=False, anchored=False):
-        """Any other node; _IS_KEY where it may be the key of a mapping and is.
-
-        `anchored`: an anchor that stands above belongs to it.
-        """
-        text, match = self.text, _PLAIN.match(self.text, self.at)
-        if match and text[match.end()] != ":":
-            return self.plain(match, n, _PLAIN_LINE)
-        start = self.at = match.start(1) if match else _BLANKS.match(text, self.at).end()
-        kind = text[start]
-        if match:
-            self.at = match.end()
-        elif kind in "\n#":
-            return self.below(n, out)
-        elif kind in "|>":
+    def value(self, n, dashes=False, starts=False, anchored=False):
+        """A node, and on to what follows it. It `starts` where block collections do; with `dashes`
+        those of a list below may be in column n; `anchored`: an anchor before it is its own."""
+        text, at = self.text, self.at
+        if starts and self.is_indicator("-"):
+            return self.sequence()
+        if starts and (self.is_indicator("?") or _A_KEY.match(text, at, at + _LONGEST_KEY + 2)):
+            return self.mapping()
+        if match := (_FLOW_PLAIN if self.brackets else _PLAIN).match(text, at):
+            if starts and text[match.end()] == ":":
+                raise self.error(at, _NO_KEY)
+            return self.plain(match, n)
+        start = self.at = _BLANKS.match(text, at).end()
+        if anchored and text[start] in "&*":
+            raise self.error(start, _ONE_ANCHOR)
+        if text[start] == "&":
+            return self.anchor(n, dashes)
+        if text[start] in "\n#":
+            self.next_line()
+            if self.indent > n:
+                return self.value(n, dashes, True, anchored)
+            below = dashes and self.indent == n and self.is_indicator("-")
+            return self.sequence() if below else self.scalar("", start)
+        if text[start] in "|>" and not self.brackets:
             return self.block_scalar(n)
-        elif kind == "&":
-            return self.anchored(n, out, may_be_key, anchored)
-        else:
-            value = self.content(n + 1)
-        if match or _COLON.match(text, self.at):
-            if may_be_key:
-                return _IS_KEY
-            raise self.colon_inside()
-        if kind == "*" and (anchored or not _LINE_END.match(text, self.at)):
-            raise self.star(start)
-        self.next_line()
-        return value
+        node = self.content(n)
+        if starts and _COLON.match(text, self.at):
+            raise self.error(start, _NO_KEY)
+        self.gap(n)
+        return node
 
-    def anchored(self, n, out, may_be_key, twice):
-        """A node with an anchor before it, or above it."""
-        start, anchor = self.at, self.anchor()
-        below = self.text[self.at] in "\n#"
-        if not below and may_be_key and self.is_indicator(":"):
-            return _IS_KEY
-        value = self.below(n, out, True) if below else self.inline(n, out, may_be_key)
-        if value is not _IS_KEY:
-            if twice:
-                raise self.error(start, "a value has one anchor; another stands above")
-            self.define(anchor, value)
-        return value
+    def entry(self, column, dashes=False):
+        """The node behind a dash, or a ? and its colon, in that column; it may start there."""
+        blanks = _BLANKS.match(self.text, self.at + 1)
+        self.at, self.indent = blanks.end(), column + 1 + len(blanks[0]) - ("\t" in blanks[0]) / 2
+        return self.value(column, dashes, True)
 
-    def collection(self, value):
-        """A list or mapping whose dashes or keys are in the column self.indent (8.2)."""
-        start, indent, is_list, notes = self.at, self.indent, isinstance(value, list), {}
-        self.enter()
-        while self.indent == indent and not self.tabbed:
-            if not is_list:
-                self.block_pair(indent, value, notes)
-            elif not self.is_indicator("-"):
-                break
+    def sequence(self):
+        """A list whose dashes are in the column self.indent (8.2.1)."""
+        start, column, parts = self.at, self.enter(), []
+        while self.indent == column and self.is_indicator("-"):
+            parts.append(self.entry(column))
+        return self.collection(start, parts, column)
+
+    def mapping(self):
+        """A mapping whose keys begin in the column self.indent (8.2.2)."""
+        start, column, pairs = self.at, self.enter(), {}
+        while self.indent == column:
+            at = self.at
+            if match := _A_KEY.match(self.text, at, at + _LONGEST_KEY + 2):
+                (anchor, _, plain), self.at = match.groups(), match.start(2)
+                key = self.scalar(plain.rstrip(" \t"), self.at) if plain else self.content(0)
+                self.anchors[anchor] = key, 1       # None stands for none
+                self.at = match.end()
+                value = self.value(column, True)
+            elif self.is_indicator("?"):
+                key, value = self.entry(column, True), self.scalar("", self.at)
+                if self.indent == column and self.is_indicator(":"):
+                    value = self.entry(column, True)
             else:
-                value.append(self.entry(indent))
-                notes[len(value)] = self.note
-        if self.indent > indent or self.tabbed and self.indent == indent:
-            raise self.misplaced()
-        return self.complete(start, value, notes)
-
-    def block_pair(self, indent, mapping, notes):
-        start, text = self.at, self.text
-        if text[start] != "?" or not self.is_indicator("?"):
-            key, key_note = self.atom(0, _PLAIN), self.note
-            if not self.is_indicator(":") or self.at - start > _LONGEST_KEY or (
-                    text.find("\n", start, self.at) >= 0):
-                self.find_colon(start)
-            self.at += 1
-            value = self.inline(indent, True)
-        else:
-            key, key_note, value = self.entry(indent, True), self.note, None
-            if self.indent == indent and not self.tabbed and self.is_indicator(":"):
-                value = self.entry(indent, True)
-            else:
-                self.nothing()
-        self.store(mapping, notes, start, key, key_note, value)
-
-    def find_colon(self, start):
-        """Go to the colon that stands behind blanks, or is not there."""
-        match = _COLON.match(self.text, self.at)
-        if not match:
-            raise self.error(start, f'"{self.shown(start)}" stands where "key: value" should')
-        self.at = match.end() - 1
-        self.refuse_long_key(start)
+                raise self.error(at, f'"{self.shown(at)}" stands where "key: value" should')
+            self.store(pairs, at, key, value)
+        return self.collection(start, pairs, column)
 
 
 # ==== 3 cron (pure) ===============================================================================
