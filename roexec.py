@@ -6050,6 +6050,15 @@ class StoredLog:
                 return here, data
         return offset, b""
 
+    def gaps(self):
+        """[(from, to)]: the offsets between which lines were removed."""
+        found, end = [], 0
+        for begin, file in self._parts:
+            if begin > end:
+                found.append((end, begin))
+            end = max(end, begin + file.seek(0, os.SEEK_END))
+        return found
+
     def line_start(self, offset):
         """The offset of the first line that begins at an offset or after it, or an offset among
         removed lines as it is."""
@@ -6114,30 +6123,53 @@ def select_lines(data, raw=False, stream=None):
                      for tag, piece, text in _OUTPUT_LINE.findall(data) if tag in wanted])
 
 
+def next_lines(log, offset, over, most=_READ_BLOCK):
+    """[Lines] of a StoredLog from an offset on, none at its end. What only a killed writer leaves,
+    a piece that is no whole line, is given once the log is `over`."""
+    here, data = log.read(offset, most)
+    end = data.rfind(b"\n") + 1
+    if over or len(data) == most:
+        end = end or len(data)
+    if not end:
+        return []
+    lines = Lines(begin=here, end=here + end, data=data[:end], is_gap=False)
+    return [_gap(offset, here, data), lines] if here > offset else [lines]
+
+
 def follow(path, ended=lambda: True, *, offset=0, wait=None):
     """Yield Lines of a log from an offset on until it is over, by default what there is now.
 
     That is once `ended()` is true and all has been read; `wait(seconds)` is called where there is
-    nothing to read yet. Raises OSError. Only what a killed writer left may be no whole line.
+    nothing to read yet. Raises OSError.
     """
     with StoredLog(path) as log:
         offset, over = log.line_start(offset), False
         while True:
-            here, data = log.read(offset, _READ_BLOCK)
-            end = data.rfind(b"\n") + 1
-            if over or len(data) == _READ_BLOCK:
-                end = end or len(data)
-            if end:
-                if here > offset:
-                    yield _gap(offset, here, data)
-                offset = here + end
-                yield Lines(begin=here, end=offset, data=data[:end], is_gap=False)
+            found = next_lines(log, offset, over)
+            yield from found
+            if found:
+                offset = found[-1].end
             elif not log.refresh():
                 if over:
                     return
                 over = ended()
                 if not over:
                     wait(_FOLLOW_PAUSE)
+
+
+_STAMPED = Pattern(rb"(?s)(\S{20}) \[(OUT|ERR|INFO|ERROR)(~?)\] (.*)")
+
+
+def line_payload(line):
+    """A line of a log (bytes, without its end) as data: `time`, `stream` (out, err, info or error),
+    `line`, and whether it is `partial`; bytes that are not UTF-8 are in `base64` too."""
+    found = _STAMPED.fullmatch(line)
+    instant, tag, piece, text = found.groups() if found else (None, b"INFO", b"", line)
+    payload = {"time": instant and instant.decode(), "stream": tag.decode().lower(),
+               "line": text.decode(errors="replace"), "partial": bool(piece)}
+    if "\ufffd" in payload["line"]:
+        payload["base64"] = base64.b64encode(text).decode()
+    return payload
 
 
 def newest_lines(path, size):
@@ -10692,13 +10724,13 @@ def _unquoted(text):
 
 
 class Response(Value):
-    """An answer: `status`, `type` and more `headers` ({name: text}), and either `body` (bytes) or
-    `stream`, a function of `wait(seconds)` that gives an iterator of bytes.
+    """An answer: `status`, `type` and more `headers` ({name: text}), and one of `body` (bytes),
+    `stream`, a function that gives an iterator of bytes, and `feed`, a function of a Lookout that
+    gives one for Streams.
 
-    The stream calls `wait` where it has nothing to give; that raises OSError when nobody reads. A
-    body that is all of what the database has stays the same until an instant, `until` (seconds).
+    A body that is all of what the database has stays the same until an instant, `until` (seconds).
     """
-    __slots__ = ("status", "type", "headers", "body", "stream", "until")
+    __slots__ = ("status", "type", "headers", "body", "stream", "feed", "until")
 
 
 def json_response(payload, status=200, **headers):
@@ -11618,59 +11650,117 @@ def _bad_cursor():
 
 # Logs.
 
+_EVENTS = "text/event-stream"
+
+
 def _get_log(request, store):
-    """The log of a run as text: what there is now, or with `follow` until the run has ended."""
-    options = request.options(("follow", "offset", "tail", "raw", "stream"))
-    tail, offset = (_whole_number(options, name, 0, _MOST_BYTES) for name in ("tail", "offset"))
-    if tail is not None and offset is not None:
-        raise Refusal(400, "bad_request", "tail and offset exclude each other")
-    stream = options.get("stream")
-    if stream not in (None, "out", "err"):
-        raise Refusal(400, "bad_request", f'stream: "{printable(stream)}" is neither out nor err')
+    """The log of a run, as text or as events: what there is now, or with `follow` until its end."""
+    asked = _AskedLog(request)
     with store.read() as db:
-        log = _Log(store, _asked_run(db, request)["id"])
-    chosen = {"raw": _flag(options, "raw"), "stream": stream}
-    if _flag(options, "follow"):
-        if log.ended:
-            log.open().close()
-        return _log_response(lambda wait: log.followed(offset, tail, chosen, wait))
-    begin, end = log.extent(offset, tail)
-    return _log_response(lambda wait: log.slice(begin, end, chosen), Roexec_Next_Offset=str(end))
+        run = _asked_run(db, request)
+    log = _find_log(store, run["id"])
+    if asked.follow:
+        end = log.extent(asked)[2] if log.ended else math.inf
+        if asked.resumed and asked.offset >= end:
+            return Response(status=204, headers={}, body=b"")
+        return Response(status=200, type=asked.type, headers={}, feed=lambda lookout: (
+            log.followed(asked, lookout)))
+    begin, end, size = log.extent(asked)
+    headers = {"Roexec-Next-Offset": str(end), "Roexec-Log-Size": str(size)}
+    if asked.raw:
+        headers.update(("Roexec-Gap", f"{first}-{last}") for first, last in log.gaps
+                       if begin < last and first < end)
+    return Response(status=200, type=asked.type, headers=headers,
+                    stream=lambda: log.slice(asked, begin, end, size))
 
 
-def _log_response(stream, **headers):
-    return Response(status=200, type="text/plain; charset=utf-8", stream=stream,
-                    headers={name.replace("_", "-"): text for name, text in headers.items()})
+class _AskedLog:
+    """Which lines of a log are asked for, and in which form. Raises Refusal."""
+
+    def __init__(self, request):
+        options = request.options(("follow", "offset", "tail", "raw", "stream", "limit"))
+        self.tail, self.offset = (_whole_number(options, name, 0, _MOST_BYTES)
+                                  for name in ("tail", "offset"))
+        self.limit = _whole_number(options, "limit", 1, _MOST_BYTES)
+        if self.tail is not None and self.offset is not None:
+            raise Refusal(400, "bad_request", "tail and offset exclude each other")
+        self.stream = options.get("stream")
+        if self.stream not in (None, "out", "err"):
+            raise Refusal(400, "bad_request", f'stream: "{printable(self.stream)}" is neither out '
+                          "nor err")
+        self.follow, self.raw = _flag(options, "follow"), _flag(options, "raw")
+        self.events = _EVENTS in (request.header("accept") or "").lower()
+        self.resumed = self.events and "last-event-id" in request.headers
+        if self.events and self.raw or self.follow and self.limit is not None:
+            raise Refusal(400, "bad_request", "raw is for text, and limit for what does not follow")
+        if self.resumed:
+            self.tail, self.offset = None, _last_event(request)
+
+    @property
+    def type(self):
+        """The media type."""
+        return _EVENTS if self.events else "text/plain; charset=utf-8"
+
+    def first(self, log):
+        """The offset at which a StoredLog is read from."""
+        return log.line_start(self.offset or 0) if self.tail is None else log.tail(self.tail)
+
+    def form(self, lines):
+        """The bytes to send of Lines."""
+        if self.events:
+            return _line_events(lines, self.stream)
+        return select_lines(lines.data, self.raw, self.stream)
+
+
+def _last_event(request):
+    """The id after which a client goes on."""
+    text = request.header("last-event-id")
+    if not _LENGTH.fullmatch(text):
+        raise Refusal(400, "bad_request", "the Last-Event-ID is no number")
+    return int(text)
+
+
+def _event(name, data, number):
+    """An event of a stream (WHATWG HTML, 9.2.5), the bytes of it."""
+    return b"event: %b\nid: %d\ndata: %b\n\n" % (name, number, json.dumps(data).encode())
+
+
+def _line_events(lines, stream):
+    """Lines of a log as an event each, of those of one stream where that is given."""
+    if lines.is_gap:
+        return _event(b"gap", {"from": lines.begin, "to": lines.end}, lines.end)
+    events, offset = [], lines.begin
+    for line in lines.data.removesuffix(b"\n").split(b"\n"):
+        offset += len(line) + 1
+        payload = line_payload(line)
+        if stream in (None, payload["stream"]):
+            events.append(b"id: %d\ndata: %b\n\n" % (offset, json.dumps(payload).encode()))
+    return b"".join(events)
+
+
+def _find_log(store, run_id):
+    """The log of a run, wherever it is at the moment."""
+    with store.read() as db:
+        row = get_run(db, run_id)
+    path = row["log"]
+    if path is None and row["state"] not in FINAL_STATES:
+        path = live_log(store, run_id)
+        if path is None:                # it may have ended in between
+            with store.read() as db:
+                row = get_run(db, run_id)
+            path = row["log"]
+    return _Log(store, row, path)
 
 
 class _Log:
-    """The log of a run, wherever it is at the moment. Raises NoSuchRun."""
+    """The log of a run at a path below the store's folder, which is None while there is none."""
 
-    def __init__(self, store, run_id):
-        self.store, self.run_id = store, run_id
-        self.look()
-
-    def look(self):
-        """See what has become of the run and its log."""
-        self._read_row()
-        if self.path is None and not self.ended:
-            self.path = live_log(self.store, self.run_id)
-            if self.path is None:               # it may have ended in between
-                self._read_row()
-
-    def _read_row(self):
-        with self.store.read() as db:
-            row = get_run(db, self.run_id)
-        self.state, self.path = row["state"], row["log"]
-        self.ended = self.state in FINAL_STATES
-
-    def is_over(self):
-        """Whether the run has ended, as of now."""
-        self._read_row()
-        return self.ended
+    def __init__(self, store, row, path):
+        self.store, self.run_id, self.path, self.state = store, row["id"], path, row["state"]
+        self.ended, self.gaps = self.state in FINAL_STATES, []
 
     def open(self):
-        """The file; raises Refusal where there is none."""
+        """A StoredLog; raises Refusal where there is none."""
         if self.path is None:
             yet = "" if self.ended else " yet"
             raise Refusal(404, "no_log", f"run {self.run_id} has no log{yet}: it is {self.state}")
@@ -11680,37 +11770,359 @@ class _Log:
             raise Refusal(404, "no_log",
                           "the log of this run is not there (any more)") from None
 
-    def extent(self, offset, tail):
-        """The offsets between which whole lines lie that are asked for."""
+    def extent(self, asked):
+        """The offsets between which whole lines lie that are asked for, and that of the end."""
         with self.open() as log:
-            end = log.end() if self.ended else log.tail(0)
-            return min(_first_offset(log, offset, tail), end), end
+            size = log.end() if self.ended else log.tail(0)
+            begin, end, self.gaps = min(asked.first(log), size), size, log.gaps()
+            if asked.limit is not None:
+                end = min(log.line_start(begin + asked.limit), size)
+            return begin, end, size
 
-    def slice(self, begin, end, chosen):
+    def slice(self, asked, begin, end, size):
         """The lines between two offsets, in chunks."""
-        path = self.store.file(self.path)
-        for lines in follow(path, offset=begin):
-            data = lines.data if lines.is_gap else lines.data[:max(0, end - lines.begin)]
-            yield select_lines(data, **chosen)
-            if lines.end >= end:
+        for lines in follow(self.store.file(self.path), offset=begin):
+            if lines.begin >= end:
+                break
+            data = lines.data if lines.is_gap else lines.data[:end - lines.begin]
+            yield asked.form(lines.changed(data=data))
+        if asked.events:
+            yield _event(b"window", {"next": end, "size": size, "state": self.state}, end)
+
+    def followed(self, asked, lookout):
+        """The lines until the run has ended; one that is queued is awaited. For Streams."""
+        run = lookout.join(self.run_id)
+        try:
+            while run.log is None and not run.ended:
+                yield lambda: run.log is not None or run.ended
+            offset = run.log and asked.first(run.log)
+            while run.log is not None:
+                over = run.ended
+                found = next_lines(run.log, offset, over, _SHARE)
+                for lines in found:
+                    offset = lines.end
+                    yield asked.form(lines)
+                if not found and not run.log.refresh():
+                    if run.missing:
+                        raise NoSuchRun(f'there is no run "{self.run_id}"')
+                    if over:
+                        break
+                    yield lambda: run.ended or run.end > offset
+            if asked.events:
+                yield _event(b"end", run.outcome, offset or 0)
+        finally:
+            lookout.leave(run)
+
+
+# Events.
+
+_EVENTS_AT_ONCE = 500
+
+
+def _get_events(request, store):
+    """What becomes of jobs and runs from now on, or from the event after which a client goes on."""
+    request.options(())
+    last = None if request.header("last-event-id") is None else _last_event(request)
+    with store.read() as db:
+        first, newest = event_span(db)
+    known = last is not None and first - 1 <= last <= newest
+    seen = last if known else newest
+    return Response(status=200, type=_EVENTS, headers={}, feed=lambda lookout: _events(
+        lookout, request.caller, seen, reset=last is not None and not known))
+
+
+def _events(lookout, caller, seen, reset):
+    yield _event(b"reset", {}, seen) if reset else b"id: %d\n\n" % seen
+    while True:
+        while lookout.newest <= seen:
+            yield lambda: lookout.newest > seen
+        found, last = lookout.events_after(seen)
+        if found is None:
+            yield _event(b"reset", {}, last)
+        else:
+            wanted = [event for name, job_id, event in found if caller.sees(job_id)
+                      and (name == "run" or caller.may("job:read"))]
+            yield b"".join(wanted) + b"id: %d\n\n" % last
+        seen = last
+
+
+# Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
+# without arguments that say whether there is more by now. One thread serves all of them, so that a
+# thousand cost no thousand threads, and each is given what its client takes, at its own pace.
+
+_MOST_STREAMS = 1000
+_SHARE = 256 << 10              # bytes that are read at once, for one of them
+_LOOK_TIME = 0.02               # seconds between looks at what streams wait for, of a few
+_BEAT_TIME = 15                 # seconds after which a stream of events shows that it lives
+_STALL_TIME = 600               # seconds for which a client may take nothing
+_RECHECK_TIME = 10              # seconds between looks whether a client may still read
+
+
+class _WatchedRun:
+    """A run that is followed: its state, its StoredLog and the `end` of that, once it has one."""
+
+    def __init__(self, store, run_id):
+        self.store, self.run_id, self.followers = store, run_id, 0
+        self.ended, self.outcome, self.log, self.end = False, None, None, 0
+        self.missing = False            # whether it was removed from the store
+
+    def look(self, row, changed=True):
+        """See what has become of it, by its row where the store has changed."""
+        path = None
+        if changed and row is None:
+            self.missing = self.ended = True
+        elif changed:
+            self.outcome = {name: row[name] for name in ("state", "reason", "exit_code", "signal")}
+            self.ended, path = row["state"] in FINAL_STATES, row["log"]
+        if self.log is None:
+            path = path or self.outcome["state"] == "running" and live_log(self.store, self.run_id)
+            if path:
+                with contextlib.suppress(FileNotFoundError):
+                    self.log = StoredLog(self.store.file(path))
+        if self.log is not None:
+            self.log.refresh()
+            self.end = self.log.end()
+
+
+class Lookout:
+    """What streams wait for, looked at once for all of them: the id of the `newest` event, and the
+    runs that are followed."""
+
+    def __init__(self, store):
+        self.store, self.version, self.newest = store, None, 0
+        self.runs, self.latest = {}, (None, None)
+
+    def look(self):
+        """See what there is by now; raises RoexecError."""
+        version, rows = self.store.memo.version(), {}
+        changed = version is None or version != self.version
+        if changed:
+            with self.store.read() as db:
+                self.newest = event_span(db)[1]
+                rows = run_rows(db, self.runs) if self.runs else rows
+            self.version = version
+        for run_id, run in self.runs.items():
+            run.look(rows.get(run_id), changed)
+
+    def join(self, run_id):
+        """The _WatchedRun of a run; `leave` it. Raises NoSuchRun."""
+        run = self.runs.get(run_id)
+        if run is None:
+            run = _WatchedRun(self.store, run_id)
+            with self.store.read() as db:
+                run.look(get_run(db, run_id))
+            self.runs[run_id] = run
+        run.followers += 1
+        return run
+
+    def leave(self, run):
+        """Say that one follower less is there."""
+        run.followers -= 1
+        if run.followers == 0:
+            del self.runs[run.run_id]
+            if run.log is not None:
+                run.log.close()
+
+    def events_after(self, seen):
+        """([(run or job, job id, bytes of the event)] behind an event, the id of the last of them);
+        (None, the newest id) where some of them are gone. Of several about one thing it is the
+        last, and says what has become of it by now."""
+        asked = seen, self.newest
+        if self.latest[0] != asked:
+            self.latest = asked, self._read_events(seen)
+        return self.latest[1]
+
+    def _read_events(self, seen):
+        with self.store.read() as db:
+            first, newest = event_span(db)
+            if seen < first - 1:
+                return None, newest
+            rows = list_events(db, seen, _EVENTS_AT_ONCE)
+            last = {(row["job_id"], row["run_id"]): row["id"] for row in rows}
+            runs = run_rows(db, [run_id for _, run_id in last if run_id])
+            registered = {job_id for job_id, run_id in last if run_id is None
+                          and find_job(db, job_id) is not None}
+        found = []
+        for (job_id, run_id), number in sorted(last.items(), key=lambda item: item[1]):
+            if run_id is None:
+                event = {"id": job_id, "deleted": job_id not in registered}
+                found.append(("job", job_id, _event(b"job", event, number)))
+            elif run_id in runs:
+                event = brief_run_payload(runs[run_id])
+                found.append(("run", job_id, _event(b"run", event, number)))
+        return found, max(last.values(), default=newest)
+
+
+class _Stream:
+    """A connection that Streams serves: the iterator of what comes, what its client has not taken
+    yet, and, while it waits, the function that says whether there is more."""
+
+    def __init__(self, connection, chunks, request, response, recheck):
+        self.connection, self.chunks, self.path = connection, chunks, request.path
+        self.chunked, self.recheck = request.version == 1, recheck
+        self.beats = response.type == _EVENTS
+        self.pending, self.ready, self.over = b"", None, False
+        self.taken_at = self.checked_at = time.monotonic()
+
+    def put(self, data):
+        """Let some bytes be sent."""
+        self.pending = memoryview(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    def is_gone(self):
+        """Whether its client has gone; what that still says is dropped."""
+        try:
+            return not self.connection.recv(1 << 12)
+        except OSError as error:
+            return not _would_block(error)
+
+
+def _would_block(error):
+    return isinstance(error, BlockingIOError) or type(error).__name__ in (
+        "SSLWantReadError", "SSLWantWriteError")
+
+
+class Streams:
+    """Serves lasting streams, in a thread that begins with the first of them."""
+
+    def __init__(self, store, say, close_connection):
+        self.lookout, self.say, self.close_connection = Lookout(store), say, close_connection
+        self.all, self.new, self.taken = {}, collections.deque(), set()
+        self.poller, self.mutex, self.thread, self.closed = select.poll(), threading.Lock(), None, \
+            False
+
+    def add(self, connection, request, response, recheck):
+        """Take a connection over, whose head was sent -> whether there is a place for it."""
+        with self.mutex:
+            if self.closed or len(self.taken) >= _MOST_STREAMS:
+                return False
+            self.taken.add(connection)
+            self.new.append(_Stream(connection, response.feed(self.lookout), request, response,
+                                    recheck))
+            if self.thread is None:
+                self.reader, self.writer = quiet_pipe()
+                self.poller.register(self.reader, select.POLLIN)
+                self.thread = threading.Thread(target=self.run, name="streams", daemon=True)
+                self.thread.start()
+        os.write(self.writer, b"w")
+        return True
+
+    @property
+    def is_full(self):
+        """Whether there is no further place."""
+        return len(self.taken) >= _MOST_STREAMS
+
+    def close(self):
+        """End all streams where they are; a client sees that there would be more."""
+        with self.mutex:
+            self.closed, thread = True, self.thread
+        if thread is not None:
+            os.write(self.writer, b"w")
+            thread.join()
+            for descriptor in (self.reader, self.writer):
+                os.close(descriptor)
+
+    def run(self):
+        """Serve until closed."""
+        beaten = time.monotonic()
+        while not self.closed:
+            try:
+                self.turn()
+                if time.monotonic() - beaten > 1:
+                    beaten = time.monotonic()
+                    self.look_after(beaten)
+            except (RoexecError, OSError) as error:     # a full disk, say: tried again
+                self.say(f"streams wait: {error}", "ERROR")
+                time.sleep(1)
+        for stream in [*self.all.values(), *self.new]:
+            self.drop(stream)
+
+    def turn(self):
+        """Wait a moment for what streams wait for, and serve those that can go on."""
+        pause = _LOOK_TIME + len(self.lookout.runs) / 5000
+        for descriptor, event in self.poller.poll(pause * 1000 if self.all else None):
+            if descriptor == self.reader:
+                os.read(self.reader, 1 << 12)
+                continue
+            stream = self.all[descriptor]
+            if event & ~select.POLLOUT and stream.is_gone():
+                self.drop(stream)
+            elif event & select.POLLOUT:
+                self.push(stream)
+        self.take_new()
+        self.lookout.look()
+        for stream in list(self.all.values()):
+            if stream.ready is not None and stream.ready():
+                self.push(stream)
+
+    def take_new(self):
+        while self.new:
+            stream = self.new.popleft()
+            stream.connection.setblocking(False)
+            self.all[stream.connection.fileno()] = stream
+            self.poller.register(stream.connection, select.POLLIN)
+            self.push(stream)
+
+    def push(self, stream):
+        """Send what a stream has, as much as its client takes, and no more than its share."""
+        try:
+            for _ in range(4):
+                if not stream.pending and not self.fill(stream):
+                    return
+                sent = stream.connection.send(stream.pending)
+                stream.pending, stream.taken_at = stream.pending[sent:], time.monotonic()
+        except OSError as error:
+            if not _would_block(error):
+                self.drop(stream)
                 return
+        self.poller.modify(stream.connection, select.POLLIN | select.POLLOUT)
 
-    def followed(self, offset, tail, chosen, wait):
-        """The lines from an offset on until the run has ended; one that is queued is awaited."""
-        while self.path is None and not self.ended:
-            wait(0.1)
-            self.look()
-        if self.path is None:
-            return
-        with self.open() as log:
-            offset = _first_offset(log, offset, tail)
-        path = self.store.file(self.path)
-        for lines in follow(path, self.is_over, offset=offset, wait=wait):
-            yield select_lines(lines.data, **chosen)
+    def fill(self, stream):
+        """Get the next bytes of a stream -> whether there are some now."""
+        stream.ready = None
+        try:
+            for item in () if stream.over else stream.chunks:
+                if callable(item):
+                    stream.ready = item
+                    self.poller.modify(stream.connection, select.POLLIN)
+                    return False
+                if item:
+                    stream.put(item)
+                    return True
+            if stream.chunked and not stream.over:
+                stream.over, stream.pending = True, memoryview(b"0\r\n\r\n")
+                return True
+        except (RoexecError, OSError) as error:     # without its end a client sees that it is cut
+            self.say(f"{stream.path} ends early: {error}", "ERROR")
+        except Exception:
+            import traceback
+            self.say(f"{stream.path} failed: {traceback.format_exc()}", "ERROR")
+        self.drop(stream)
+        return False
 
+    def look_after(self, now):
+        """Let streams of events show that they live, and end those that are not to go on."""
+        for stream in list(self.all.values()):
+            quiet = now - stream.taken_at
+            if stream.ready is None and quiet > _STALL_TIME:
+                self.drop(stream)
+            elif stream.ready is not None and stream.beats and quiet > _BEAT_TIME:
+                stream.put(b":\n\n")
+                self.push(stream)
+            elif now - stream.checked_at > _RECHECK_TIME:
+                stream.checked_at = now
+                try:
+                    stream.recheck()
+                except Refusal:
+                    self.drop(stream)
 
-def _first_offset(log, offset, tail):
-    return log.tail(tail) if tail is not None else log.line_start(offset or 0)
+    def drop(self, stream):
+        """Close a connection and forget its stream."""
+        if self.all.pop(stream.connection.fileno(), None):
+            self.poller.unregister(stream.connection)
+        stream.chunks.close()
+        with self.mutex:
+            self.taken.discard(stream.connection)
+        self.close_connection(stream.connection)
 
 
 # The routes.
@@ -11737,6 +12149,7 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
     ("POST", "/api/v1/runs/{}/cancel", "run:cancel", _post_cancel),
     ("POST", "/api/v1/runs/{}/retry", "run:create", _post_retry),
     ("GET", "/api/v1/runs/{}/logs", "log:read", _get_log),
+    ("GET", "/api/v1/events", "run:list", _get_events),
     ("GET", "/api/v1/tokens", "token:admin", _get_tokens),
     ("POST", "/api/v1/tokens", "token:admin", _post_token),
     ("GET", "/api/v1/tokens/{}", "token:admin", _get_token),
@@ -11908,6 +12321,10 @@ class _Connection:
             self.read_body(request)
             unread, request.vitals = False, self.server.vitals
             response = answer(route, request, self.server.store, self.server.say)
+            if response.feed is not None and self.server.streams.is_full:
+                raise Refusal(503, "busy", "too many clients follow something; try again later",
+                              headers={"Retry_After": "5"})
+            self.close_connection = self.close_connection or response.feed is not None
         except RoexecError as error:
             refusal = refusal_of(error)
             self.slow_down(refusal)
@@ -11968,11 +12385,15 @@ class _Connection:
         self.close_connection = self.close_connection or unread
         try:
             self.connection.settimeout(_IDLE_TIME)
-            chunked = response.stream is not None and request.version == 1
+            streamed = response.stream is not None or response.feed is not None
+            chunked = streamed and request.version == 1
             self.send_head(response, chunked)
             if request is None or request.method != "HEAD":
                 self.send_content(request, response, chunked)
             self.wfile.flush()
+            if response.feed is not None and request.method != "HEAD":
+                self.server.streams.add(self.connection, request, response, lambda: admitted(
+                    request, self.place))
             if unread:
                 self.linger()
         except OSError:                 # nobody reads it
@@ -11987,7 +12408,7 @@ class _Connection:
             headers["Content-Type"] = response.type
         if chunked:
             headers["Transfer-Encoding"] = "chunked"
-        elif response.stream is None and response.status not in (204, 304):     # RFC 9110, 8.6
+        elif response.body is not None and response.status not in (204, 304):   # RFC 9110, 8.6
             headers["Content-Length"] = str(len(response.body))
         if self.close_connection:
             headers["Connection"] = "close"
@@ -11996,12 +12417,13 @@ class _Connection:
         self.end_headers()
 
     def send_content(self, request, response, chunked):
-        if response.stream is None:
+        if response.body is not None:
             self.wfile.write(response.body)
+        if response.stream is None:
             return
         self.wfile.flush()
         try:
-            for data in filter(None, response.stream(self.wait)):
+            for data in filter(None, response.stream()):
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
                 self.wfile.flush()
         except RoexecError as error:    # too late for an error: a stream without its end says it
@@ -12009,18 +12431,6 @@ class _Connection:
             raise ConnectionAbortedError from None
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
-
-    def wait(self, seconds):
-        """Wait while a stream has nothing to give; raises OSError when nobody reads any more."""
-        self.connection.settimeout(seconds)
-        try:                            # below TLS, which can give nothing without taking it
-            if not socket.socket.recv(self.connection, 1, socket.MSG_PEEK):
-                raise ConnectionAbortedError
-            time.sleep(seconds)         # the next request is there already
-        except socket.timeout:
-            pass
-        finally:
-            self.connection.settimeout(_IDLE_TIME)
 
     def linger(self):
         """Drop what still comes: closing now would be a reset, which can take the answer away."""
@@ -12044,6 +12454,7 @@ class _Server:
         self.connections, self.changed = {}, threading.Condition()      # {socket: its peer}
         self.failures, self.uses, self.noted = Failures(), {}, -math.inf
         store.memo = Memo(store)
+        self.streams = Streams(store, say, super().shutdown_request)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             threading.Thread(target=self.serve_forever, args=(5,), name="http",
@@ -12110,7 +12521,8 @@ class _Server:
         return free > _FOR_THE_OWNER or owner and bool(local_user(connection, self.access.uids))
 
     def shutdown_request(self, request):
-        super().shutdown_request(request)
+        if request not in self.streams.taken:
+            super().shutdown_request(request)
         with self.changed:
             self.connections.pop(request, None)
             self.changed.notify_all()
@@ -12130,6 +12542,7 @@ class _Server:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)
             self.changed.wait_for(lambda: not self.connections, _CLOSING_TIME)
+        self.streams.close()
         self.store.memo.close()
 
 

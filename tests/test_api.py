@@ -445,7 +445,7 @@ def test_what_a_log_grows_by_while_it_is_read_is_not_given(store):
     response = roexec.answer(route, request, store, print)
     write_log(store, "live.log", b"2025-08-01T10:00:02Z [OUT] late\n")
     assert response.headers["Roexec-Next-Offset"] == str(len(LOG))
-    assert b"".join(response.stream(None)) == LOG
+    assert b"".join(response.stream()) == LOG
     journal.close()
 
 
@@ -516,9 +516,10 @@ def test_a_follower_that_goes_away_leaves_nothing_behind(server, store):
     client.sendall(head(f"GET /api/v1/runs/{run_id}/logs?follow=1 HTTP/1.1"))
     while b"three" not in client.recv(10_000):
         pass
-    assert len(server.connections) == 1
+    assert len(server.streams.taken) == 1
     client.close()
-    wait_for(lambda: not server.connections)
+    wait_for(lambda: not server.streams.taken and not server.connections)
+    assert not server.streams.lookout.runs
     journal.close()
 
 
