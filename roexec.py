@@ -6123,7 +6123,7 @@ def select_lines(data, raw=False, stream=None):
                      for tag, piece, text in _OUTPUT_LINE.findall(data) if tag in wanted])
 
 
-def next_lines(log, offset, over, most=_READ_BLOCK):
+def next_lines(log, offset, over, most):
     """[Lines] of a StoredLog from an offset on, none at its end. What only a killed writer leaves,
     a piece that is no whole line, is given once the log is `over`."""
     here, data = log.read(offset, most)
@@ -6145,7 +6145,7 @@ def follow(path, ended=lambda: True, *, offset=0, wait=None):
     with StoredLog(path) as log:
         offset, over = log.line_start(offset), False
         while True:
-            found = next_lines(log, offset, over)
+            found = next_lines(log, offset, over, _READ_BLOCK)
             yield from found
             if found:
                 offset = found[-1].end
