@@ -13012,7 +13012,9 @@ def _check_server(examined):
     if examined.server is None:
         yield _remark("none runs on this store: nothing starts by itself", "roexec server")
         return
-    yield _ok(f"process {examined.server}")
+    trouble = examined.store.trouble()
+    yield _wrong(f"process {examined.server}: {trouble}") if trouble else _ok(
+        f"process {examined.server}")
     files = _limit_of_files(examined.server)
     if files is not None and files < 1024:
         yield _wrong(f"it can have {files} files open; each run that is on takes one",
@@ -13097,12 +13099,12 @@ _PROXIES = {"nginx", "haproxy", "caddy", "apache2", "httpd", "traefik", "envoy",
 
 def _check_owner(examined):
     """Who is let in without a token: what looks as if it came from our user on this host."""
-    users = {0, os.geteuid()}
+    users = {0, os.geteuid()} if examined.config.server.auth.owner else ()
     for pid, name in sorted(_commands_of(users).items()):
         if name in _PROXIES:
             yield _remark(f"{name} (process {pid}) runs as root or as the user of the server: what "
                           "it forwards without a header that says so counts as the owner's",
-                          "run it as another user")
+                          "run it as another user, or write server: {auth: {owner: false}}")
     if ends_with_us() or os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
         yield _remark("this is a container: whoever comes through a published port needs a token")
 
@@ -13117,6 +13119,22 @@ def _commands_of(users):
                     with open(f"/proc/{name}/comm") as file:
                         found[int(name)] = file.read().strip()
     return found
+
+
+def _check_tokens(examined):
+    rows, now = [], time.time()
+    if examined.store.exists:
+        with examined.store.read() as db:
+            rows = list_tokens(db)
+    for row in rows:
+        if row["expires_at"] is None:
+            yield _remark(f"{row['name']} never expires, and may {row['scopes']}",
+                          f"roexec token create --name … --expires 90d, and then roexec token "
+                          f"revoke {row['name']}")
+        elif row["expires_at"] < now:
+            yield _remark(f"{row['name']} has expired", f"roexec token revoke {row['name']}")
+    if rows:
+        yield _ok(f"{len(rows)} in all")
 
 
 # The jobs.
@@ -13178,6 +13196,7 @@ _CHECKS = {"python": _check_python, "program": _check_program, "sqlite": _check_
            "store": _check_store, "disk": _check_disk, "clock": _check_clock,
            "time zone": _check_zone, "server": _check_server, "unit": _check_unit,
            "limits": _check_limits, "port": _check_port, "owner": _check_owner,
+           "tokens": _check_tokens,
            "jobs": _check_jobs}
 
 

@@ -259,6 +259,24 @@ def test_a_proxy_that_runs_as_the_owner_is_told(doctor, tmp_path):
         proxy.wait()
 
 
+def test_tokens_that_never_expire_or_have_expired_are_told(doctor, store, cli):
+    assert "tokens" not in doctor()
+    for name, options in [("a", ""), ("b", "--expires 30d"), ("c", "--expires 1h")]:
+        assert cli(f"token create --name {name} --role viewer {options}")[0] == 0
+    with store.write() as db:
+        db.execute("UPDATE tokens SET expires_at = 1 WHERE name = 'c'")
+    (_, never, mend), (_, expired, remove), (_, count, _) = doctor()["tokens"]
+    assert never.startswith("a never expires, and may ") and mend.endswith("token revoke a")
+    assert (expired, remove, count) == ("c has expired", "roexec token revoke c", "3 in all")
+
+
+def test_a_server_that_is_in_trouble_says_so(doctor, store, monkeypatch):
+    monkeypatch.setattr(roexec.Store, "server", lambda self: os.getpid())
+    monkeypatch.setattr(roexec.Store, "trouble", lambda self: "the launcher does not answer")
+    assert ("server", f"process {os.getpid()}: the launcher does not answer", None) in wrong(
+        doctor())
+
+
 def test_every_command_that_is_to_mend_something_exists(monkeypatch):
     with open(roexec.__file__) as file:
         section = file.read().partition("# What may be wrong.")[2].partition("\n# ==== ")[0]
