@@ -8834,6 +8834,9 @@ class _Collector:
         pass
 
 
+LIVE_HOOKS = "pre_run", "on_retry"      # whose notices do not wait for the end of the run
+
+
 class _Hooks(_Execution):
     """The hooks of a run: commands, and notices that whoever has the store sends."""
 
@@ -8860,7 +8863,7 @@ class _Hooks(_Execution):
         target = f" {hook.target}" if hook.kind == "run" else ""
         self.info(f"Hook {name}: {hook.kind}{target}")
         self.note("notice", hook=name, index=index)
-        if self.tell is not None and name in ("pre_run", "on_retry"):
+        if self.tell is not None and name in LIVE_HOOKS:
             self.tell()
 
     def _tell_hooks(self, state, reason, exit_code):
@@ -9539,6 +9542,38 @@ def deliver_alone(store, settings=None):
         os.waitpid(child, 0)
 
 
+def _start_courier(store, journal, settings):
+    """A process that posts the notices of a run while it is on, and sends them where no server
+    does -> a function that tells it of new ones; None for a run that has none before its end."""
+    hooks = Job(journal.header["spec"]).hooks
+    if all(hook.kind == "command" for name in LIVE_HOOKS for hook in hooks.get(name, ())):
+        return None
+    reader, writer = os.pipe()
+    child = fork(lambda: fork(lambda: _carry(store, journal, settings, reader, writer)))
+    os.waitpid(child, 0)
+    os.close(reader)
+    os.set_blocking(writer, False)
+
+    def tell():
+        with contextlib.suppress(OSError):          # it has failed: the end of the run posts them
+            os.write(writer, b".")
+    return tell
+
+
+def _carry(store, journal, settings, reader, writer):
+    _detach()
+    os.close(writer)
+    journal.close()                     # the lock is the supervisor's
+    while os.read(reader, 512):
+        with store.write() as db:
+            post_live_notices(db, store, journal.run_id)
+        store.wake()
+        if store.server() is None:
+            with store.read() as db:
+                settings = get_settings(db) or settings or {}
+            deliver(store, settings, time.time())
+
+
 def lose_without_journal(db, store):
     """End the running rows that have no journal: a power cut took it, or somebody removed it."""
     for row in active_runs(db):
@@ -9704,7 +9739,6 @@ def _run_alone(store, job, signals, console, told=None, *, caller, settings=None
         store.create()
     inherit_nothing()
     settle(store, wait=True)
-    become_subreaper()
     run_id = request_run(store, job, trigger=trigger, owner=own_identity(), **request)
     if told is not None:
         told(run_id)
@@ -9714,7 +9748,10 @@ def _run_alone(store, job, signals, console, told=None, *, caller, settings=None
         if console is not None and console.status:
             with store.read() as db:
                 console.status.usual = usual_durations(db, [job.id]).get(job.id)
-        Supervision(journal, store.folder, signals, console, base, keeper=keeper).perform()
+        courier = _start_courier(store, journal, settings)
+        become_subreaper()              # from now on: the courier is no orphan of the run
+        Supervision(journal, store.folder, signals, console, base, tell=courier,
+                    keeper=keeper).perform()
         with store.write() as db:
             take_in(db, journal)
         discard([journal])

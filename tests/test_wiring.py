@@ -368,6 +368,50 @@ def test_a_notice_between_attempts_comes_between_them(store, start, web, tmp_pat
     server.stop()
 
 
+@pytest.mark.parametrize("how", ["foreground", "background", "beside a server"])
+def test_notices_of_a_run_that_no_server_looks_after_come_at_once_too(how, store, start, web,
+                                                                      tmp_path):
+    server = start() if how == "beside a server" else None
+    job = make_job(f"test $ROEXEC_ATTEMPT = 2 && while ! test -e {tmp_path}/go; do sleep 0.02; "
+                   "done", retries=1, backoff=0.01, hooks={
+                       "pre_run": [{"ping": web.url("/p")}, {"ping": "http://192.0.2.1/away"}],
+                       "on_retry": {"webhook": web.url("/retry")},
+                       "on_success": {"ping": web.url("/p")}})
+    apply(store, job)
+    pid = None if how == "background" else in_child(lambda: roexec.run_here(store, job))
+    if how == "background":
+        roexec.run_detached(store, job)
+    wait_for(lambda: {"/p/start", "/retry"} <= set(web.paths()), what=web.paths)
+    run, = read_runs(store)
+    assert run["state"] == "running"
+    (tmp_path / "go").touch()
+    assert await_state(store, run["id"], "succeeded") and (pid is None or end_of(pid) == 0)
+    wait_for(lambda: web.paths()[-1] == "/p", what=web.paths)
+    assert sorted(web.paths()) == ["/p", "/p/start", "/retry"]
+    if server is not None:
+        server.stop()
+
+
+def test_the_process_for_notices_is_none_of_a_run(store, web, tmp_path):
+    """It is neither killed nor counted, and holds no lock: the run ends as lost when killed."""
+    job = make_job("sleep 600", timeout=0.3, grace=0.1, leftovers="kill",
+                   hooks={"pre_run": {"ping": "http://192.0.2.1/away"}})
+    apply(store, job)
+    assert end_of(in_child(lambda: roexec.run_here(store, job))) == 124
+    run, = read_runs(store)
+    killed = [line for line in read_log_of(store, run["id"]).splitlines() if "Killed" in line]
+    assert len(killed) == 1 and killed[0].endswith(("Killed 1 process", "Killed 2 processes"))
+    pid = in_child(lambda: roexec.run_here(store, roexec.Job({**job.spec, "timeout": "1h"})))
+    run = wait_for(lambda: read_runs(store, state="running"))[0]
+    wait_for(lambda: roexec.Progress(
+        roexec.Journal.glance(store.file(f"active/{run['id']}")).events).attempts)
+    os.kill(pid, signal.SIGKILL)
+    end_of(pid)
+    wait_for(lambda: not roexec.lock_is_held(store.file(f"active/{run['id']}")))
+    roexec.settle(store, wait=True)
+    assert read_run(store, run["id"])["state"] == "lost"
+
+
 def test_a_host_that_is_away_delays_and_fails_nothing(store, start, web):
     server, job = start(), make_job("exit 0", hooks={
         "pre_run": {"ping": "http://192.0.2.1/x"}, "on_success": [
@@ -432,7 +476,7 @@ def test_without_a_server_the_command_that_took_the_end_in_sends_it(store, web):
         assert end_of(in_child(run)) == 3
     wait_for(lambda: len(web.got()) >= 2)
     wait_for(lambda: {row["state"] for row in outbox(store)} == {"sent", "superseded"})
-    assert sorted(web.paths()) == ["/hook", "/p/3"]
+    assert sorted(set(web.paths()) - {"/p/start"}) == ["/hook", "/p/3"]     # if it was in time
 
 
 def test_where_no_server_has_been_the_settings_of_the_command_count(store, tmp_path, vault):
