@@ -5039,9 +5039,21 @@ def get_settings(db):
 
 
 def set_settings(db, settings):
-    """Keep the settings that hold for every client of the store."""
+    """Keep the settings that hold for every client of the store. The slots of jobs that are in
+    another zone by them, or enabled or not, count from now on."""
+    before = get_settings(db)
+    if before is not None and before != settings:
+        for row in list_jobs(db):
+            job = Job.from_spec(json.loads(row["spec"]))
+            if _timing(job, before) != _timing(job, settings):
+                set_position(db, row["id"], max(row["position"], time.time()))
     set_meta(db, "settings", json.dumps(settings))
     _next_change(db)
+
+
+def _timing(job, settings):
+    whole = effective(job, settings.get("defaults"))
+    return whole.enabled, whole.timezone or (settings.get("scheduler") or {}).get("timezone")
 
 
 def count_changes(db):

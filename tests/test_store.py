@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import end_of, in_child
+from helpers import end_of, in_child, make_job
 
 import roexec
 from roexec import (ACTIVE_STATES, FINAL_STATES, REASONS, STATES, Job, NoSuchJob, NoSuchRun,
@@ -798,6 +798,36 @@ def test_without_tz_the_zone_of_the_host_is_that_of_etc_localtime(monkeypatch, t
 def test_a_store_has_one_id(store, db):
     first = store_id(db)
     assert re.fullmatch("[a-z0-9]{10}", first) and store_id(db) == first
+
+
+@pytest.mark.parametrize("before, after, moved", [
+    ({"scheduler": {"timezone": "UTC"}}, {"scheduler": {"timezone": "Europe/Berlin"}}, "without"),
+    ({"scheduler": {"timezone": None}}, {"scheduler": {"timezone": "UTC"}}, "without"),
+    ({}, {"defaults": {"timezone": "UTC"}}, "without"),
+    ({"scheduler": {"timezone": "UTC"}}, {"defaults": {"timezone": "UTC"}}, ""),
+    ({"scheduler": {"timezone": "UTC"}}, {"scheduler": {"timezone": "UTC", "max_concurrent": 1}},
+     ""),
+    ({}, {"defaults": {"enabled": False}}, "with without"),
+    ({}, {"defaults": {"timeout": 5}}, ""),
+    (None, {"scheduler": {"timezone": "UTC"}}, ""),         # the first server
+])
+def test_slots_count_from_the_instant_at_which_a_setting_changes_the_zone(before, after, moved, db):
+    jobs = {"with": make_job(job_id="with", timezone="Asia/Tokyo", schedule="0 2 * * *"),
+            "without": make_job(job_id="without", schedule="0 2 * * *"),
+            "ahead": make_job(job_id="ahead", schedule="0 2 * * *")}
+    perform_apply(db, plan_apply(db, {"f": list(jobs.values())}), NOW)
+    ahead = time.time() + 1000
+    set_position(db, "ahead", ahead)
+    if before is not None:
+        set_settings(db, before)
+        for name in ("with", "without"):
+            set_position(db, name, NOW)
+    set_settings(db, after)
+    positions = {row["id"]: row["position"] for row in list_jobs(db)}
+    assert positions.pop("ahead") == ahead
+    assert {name for name, position in positions.items() if position != NOW} == set(moved.split())
+    assert all(position == NOW or 0 <= time.time() - position < 60
+               for position in positions.values())
 
 
 def test_settings_are_kept_and_count_as_a_change(db):
