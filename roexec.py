@@ -14488,10 +14488,9 @@ def _cmd_list_runs(session):
     options = session.options
     states = _asked_states(options.state)
     since = options.since and _since(options.since)
-    store, payloads, usual = session.settled, [], {}
+    store, rows, payloads, usual = session.settled, [], [], {}
     if store.exists:
         with store.read() as db:
-            rows = []
             for chosen, limit in ((("queued",), -1), (("running",), -1),
                                   (FINAL_STATES, 0 if options.active else max(0, options.limit))):
                 chosen = [state for state in chosen if state in states]
@@ -14504,6 +14503,9 @@ def _cmd_list_runs(session):
                                          if row["state"] == "running"})
     if not payloads:
         _nothing(store, "runs")
+    elif store.server() is None and any(
+            row["state"] == "queued" and not row["owner"] for row in rows):
+        _say("what is queued waits for a server; none runs on this store")
     session.give(page("runs", payloads),
                  lambda style: runs_table(payloads, style, usual) if payloads else "")
 

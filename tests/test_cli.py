@@ -827,6 +827,14 @@ def test_twenty_ended_runs_are_listed_unless_said_otherwise(cli, jobs, store):
     assert len(run_ids(cli, "list runs --limit 30")) == 25
 
 
+def test_queued_runs_that_no_server_will_start_are_told(cli, jobs, store):
+    record(store, "backup", "queued", owner=roexec.own_identity())
+    assert cli("list runs")[2] == ""
+    record(store, "hello", "queued")
+    assert cli("list runs")[2] == "roexec: what is queued waits for a server; none runs on this " \
+        "store\n"
+
+
 # logs.
 
 LOG = (b"2025-08-01T10:00:00Z [INFO] Starting run\n2025-08-01T10:00:00Z [OUT] one\n"

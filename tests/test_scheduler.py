@@ -874,7 +874,7 @@ def test_a_slow_reader_of_a_foreground_run_gets_all_of_it(store, blocking):
     taken = b""
     while len(taken) < 60_000:
         taken += os.read(reader, 4096)
-    time.sleep(1.3)                     # longer than what is in the pipes is waited for
+    await_state(store, run_id, "succeeded")     # after it has waited for us, but not for ever
     taken += read_rest(reader).encode()
     assert taken.decode().split() == [str(number) for number in range(1, 30001)]
     assert end_of(pid) == 0
