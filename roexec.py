@@ -7513,7 +7513,6 @@ class Watch:
 
     def __init__(self, limit):
         self.limit, self.peak, self.folder, self.due = limit, 0, None, 0.0
-        self.floor = _own_peak()
 
     def exceeded(self, processes):
         """Whether the processes, {pid: start} that a function gives, hold more than the limit."""
@@ -7532,7 +7531,7 @@ class Watch:
         return False
 
 
-def _own_peak():
+def own_peak():
     """The most memory that this process has held: what getrusage(2) says of a child is never less,
     since a child begins with what its parent holds."""
     with contextlib.suppress(OSError):
@@ -7557,7 +7556,7 @@ class Cgroup:
     interval = float("inf")
 
     def __init__(self, parent, name, limits):
-        self.folder, self.peak, self.floor = os.path.join(parent, name), 0, _own_peak()
+        self.folder, self.peak = os.path.join(parent, name), 0
         os.mkdir(self.folder)
         try:
             if limits.get("memory") is not None:
@@ -8262,6 +8261,7 @@ class RunningCommand:
         self.kill_reason, self.killed, self.survivors = None, 0, 0
         self.ended = False              # the command is a zombie by now; it pins pid and session
         self.cpu_seconds, self.max_rss_bytes, self.output_bytes = 0.0, 0, 0
+        self._own_peak = own_peak()
         self.enlarged = set()           # streams of much output
         self.refused = False            # somebody still holds a pipe, and we no longer read it
 
@@ -8405,10 +8405,11 @@ class RunningCommand:
             return Ended(lost=True)
         code = os.waitstatus_to_exitcode(self._reap_one(self.pid))
         memory = self.kill_reason == "memory"
+        if self.max_rss_bytes <= self._own_peak:
+            self.max_rss_bytes = 0      # that of this process; the command's is unknown
         if self.meter is not None:
             memory = self.meter.close() or memory
-            told = self.max_rss_bytes if self.max_rss_bytes > self.meter.floor else 0
-            self.max_rss_bytes = max(told, self.meter.peak)
+            self.max_rss_bytes = max(self.max_rss_bytes, self.meter.peak)
         return Ended(exit_code=code if code >= 0 else None, memory=memory or None,
                      signal=_signal_name(-code) if code < 0 else None,
                      timeout=self.kill_reason if self.kill_reason in REASONS["timed_out"] else None)
@@ -8704,7 +8705,8 @@ class _Execution:
         self._tell_of(running)
         self.note("ended", exit_code=ended.exit_code, signal=ended.signal, timeout=ended.timeout,
                   memory=ended.memory, matched=ended.matched,
-                  cpu_seconds=round(running.cpu_seconds, 6), max_rss_bytes=running.max_rss_bytes,
+                  cpu_seconds=round(running.cpu_seconds, 6),
+                  max_rss_bytes=running.max_rss_bytes or None,
                   output_bytes=running.output_bytes)
         return ended
 

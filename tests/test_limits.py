@@ -3,6 +3,7 @@ import grp
 import os
 import pathlib
 import pwd
+import shlex
 import shutil
 import subprocess
 import sys
@@ -386,6 +387,18 @@ def test_a_tree_below_its_memory_ends_by_itself_and_its_peak_is_recorded(store, 
     attempt, = read_attempts(store, run["id"])
     assert run["state"] == "succeeded"
     assert 45 * MEBIBYTE < attempt["max_rss_bytes"] < 200 * MEBIBYTE
+
+
+def test_the_memory_of_a_command_is_its_own_or_unknown(store):
+    """What the kernel says of a small child is what its supervisor held."""
+    found = {}
+    for name, words in (("small", ["true"]), ("large", shlex.split(holding(100, 0)))):
+        subprocess.run([sys.executable, roexec.__file__, "--store", store.path, "run", "--name",
+                        name, "--", *words], check=True)
+        with store.read() as db:
+            found[name], = roexec.get_attempts(db, roexec.find_run(db, name)["id"])
+    assert found["small"]["max_rss_bytes"] is None
+    assert 100 * MEBIBYTE < found["large"]["max_rss_bytes"] < 200 * MEBIBYTE
 
 
 def test_a_run_that_is_out_of_memory_is_tried_again_like_any_failure(store, no_cgroup):
