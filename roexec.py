@@ -3934,6 +3934,15 @@ def run_payload(row, attempts):
         "node": row["node"], "log": row["log"]}
 
 
+def why_no_log(row):
+    """Why there is no log of a run, in words, of its row."""
+    if row["log_gone"]:
+        return f"the log of run {row['id']} was removed {row['log_gone']}"
+    yet = "" if row["state"] in FINAL_STATES else " yet"
+    reason = f" ({row['reason']})" if row["reason"] else ""
+    return f"run {row['id']} has no log{yet}: it is {row['state']}{reason}"
+
+
 def _instant(seconds):
     return None if seconds is None else format_instant(seconds)
 
@@ -4514,6 +4523,18 @@ def process_start(pid):
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
+def start_thread(function, name):
+    """A thread that performs a function, and has no part in signals; it does not keep the process
+    from ending."""
+    thread = threading.Thread(target=function, name=name, daemon=True)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return thread
+
+
 def new_run_id():
     """Ten random lower-case letters and digits."""
     number = int.from_bytes(os.urandom(8), "big")
@@ -4621,13 +4642,15 @@ CREATE TABLE runs (
     env TEXT, priority INTEGER NOT NULL DEFAULT 0, queued_at REAL NOT NULL, started_at REAL,
     finished_at REAL, exit_code INTEGER, signal TEXT,
     boot TEXT,                          -- the boot in which it began to run
-    node TEXT, log TEXT);
+    node TEXT, log TEXT,
+    log_gone TEXT);                     -- when and why its log was removed
 CREATE UNIQUE INDEX runs_slot ON runs (job_id, slot) WHERE slot IS NOT NULL AND parent IS NULL;
 CREATE INDEX runs_job ON runs (job_id, seq);
 CREATE INDEX runs_state ON runs (state, seq);
 CREATE INDEX runs_active ON runs (job_id, seq) WHERE state IN ('queued', 'running');
 CREATE UNIQUE INDEX runs_cause ON runs (cause) WHERE cause IS NOT NULL;
 CREATE INDEX runs_parent ON runs (parent) WHERE parent IS NOT NULL;
+CREATE INDEX runs_logs ON runs (finished_at) WHERE log IS NOT NULL;
 CREATE TABLE attempts (
     run_id TEXT, number INTEGER, started_at REAL, finished_at REAL, exit_code INTEGER, signal TEXT,
     cpu_seconds REAL, max_rss_bytes INTEGER, output_bytes INTEGER,
@@ -4762,19 +4785,57 @@ class Store:
                 self.kept.close()
                 self.kept = None
 
-    def checkpoint(self):
-        """Move the write-ahead log into the database where it has become large."""
+    def checkpoint(self, large=None):
+        """Move the write-ahead log into the database where it has become large, or larger than some
+        bytes; what somebody still reads of it stays."""
         import sqlite3
         try:
             size = os.stat(self.database + "-wal").st_size
         except FileNotFoundError:
             return
-        if size > _LARGE_LOG:
+        if size > (large or _LARGE_LOG):
             try:
                 with self.lock():
-                    self.kept.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    self._checkpoint()
             except sqlite3.Error as error:          # a full disk: it has only become no smaller
                 raise self.failure(error) from None
+
+    def _checkpoint(self):
+        db = self.kept or self.connect("rw")
+        try:                            # not waiting for readers: writers would wait as long
+            db.execute("PRAGMA busy_timeout = 0").close()
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+        finally:
+            db.execute(f"PRAGMA busy_timeout = {_PATIENCE * 1000}").close()
+            if db is not self.kept:
+                db.close()
+
+    def copy_to(self, path, progress=None):
+        """Copy the database, as it is at one instant, into a file of its own (0600) whose name ends
+        in .db; writers go on meanwhile. `progress(done, total)` is told of its pages.
+
+        A file that is there is removed first, and where this fails. Raises RoexecError.
+        """
+        import sqlite3
+        before, copy = os.umask(0o077), Store(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        try:
+            with contextlib.closing(self.connect("ro")) as db, \
+                    contextlib.closing(copy.connect("rwc")) as target:
+                db.execute("BEGIN").close()
+                check_version(self, db)     # from this look on, one state is what it sees
+                db.backup(target, pages=500, progress=progress and (
+                    lambda status, left, total: progress(total - left, total)))
+                target.execute("PRAGMA journal_mode = DELETE").close()
+        except BaseException as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            if isinstance(error, sqlite3.Error):
+                raise copy.failure(error) from None
+            raise
+        finally:
+            os.umask(before)
 
     def wake(self):
         """Tell the server, if one is there, that something has changed."""
@@ -4843,7 +4904,7 @@ class Store:
     def failure(self, error):
         """The RoexecError of one of SQLite's."""
         with contextlib.suppress(OSError):
-            if os.statvfs(self.folder).f_flag & os.ST_RDONLY:
+            if os.statvfs(os.path.dirname(self.database)).f_flag & os.ST_RDONLY:
                 error = os.strerror(errno.EROFS)
         return RoexecError(f"the database {self.database}: {error}")
 
@@ -4861,6 +4922,7 @@ class Store:
                 raise RoexecError(f"{self.database} is a database of something else; name another "
                                   "store with --store")
             if version == 0:
+                db.execute("PRAGMA auto_vacuum = INCREMENTAL").close()      # before all else
                 db.execute("PRAGMA journal_mode = WAL").close()
             elif version < len(_MIGRATIONS):
                 copy = Store(f"{self.database}.version-{version}.db").connect("rwc")
@@ -5010,6 +5072,22 @@ class _Transaction:
         finally:
             if self.mode == "rw":
                 self.lock.__exit__()
+
+
+def put_in_place(new, path):
+    """Give a file, once it is on the disk, the name of another: whenever the host stops, one of the
+    two is there."""
+    _sync(new)
+    os.replace(new, path)
+    _sync(os.path.dirname(os.path.abspath(path)))
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # Facts about the whole store.
@@ -5766,6 +5844,140 @@ def list_audit(db, limit, before=None):
     """Rows of the newest changes, newest first; `before` is the seq of the last one seen."""
     return db.execute("SELECT * FROM audit WHERE seq < ? ORDER BY seq DESC LIMIT ?",
                       (math.inf if before is None else before, limit)).fetchall()
+# What goes with time. Those who remove much do so in many short transactions.
+
+_SOME = 500             # values in one statement; older versions of SQLite take 999
+
+
+def _in_parts(db, statement, values, *before):
+    """The rows of a statement with `{}` for the marks of some values, for all of them."""
+    rows = []
+    for start in range(0, len(values), _SOME):
+        some = values[start:start + _SOME]
+        rows += db.execute(statement.format(", ".join("?" * len(some))), (*before, *some))
+    return rows
+
+
+def jobs_with_limits(db):
+    """Rows (id, spec) of the jobs, deleted ones too, that may say themselves what is kept."""
+    return db.execute("SELECT id, spec FROM jobs WHERE spec LIKE '%\"history\"%' OR "
+                      "spec LIKE '%\"log\"%'").fetchall()
+
+
+def known_job_ids(db):
+    """The ids of all jobs that are, or were, registered."""
+    return {row[0] for row in db.execute("SELECT id FROM jobs")}
+
+
+def ended_runs(db, after, limit, job_id=None, until=None):
+    """Rows (seq, id, job_id, queued_at, ended) of runs, no steps, whose seq is > `after`, in order;
+    those of a job, with a seq <= `until`. One that is still on has None for `ended`."""
+    chosen, values = "", []
+    if job_id is not None:
+        chosen, values = "AND job_id = ? AND seq <= ?", [job_id, until or 1 << 62]
+    return db.execute(
+        "SELECT seq, id, job_id, queued_at, COALESCE(last_slot, finished_at) AS ended FROM runs "
+        f"WHERE parent IS NULL AND seq > ? {chosen} ORDER BY seq LIMIT ?",
+        (after, *values, limit)).fetchall()
+
+
+def newest_seq(db):
+    """The seq of the newest run; 0 without any."""
+    return db.execute("SELECT COALESCE(MAX(seq), 0) FROM runs").fetchone()[0]
+
+
+def seq_beyond(db, job_id, number):
+    """The seq of the first run of a job, no step, beyond its newest `number`; 0 without one."""
+    row = db.execute("SELECT seq FROM runs WHERE job_id = ? AND parent IS NULL ORDER BY seq DESC "
+                     "LIMIT 1 OFFSET ?", (job_id, number)).fetchone()
+    return row[0] if row else 0
+
+
+def crowded_jobs(db, number, job_id=None):
+    """{job id: how many} of the jobs that have more than a number of runs, steps counted."""
+    chosen, values = ("", ()) if job_id is None else ("WHERE job_id = ?", (job_id,))
+    return dict(map(tuple, db.execute(
+        f"SELECT job_id, COUNT(*) FROM runs {chosen} GROUP BY job_id HAVING COUNT(*) > ?",
+        (*values, number))))
+
+
+def kept_runs(db, job_id):
+    """The ids of the runs of a job that stay whatever their age: the newest, the newest that was
+    not skipped, the newest that failed, and the one that has ended last."""
+    newest = "SELECT id FROM runs WHERE job_id = ? AND parent IS NULL {} ORDER BY seq DESC LIMIT 1"
+    rows = [db.execute(newest.format(which), (job_id,)).fetchone() for which in (
+        "", "AND state != 'skipped'", "AND +state IN ('failed', 'timed_out', 'lost')")]
+    rows.append(db.execute("SELECT last_run FROM jobs WHERE id = ?", (job_id,)).fetchone())
+    return {row[0] for row in rows if row}
+
+
+def with_steps(db, ids):
+    """Ids of runs, and of all their steps."""
+    found, ids = list(ids), list(ids)
+    while ids:
+        ids = [row[0] for row in _in_parts(db, "SELECT id FROM runs WHERE parent IN ({})", ids)]
+        found += ids
+    return found
+
+
+def logs_of(db, ids):
+    """The logs of runs, relative to the folder of the store."""
+    return [row[0] for row in _in_parts(
+        db, "SELECT log FROM runs WHERE id IN ({}) AND log IS NOT NULL", list(ids))]
+
+
+def remove_runs(db, ids, dry_run=False):
+    """Remove runs that have ended, with their steps -> the ids that are gone, the paths of logs.
+
+    One stays that a run has asked for that is on: this keeps it from being asked for again.
+    """
+    ids = [row[0] for row in _in_parts(
+        db, "SELECT id FROM runs WHERE id IN ({}) AND finished_at IS NOT NULL AND (cause IS NULL "
+        "OR NOT EXISTS (SELECT 1 FROM runs AS other WHERE other.id = substr(runs.cause, 1, "
+        "instr(runs.cause, '/') - 1) AND other.finished_at IS NULL))", with_steps(db, ids))]
+    logs = logs_of(db, ids)
+    if not dry_run:
+        _in_parts(db, "DELETE FROM attempts WHERE run_id IN ({})", ids)
+        _in_parts(db, "DELETE FROM runs WHERE id IN ({})", ids)
+    return ids, logs
+
+
+def old_logs(db, before, after, limit):
+    """Rows (seq, id, job_id, parent, finished_at, log) of runs with a log that ended before an
+    instant, from the oldest; `after` is (finished_at, seq) of the last one seen."""
+    return db.execute(
+        "SELECT seq, id, job_id, parent, finished_at, log FROM runs WHERE log IS NOT NULL AND "
+        "finished_at < ? AND (finished_at, seq) > (?, ?) ORDER BY finished_at, seq LIMIT ?",
+        (before, *after, limit)).fetchall()
+
+
+def drop_logs(db, ids, text, dry_run=False):
+    """Say that runs that have ended, and their steps, have no log any more, and why -> the paths
+    of what is to be removed."""
+    ids = with_steps(db, ids)
+    logs = logs_of(db, ids)
+    if not dry_run:
+        _in_parts(db, "UPDATE runs SET log = NULL, log_gone = ? WHERE id IN ({}) AND log IS NOT "
+                  "NULL", ids, text)
+    return logs
+
+
+def logs_of_job(db, job_id):
+    """{path of a log: the instant of the end of its run} of the runs recorded under a job."""
+    return dict(map(tuple, db.execute("SELECT log, finished_at FROM runs WHERE job_id = ? AND "
+                                      "log IS NOT NULL", (job_id,))))
+
+
+def count_free(db):
+    """(pages of the database that hold nothing, all pages, bytes of one)."""
+    return tuple(db.execute(f"PRAGMA {name}").fetchone()[0]
+                 for name in ("freelist_count", "page_count", "page_size"))
+
+
+def give_back(db, pages):
+    """Take some pages that hold nothing from the end of the database file."""
+    for _ in range(pages):
+        db.execute("PRAGMA incremental_vacuum(1)").close()
 
 
 # ==== 9 logs ======================================================================================
@@ -5958,7 +6170,8 @@ def _part(path, offset):
 def _part_offsets(path):
     """The offsets of the parts of a log behind its first, in order."""
     try:
-        return sorted(int(name) for name in os.listdir(path + ".parts") if name.isdigit())
+        return sorted({int(name[:15]) for name in os.listdir(path + ".parts")
+                       if name.removesuffix(".gz").isdigit()})
     except FileNotFoundError:
         return []
 
@@ -6071,6 +6284,37 @@ class StoredLog:
             end = max(end, begin + file.seek(0, os.SEEK_END))
         return found
 
+    def size(self):
+        """How many bytes are stored, unpacked."""
+        return sum(file.seek(0, os.SEEK_END) for _, file in self._parts)
+
+    def extents(self, most):
+        """Yield (offset, iterator of blocks) of each part that is to be kept, in order: of a log
+        that is larger than `most` bytes, the first quarter and the newest lines."""
+        end, ranges = self.end(), [(0, math.inf)]
+        if self.size() > most:
+            head = self.line_start(most // 4)
+            tail = self.line_start(end - max(0, most - head))
+            ranges = [(0, head), (max(head, tail), math.inf)]
+        bounds = [begin for begin, _ in self._parts] + [math.inf]
+        for begin, stop in ranges:
+            for first, following in zip(bounds, bounds[1:]):
+                low, high = max(first, begin), min(following, stop)
+                if low < high and (low == 0 or self._has(low)):
+                    yield low, self._blocks(low, high)
+
+    def _has(self, offset):
+        here, data = self.read(offset, 1)
+        return bool(data) and here == offset
+
+    def _blocks(self, offset, stop):
+        while offset < stop:
+            here, data = self.read(offset, int(min(_BLOCK, stop - offset)))
+            if here != offset or not data:
+                return
+            yield data
+            offset += len(data)
+
     def line_start(self, offset):
         """The offset of the first line that begins at an offset or after it, or an offset among
         removed lines as it is."""
@@ -6106,8 +6350,15 @@ class StoredLog:
 
 
 def _open_part(path):
-    return open(path, "rb", buffering=0, opener=lambda name, flags: os.open(
-        name, flags | os.O_NOFOLLOW | os.O_CLOEXEC))
+    def opened(name):
+        return open(name, "rb", buffering=0, opener=lambda name, flags: os.open(
+            name, flags | os.O_NOFOLLOW | os.O_CLOEXEC))
+    try:
+        return opened(path)
+    except FileNotFoundError as error:
+        with contextlib.suppress(FileNotFoundError):
+            return _PackedFile(opened(os.fspath(path) + ".gz"))
+        raise error
 
 
 class Lines(Value):
@@ -6189,6 +6440,204 @@ def newest_lines(path, size):
     with StoredLog(path) as log:
         begin = log.line_start(log.end() - size)
     return b"".join(lines.data for lines in follow(path, offset=begin))
+
+
+# Packing. What gzip(1) unpacks, in members of their own for each block, with both sizes in the
+# header (RFC 1952, "extra field"), so that an offset is found without unpacking all before it.
+
+_BLOCK = 1 << 20                    # bytes that are packed together
+_MEMBER = "<4sIBB H2sH II"          # magic, time, flags, system; extra field: "RX", both sizes
+_MAGIC = b"\x1f\x8b\x08\x04"
+
+
+def _member_of(block):
+    """A member: a block of bytes, packed."""
+    import zlib
+    packer = zlib.compressobj(6, zlib.DEFLATED, -15)
+    body = packer.compress(block) + packer.flush()
+    size = struct.calcsize(_MEMBER) + len(body) + 8
+    return b"".join((struct.pack(_MEMBER, _MAGIC, 0, 0, 255, 12, b"RX", 8, size, len(block)), body,
+                     struct.pack("<II", zlib.crc32(block), len(block))))
+
+
+class _PackedFile:
+    """A packed file as if it were not; it has what is needed of a file: seek, read and close."""
+
+    def __init__(self, file):
+        self._file, self._members, self._position = file, [], 0     # members: (offset, place, size)
+        self._unpacked = None, b""      # the member that was read last
+        self.close = file.close
+        try:
+            self._end = self._find_members()
+        except BaseException:
+            file.close()
+            raise
+
+    def _find_members(self):
+        offset = place = 0
+        while True:
+            self._file.seek(place)
+            head = self._file.read(struct.calcsize(_MEMBER))
+            if not head:
+                return offset
+            if len(head) < struct.calcsize(_MEMBER) or head[:4] != _MAGIC or head[12:14] != b"RX":
+                raise self._damaged()
+            size, length = struct.unpack(_MEMBER, head)[-2:]
+            if size <= len(head) or not 0 < length <= _BLOCK:
+                raise self._damaged()
+            self._members.append((offset, place, size))
+            offset, place = offset + length, place + size
+
+    def _damaged(self):
+        return OSError(errno.EIO, "the packed log is damaged", self._file.name)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        """Go to an offset, from the beginning or the end -> the offset from the beginning."""
+        self._position = offset + (self._end if whence == os.SEEK_END else 0)
+        return self._position
+
+    def read(self, most):
+        """The next bytes, fewer than `most` only at the end."""
+        pieces = []
+        while most > 0 and self._position < self._end:
+            number = bisect.bisect(self._members, (self._position, math.inf)) - 1
+            skipped = self._position - self._members[number][0]
+            piece = self._member(number)[skipped:skipped + most]
+            pieces.append(piece)
+            self._position += len(piece)
+            most -= len(piece)
+        return b"".join(pieces)
+
+    def _member(self, number):
+        import zlib
+        if self._unpacked[0] != number:
+            offset, place, size = self._members[number]
+            self._file.seek(place)
+            unpacker = zlib.decompressobj(31)
+            try:
+                data = unpacker.decompress(self._file.read(size), _BLOCK + 1)
+            except zlib.error:
+                raise self._damaged() from None
+            following = (*self._members, (self._end, 0, 0))[number + 1][0]
+            if not unpacker.eof or offset + len(data) != following:
+                raise self._damaged()
+            self._unpacked = number, data
+        return self._unpacked[1]
+
+
+class LogFiles(Value):
+    """A log on the disk: its `path` relative to the store's folder, its `files` (names relative
+    likewise), their `size` in bytes, when it was `written` last, and whether it `is_packed`."""
+    __slots__ = ("path", "files", "size", "written", "is_packed")
+
+
+def list_logs(folder, job_id):
+    """({path: LogFiles}, the files that a kill has left half written) of what is recorded under a
+    job; the paths are relative to the folder of the store."""
+    found, left = {}, []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(os.path.join(folder, "logs", job_id)):
+            entries = os.scandir(entry) if entry.name.endswith(".log.parts") else [entry]
+            base = entry.name.removesuffix(".gz").removesuffix(".parts")
+            for entry in entries:
+                name = os.path.relpath(entry.path, folder)
+                if entry.name.endswith(".gz.new"):
+                    left.append(name)
+                elif base.endswith(".log"):
+                    found.setdefault(f"logs/{job_id}/{base}", []).append((name, _state(entry)))
+    return {path: LogFiles(path=path, files=[name for name, _ in files],
+                           size=sum(state.st_size for _, state in files),
+                           written=max(state.st_mtime for _, state in files),
+                           is_packed=all(name.endswith(".gz") for name, _ in files))
+            for path, files in found.items()
+            if all(state for _, state in files)}, left
+
+
+def _state(entry):
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def remove_log(folder, path):
+    """Remove a log, a path relative to the store's folder -> how many bytes that has freed."""
+    if not _LOG_PATH.fullmatch(path):
+        return 0
+    log = os.path.join(folder, path)
+    files = _stored_files(log)
+    for file in files:
+        _remove_file(file)
+    with contextlib.suppress(OSError):
+        os.rmdir(log + ".parts")
+    return sum(state.st_size for state in files.values())
+
+
+_LOG_PATH = Pattern(r"logs/[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[0-9A-Za-z:-]+\.log")
+
+
+def size_of_log(folder, path):
+    """How many bytes of the disk a log takes, a path relative to the store's folder."""
+    return sum(state.st_size for state in _stored_files(os.path.join(folder, path)).values())
+
+
+def _stored_files(log):
+    """{path: its state} of the files of a log."""
+    found = {}
+    for offset in (0, *_part_offsets(log)):
+        for path in (_part(log, offset), _part(log, offset) + ".gz"):
+            with contextlib.suppress(FileNotFoundError):
+                found[path] = os.stat(path, follow_symlinks=False)
+    return found
+
+
+def _remove_file(path):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def pack_log(folder, path, most):
+    """Pack the log of a run that has ended; of one that is larger than `most` bytes the first
+    quarter and the newest lines stay -> how many bytes that has freed.
+
+    A kill loses nothing: what is new has its name before what is old goes. Raises OSError.
+    """
+    name = os.path.join(folder, path)
+    with StoredLog(name) as log:
+        before = _stored_files(name)
+        written = max(state.st_mtime for state in before.values())
+        if log.size() <= most and all(file.endswith(".gz") for file in before):
+            return 0
+        made = {}                       # {path of a part: the file that is to have its name}
+        try:
+            for offset, blocks in log.extents(most):
+                part = _part(name, offset) + ".gz"
+                made[part] = part + ".new"
+                _write_packed(made[part], blocks, written)
+            for part, new in made.items():
+                os.replace(new, part)
+        except BaseException:
+            for new in made.values():
+                _remove_file(new)
+            raise
+    for file in before:
+        if file not in made:
+            _remove_file(file)
+    with contextlib.suppress(OSError):
+        os.rmdir(name + ".parts")
+    return sum(state.st_size for state in before.values()) - sum(
+        os.stat(file).st_size for file in made)
+
+
+def _write_packed(path, blocks, written):
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    with open(path, "wb", opener=lambda name, flags: os.open(
+            name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
+        for block in blocks:
+            file.write(_member_of(block))
+        file.flush()
+        os.fsync(file.fileno())
+    os.utime(path, (written, written))
 
 
 # ==== 10 secrets ==================================================================================
@@ -6793,7 +7242,7 @@ _HTTP_DEADLINE = 10                     # seconds, from the look-up of the name 
 _MOST_OF_ANSWER = 1 << 16               # bytes
 _MOST_IN_MAIL = 1 << 16                 # bytes of output
 _MOST_IN_PING = 10_000                  # bytes, as healthchecks.io keeps them
-_KEPT = 7 * 86400                       # seconds, for which one can see what became of a notice
+KEPT_NOTICES = 7 * 86400                # seconds, for which one can see what became of a notice
 _MANY, _MINUTE = 10, 60                 # more than so many for one target in so many seconds
 _MOST_TITLES = 100
 
@@ -7260,7 +7709,7 @@ class _Delivery:
                     self._deliver(notice)
         if began:
             with self.store.write() as db:
-                purge_notices(db, self.now - _KEPT)
+                purge_notices(db, self.now - KEPT_NOTICES)
         return due
 
     def _merge(self, notices):
@@ -7326,12 +7775,7 @@ class Postman:
     def __init__(self, store, settings, say):
         self._store, self._settings, self._say = store, settings, say
         self._awake, self._closed = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, name="postman", daemon=True)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self._thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._thread = start_thread(self._run, "postman")
 
     def wake(self):
         """Say that there may be new notices."""
@@ -10693,7 +11137,348 @@ def hold_server_lock(store):
 
 # ==== 16 upkeep ===================================================================================
 # What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
-# mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone.
+# mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone;
+# the store is never held for longer than some milliseconds, and then left to others for as long.
+
+_PAGE = 1000                # rows that are looked at together
+_FEWEST, _MOST_AT_ONCE = 20, 1000       # changes in one transaction
+_HOLD = 0.01                # seconds that a transaction is to take
+_PAUSE = 0.015              # seconds between two, at least: longer than a writer sleeps that waits
+_LARGE = 1 << 20            # bytes of the write-ahead log that are moved at once
+_DAY = 86400
+_SOON, _LOOK_AGAIN = 30, 600            # seconds after the start of a server, and between looks
+
+
+class _Policy:
+    """How long runs and logs are kept, by the settings of the store and by its jobs themselves."""
+
+    def __init__(self, db, settings):
+        defaults = settings.get("defaults")
+        self._known, bare = known_job_ids(db), {"id": "x", "command": "x"}
+        self._usual, self._other = effective(Job(bare), defaults), effective_command(bare, settings)
+        self._own = {row["id"]: effective(Job.from_spec(json.loads(row["spec"])), defaults)
+                     for row in jobs_with_limits(db)}
+
+    def of(self, job_id):
+        """A Job that has the limits of the runs recorded under an id."""
+        return self._own.get(job_id) or (self._usual if job_id in self._known else self._other)
+
+    def least(self, value):
+        """The least `value(job)`."""
+        return min(map(value, (self._usual, self._other, *self._own.values())))
+
+
+class Upkeep:
+    """What is done to a store so that it stays small; `freed` counts runs, logs, bytes and such.
+
+    `settings` count where the store has none. `progress(share, text)` is told how far it is; once
+    `stopped()` is true it ends early, and goes on the next time. With `dry_run` it only counts.
+    """
+
+    def __init__(self, store, settings, *, dry_run=False, progress=None, stopped=None):
+        self.store, self.now, self.dry_run = store, time.time(), dry_run
+        self.progress = progress or (lambda share, text: None)
+        self.stopped = stopped or (lambda: False)
+        self.freed = collections.Counter()
+        with store.read() as db:
+            self._policy = _Policy(db, get_settings(db) or settings or {})
+            self._newest = max(1, newest_seq(db))
+        self._at_once, self._kept = _MOST_AT_ONCE if dry_run else 100, {}
+        self._counted = set()           # logs, in a dry run
+
+    def told(self):
+        """What went, in words; empty where nothing did."""
+        freed = self.freed
+        parts = [f"{freed[what]} {what if freed[what] != 1 else what.replace('s', '', 1)}"
+                 for what in ("runs", "logs", "logs of no run", "logs packed") if freed[what]]
+        would = "would free" if self.dry_run else "freed"
+        return f"{', '.join(parts)}; {would} {format_size(freed['bytes'])}" if parts else ""
+
+    # Runs.
+
+    def purge_runs(self, *, older=None, newest=None, job_id=None):
+        """Remove runs that ended more than `older` seconds ago, or, without, any, but the `newest`
+        ones of each job; those of one job, or of all. Without both, what their limits say."""
+        policy = self._policy
+        if older is not None:
+            self._remove(self._aged(job_id, older, lambda job: older, newest or 0))
+        elif newest is not None:
+            self._remove(self._crowded(job_id, newest, lambda job: newest))
+        else:
+            def keep(job):
+                return policy.of(job).history.keep
+
+            def runs(job):
+                return policy.of(job).history.runs
+            shortest = policy.least(lambda job: job.history.keep)
+            self._remove(self._aged(job_id, shortest, keep))
+            self._remove(row for row in self._crowded(
+                job_id, policy.least(lambda job: job.history.runs), runs)
+                if row["ended"] >= self.now - keep(row["job_id"]))      # else it has just been seen
+
+    def _aged(self, job_id, shortest, keep, spared=0):
+        """Rows of runs that ended more than `keep(job id)` seconds ago; `shortest` is the least."""
+        spared_from = {}
+        for row in self._rows(job_id, before=self.now - shortest):
+            job = row["job_id"]
+            if row["ended"] is not None and row["ended"] < self.now - keep(job):
+                if spared and job not in spared_from:
+                    with self.store.read() as db:
+                        spared_from[job] = seq_beyond(db, job, spared)
+                if not spared or row["seq"] <= spared_from[job]:
+                    yield row
+
+    def _crowded(self, job_id, least, most):
+        """Rows of ended runs beyond the newest `most(job id)` of a job; `least` is the least."""
+        with self.store.read() as db:
+            crowded = crowded_jobs(db, least, job_id)
+        for job, count in crowded.items():
+            if count > most(job):
+                with self.store.read() as db:
+                    until = seq_beyond(db, job, most(job))
+                yield from (row for row in self._rows(job, until) if row["ended"] is not None)
+
+    def _rows(self, job_id, until=None, before=None):
+        """Rows of `ended_runs`, of which none stays in any case, from the oldest; those that follow
+        where all were queued after an instant are younger still."""
+        after = 0
+        while not self.stopped():
+            with self.store.read() as db:
+                rows = ended_runs(db, after, _PAGE, job_id, until)
+                chosen = [row for row in rows if not self._stays(db, row)]
+            yield from chosen
+            if len(rows) < _PAGE or before is not None and all(
+                    row["queued_at"] > before for row in rows):
+                return
+            after = rows[-1]["seq"]
+            self.progress(after / self._newest, f"{self.freed['runs']} runs removed")
+
+    def _stays(self, db, row):
+        job_id = row["job_id"]
+        if job_id not in self._kept:
+            self._kept[job_id] = kept_runs(db, job_id)
+        return row["id"] in self._kept[job_id]
+
+    def _remove(self, rows):
+        for ids in self._some(row["id"] for row in rows):
+            gone, logs = self._change(remove_runs, ids, self.dry_run)
+            self.freed["runs"] += len(set(gone).intersection(ids))
+            self._remove_files(logs)
+
+    # Logs.
+
+    def purge_logs(self):
+        """Remove the logs of runs that ended longer ago than `log.keep`."""
+        shortest = self._policy.least(lambda job: job.log.keep)
+        after = (-math.inf, 0)
+        while not self.stopped():
+            with self.store.read() as db:
+                rows = old_logs(db, self.now - shortest, after, self._at_once)
+                due = self._logs_due(db, rows)
+            for keep, ids in due.items():
+                why = (f"on {format_instant(int(self.now))}, since its run had ended more than "
+                       f"{format_duration(keep)} before (log.keep)")
+                self._remove_files(self._change(drop_logs, ids, why, self.dry_run))
+            if not rows:
+                return
+            after = rows[-1]["finished_at"], rows[-1]["seq"]
+            self.progress(None, f"{self.freed['logs']} logs removed")
+
+    def _logs_due(self, db, rows):
+        due = {}                        # {log.keep: ids}; steps go with the whole
+        for row in rows:
+            keep = self._policy.of(row["job_id"]).log.keep
+            old = row["finished_at"] < self.now - keep
+            if old and row["parent"] is None and not self._stays(db, row):
+                due.setdefault(keep, []).append(row["id"])
+        return due
+
+    def _remove_files(self, logs):
+        for path in set(logs) - self._counted:
+            self.freed["logs"] += 1
+            self.freed["bytes"] += (size_of_log if self.dry_run else remove_log)(
+                self.store.folder, path)
+        if self.dry_run:
+            self._counted.update(logs)
+
+    def tend_files(self):
+        """Pack the logs of runs that ended more than a day ago, cut those that are too large, and
+        remove those of no run that are as old as `log.keep`."""
+        jobs = sorted(os.listdir(self.store.file("logs")))
+        for number, job_id in enumerate(jobs):
+            if self.stopped():
+                return
+            self.progress(number / len(jobs), f"{self.freed['logs packed']} logs packed")
+            self._tend_folder(job_id)
+
+    def _tend_folder(self, job_id):
+        limits = self._policy.of(job_id).log
+        found, left = list_logs(self.store.folder, job_id)
+        for path in left:
+            os.unlink(self.store.file(path))
+        asked = [log for log in found.values() if log.written < self.now - (
+            _DAY if not log.is_packed else limits.keep) or log.size > limits.max_size / 1000]
+        known = logs_that_are_known(self.store, job_id) if asked else {}
+        for log in asked:
+            if log.path not in known:
+                if log.written < self.now - limits.keep:
+                    self.freed["logs of no run"] += 1
+                    self.freed["bytes"] += remove_log(self.store.folder, log.path)
+            elif known[log.path] is not None:
+                self._pack(log, known[log.path], limits.max_size)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.store.file(f"logs/{job_id}"))         # where nothing is left in it
+
+    def _pack(self, log, ended, most):
+        large = log.size > most or log.is_packed
+        if large or ended < self.now - _DAY:
+            freed = pack_log(self.store.folder, log.path, most)
+            self.freed["logs packed"] += bool(freed)
+            self.freed["bytes"] += freed
+
+    # The database.
+
+    def purge_notices(self):
+        """Forget notices that were settled long ago."""
+        with self.store.write() as db:
+            purge_notices(db, self.now - KEPT_NOTICES)
+
+    def give_back(self):
+        """Make the database file smaller where a quarter of it holds nothing."""
+        before = None
+        while True:
+            with self.store.read() as db:
+                free, pages, size = count_free(db)
+            before = before or pages
+            if free < pages / 4 or free * size < 4 * _LARGE or self.stopped():
+                break
+            self._change(give_back, self._at_once)
+        self.freed["bytes"] += (before - pages) * size
+
+    def copy(self):
+        """Put a consistent copy of the database into the folder `backup` of the store."""
+        make_private_folder(self.store.file("backup"), self.store.say)
+        new = self.store.file("backup/new.db")
+        self.store.copy_to(new, lambda done, total: self.progress(done / total, "copied"))
+        put_in_place(new, self.store.file("backup/roexec.db"))
+
+    # Transactions.
+
+    def _some(self, items):
+        """Lists of items, each as long as fits into one transaction."""
+        some = []
+        for item in items:
+            some.append(item)
+            if len(some) >= self._at_once:
+                yield some
+                some = []
+        if some and not self.stopped():
+            yield some
+
+    def _change(self, function, *values):
+        """The value of `function(db, *values)` in a transaction, which only reads in a dry run."""
+        if self.dry_run:
+            with self.store.read() as db:
+                return function(db, *values)
+        with self.store.write() as db:
+            began = time.monotonic()
+            result = function(db, *values)
+        held = time.monotonic() - began
+        better = int(self._at_once * min(max(_HOLD / held, 0.5), 1.5))
+        self._at_once = max(_FEWEST, min(_MOST_AT_ONCE, better))
+        self.store.checkpoint(_LARGE)
+        time.sleep(max(_PAUSE, held))
+        return result
+
+
+def logs_that_are_known(store, job_id):
+    """{path: the end of its run, None while that is on} of the logs recorded under a job.
+
+    A log that was found before this is called, and is not in it, is of no run: a run that is on has
+    a journal, which goes when the log is in the store.
+    """
+    live = {}
+    for name in os.listdir(store.file("active")):
+        journal = None if "." in name else Journal.glance(store.file(f"active/{name}"))
+        if journal is not None:
+            live[Progress(journal.events).log] = None
+    with store.read() as db:
+        return {**live, **logs_of_job(db, job_id)}
+
+
+class UpkeepIsOn(RoexecError):
+    """Another process does the upkeep of the store already."""
+
+
+def hold_upkeep(store):
+    """The descriptor of the lock of the one who does the upkeep; raises UpkeepIsOn."""
+    descriptor = open_private(store.file("upkeep.lock"))
+    if not try_lock(descriptor):
+        os.close(descriptor)
+        raise UpkeepIsOn(f"another process does the upkeep of {store.path} already; wait for it")
+    return descriptor
+
+
+class Steward:
+    """A thread of a server that does the upkeep of its store, daily and soon after its start."""
+
+    def __init__(self, store, say, first=_SOON):
+        self._store, self._say, self._first = store, say, first
+        self._closed = threading.Event()
+        self._thread = start_thread(self._run, "steward")
+
+    def close(self):
+        """End; what was not done is done the next time."""
+        self._closed.set()
+        self._thread.join(1)
+
+    def _run(self):
+        import traceback
+        wait = self._first
+        while not self._closed.wait(wait):
+            wait = _LOOK_AGAIN
+            try:
+                self._look()
+            except (RoexecError, OSError) as error:     # a full disk, say
+                self._say(f"The upkeep has stopped: {_told(error)}; it is tried again in "
+                          f"{format_duration(wait)}", "ERROR")
+            except Exception:
+                self._say(f"The upkeep has failed: {traceback.format_exc()}", "ERROR")
+
+    def _look(self):
+        """Do what there is to do where the last time is a day ago, or in the future."""
+        with self._store.read() as db:
+            last = get_meta(db, "upkeep", 0)
+        if 0 <= time.time() - last < _DAY:
+            return
+        with contextlib.suppress(UpkeepIsOn):
+            upkeep = keep_small(self._store, stopped=self._closed.is_set)
+            if upkeep.told():
+                self._say(f"Upkeep: {upkeep.told()}")
+            if not self._closed.is_set():
+                upkeep.copy()
+                with self._store.write() as db:
+                    set_meta(db, "upkeep", time.time())
+
+
+def _told(error):
+    return str(error) if isinstance(error, RoexecError) else f"{error.filename}: {error.strerror}"
+
+
+def keep_small(store, settings=None, **how):
+    """Do what the limits of the store and its jobs say -> the Upkeep; `how` is for that."""
+    lock = hold_upkeep(store)
+    try:
+        upkeep = Upkeep(store, settings, **how)
+        upkeep.purge_runs()
+        upkeep.purge_logs()
+        if not upkeep.dry_run:
+            upkeep.tend_files()
+            upkeep.purge_notices()
+            upkeep.give_back()
+        return upkeep
+    finally:
+        os.close(lock)
 
 
 # ==== 17 page =====================================================================================
@@ -11809,12 +12594,12 @@ class _Log:
     def __init__(self, store, row, path):
         self.store, self.run_id, self.path, self.state = store, row["id"], path, row["state"]
         self.ended, self.gaps = self.state in FINAL_STATES, []
+        self.why = why_no_log(row)
 
     def open(self):
         """A StoredLog; raises Refusal where there is none."""
         if self.path is None:
-            yet = "" if self.ended else " yet"
-            raise Refusal(404, "no_log", f"run {self.run_id} has no log{yet}: it is {self.state}")
+            raise Refusal(404, "no_log", self.why)
         try:
             return StoredLog(self.store.file(self.path))
         except FileNotFoundError:
@@ -14847,9 +15632,7 @@ def _cmd_logs(session):
             break
         time.sleep(0.1)
     if log is None:
-        reason, yet = watch.run["reason"], "" if over else " yet"
-        raise RoexecError(f"run {watch.run['id']} has no log{yet}: it is {watch.run['state']}"
-                          + (f" ({reason})" if reason else ""))
+        raise RoexecError(why_no_log(watch.run))
     try:
         _print_log(session.store.file(log), options, watch.ended)
     except FileNotFoundError:
@@ -15118,6 +15901,71 @@ def _cmd_completion(session):
     sys.stdout.write(completion_script(shells[0], _COMMANDS))
 
 
+# Upkeep.
+
+class _Bar:
+    """How far something is, in a line on standard error that is renewed; drawn after half a second,
+    on a terminal."""
+
+    def __init__(self):
+        self._able = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._next, self._is_drawn = time.monotonic() + 0.5, False
+
+    def __call__(self, share, text):
+        """Say that a share (0 to 1; None if unknown) is done, and what."""
+        now = time.monotonic()
+        if not self._able or now < self._next:
+            return
+        self._next, self._is_drawn = now + 0.1, True
+        width = os.get_terminal_size(2).columns or 80
+        done = "" if share is None else f"{'#' * int(share * 30):.<30} {share:4.0%}  "
+        sys.stderr.write(f"\r{done + text:.{width - 1}}\x1b[K")
+        sys.stderr.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._is_drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def _cmd_maintenance_purge(session):
+    options, store = session.options, session.settled
+    older = None if options.older is None else _duration_of("--older", options.older)
+    if options.keep is not None and options.keep < 1:
+        raise Usage("--keep is 1 or more: the newest run of a job stays in any case")
+    if options.job is not None:
+        _check_recorded(store, options.job)
+    how = {"settings": _settings_of(session.config), "dry_run": options.dry_run}
+    with _Bar() as bar, contextlib.ExitStack() as stack:
+        if not options.dry_run:
+            store.keep_open()           # else each of many small transactions would checkpoint
+            stack.callback(store.close)
+        if older is None and options.keep is None and options.job is None:
+            upkeep = keep_small(store, progress=bar, **how)
+        else:
+            upkeep = Upkeep(store, progress=bar, **how)
+            upkeep.purge_runs(older=older, newest=options.keep, job_id=options.job)
+            upkeep.give_back()
+    if upkeep.freed["runs"] and not options.dry_run:
+        with store.write() as db:
+            add_audit(db, session.caller.name, "purge", time.time(), job_id=options.job,
+                      detail=upkeep.told())
+    payload = {**{name: upkeep.freed[name] for name in ("runs", "logs", "bytes")},
+               "dry_run": options.dry_run}
+    session.give(payload, lambda style: (upkeep.told() or "nothing to purge") + (
+        " (dry run)\n" if options.dry_run else "\n"))
+
+
+def _check_recorded(store, job_id):
+    """Raise NoSuchJob where nothing is recorded under an id, and no job has it."""
+    with store.read() as db:
+        if newest_run(db, job_id) is None:
+            get_job(db, job_id)
+
+
 # The server.
 
 def _server_log(text, level="INFO", at=None):
@@ -15177,6 +16025,7 @@ def _cmd_server(session):
         stack.callback(notifier.tell, "STOPPING=1")
         if os.getpid() == 1:            # what others leave behind is ours to reap
             scheduler.each_second.append(reap_all)
+        stack.callback(Steward(store, _server_log).close)
         scheduler.on_reload.insert(0, lambda: _reload(session, files))
         _server_log(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
         warning = unit_warning()
@@ -15347,6 +16196,12 @@ _COMMANDS = (
             "NAME [NAME ...]", "token revoke ci-token", _WITH_ID, changes=True),
     Command("audit", _cmd_audit, "list who has changed what", "", "audit --limit 100",
             ("--limit", "N", "how many of the newest (50)", 50)),
+    Command("maintenance purge", _cmd_maintenance_purge,
+            "remove old runs with their logs; without options, by the limits of jobs",
+            "[--older TIME] [--keep N] [--job JOB]", "maintenance purge --older 30d --keep 10",
+            ("--older", "TIME", "those that ended longer ago than this", None),
+            ("--keep", "N", "not the newest N of each job", None),
+            ("--job", "JOB", "only those of this job", None), changes=True),
     Command("server", _cmd_server, "run jobs on schedule, and serve the HTTP API",
             "[--jobs PATH]", "server --jobs jobs.yml",
             ("--jobs", "PATH", "a job file or folder to follow; may be repeated", []),

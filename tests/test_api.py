@@ -419,7 +419,7 @@ def test_a_log_that_is_not_there_is_told(error, store):
         assert error(f"/runs/{run_id}/logs?follow=1") == error(f"/runs/{run_id}/logs")
     assert [error(f"/runs/{run_id}/logs") for run_id in (gone, skipped, queued)] == [
         (404, "no_log", "the log of this run is not there (any more)"),
-        (404, "no_log", f"run {skipped} has no log: it is skipped"),
+        (404, "no_log", f"run {skipped} has no log: it is skipped (paused)"),
         (404, "no_log", f"run {queued} has no log yet: it is queued")]
 
 

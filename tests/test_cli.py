@@ -96,7 +96,7 @@ def a_server(store, answers=True):
 COMMANDS = {command.name: command for command in roexec.commands()}
 CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", "cancel", "retry",
             "server", "init", "install", "uninstall", "token create", "token rotate",
-            "token revoke"}
+            "token revoke", "maintenance purge"}
 
 
 def test_the_commands_are_those_of_the_design():
@@ -1603,3 +1603,39 @@ def test_a_change_that_fails_is_not_noted(cli, jobs, store, monkeypatch):
     monkeypatch.setattr(roexec, "perform_apply", lambda *_: 1 / 0)
     assert cli("add other -- true")[0] == 1 and cli("delete hello nobody")[0] == 1
     assert cli("audit")[1] == before
+
+
+# Upkeep.
+
+def test_purge_says_what_goes_and_does_it(cli, jobs, store):
+    for days in (50, 40, 20):
+        record(store, at=time.time() - days * 86400)
+    assert cli("maintenance purge --older 30d --dry-run")[1] == (
+        "2 runs; would free 0 B (dry run)\n")
+    assert len(read_runs(store)) == 3
+    assert cli("maintenance purge --older 30d --keep 2")[1] == "1 run; freed 0 B\n"
+    assert json.loads(cli("maintenance purge --older 30d --json")[1]) == {
+        "runs": 1, "logs": 0, "bytes": 0, "dry_run": False}
+    assert cli("maintenance purge")[1] == "nothing to purge\n"
+    assert [row["action"] for row in audit(store)] == ["purge", "purge"]
+
+
+def audit(store):
+    with store.read() as db:
+        return [row for row in roexec.list_audit(db, 50) if row["action"] == "purge"]
+
+
+@pytest.mark.parametrize("line, error", [
+    ("maintenance", "there is no command \"maintenance\""),
+    ("maintenance purge --older soon", "--older: \"soon\" is not a duration"),
+    ("maintenance purge --keep 0", "--keep is 1 or more"),
+    ("maintenance purge --job nobody --keep 1", "there is no job \"nobody\"")])
+def test_a_purge_that_cannot_be_meant_is_refused(line, error, cli, jobs):
+    status, out, err = cli(line)
+    assert (out, error in err) == ("", True) and status in (1, 2), err
+
+
+def test_the_log_of_a_run_that_is_removed_says_when_and_why(cli, jobs, store):
+    run_id = record(store, log_gone="on 2025-08-01T00:00:00Z, since …")
+    assert cli(f"logs {run_id}")[2] == (
+        f"roexec: the log of run {run_id} was removed on 2025-08-01T00:00:00Z, since …\n")

@@ -1,6 +1,7 @@
 """One run's log: what is written, that every byte comes back, and what a full disk does to it."""
 import contextlib
 import errno
+import gzip
 import os
 import random
 import resource
@@ -605,3 +606,95 @@ def test_a_larger_limit_than_before_removes_nothing_more(small, tmp_path):
     small.write(*range(50))
     assert small.parts() == kept
     small.check()
+
+
+# Packing.
+
+@pytest.fixture
+def packed(tmp_path):
+    """`packed(most)` is (writer, path, the lines before it was packed) of a log of two MiB."""
+    def make(most=float("inf")):
+        writer = LogWriter(str(tmp_path), "backup", AT, "abcd123456", most=most)
+        content = random.Random(1)
+        for number in range(2000):
+            data = content.randbytes(content.randrange(1500)).replace(b"\n", b"")
+            writer.output(content.choice(("out", "err")), b"%d " % number + data + b"\n", AT)
+        writer.close(AT)
+        path = str(tmp_path / writer.path)
+        before = pieces(path)
+        assert roexec.pack_log(str(tmp_path), writer.path, 1 << 40) > 0
+        return writer, path, before
+    return make
+
+
+def pieces(path, offset=0):
+    return b"".join(found.data for found in follow(path, offset=offset))
+
+
+@pytest.mark.parametrize("most", [float("inf"), 1 << 20])
+def test_a_packed_log_reads_as_before_from_any_offset(packed, most):
+    writer, path, before = packed(most)
+    assert not os.path.exists(path) and pieces(path) == before
+    with StoredLog(path) as log:
+        assert log.end() == writer.size
+        tail = log.tail(3)
+        assert before.endswith(pieces(path, tail)) and pieces(path, tail).count(b"\n") == 3
+        offsets = [0, writer.size - 1, *random.Random(2).sample(range(writer.size), 20)]
+        for offset in map(log.line_start, offsets):
+            assert before.endswith(pieces(path, offset)[200:])
+    assert newest_lines(path, 5000) in before
+
+
+def test_gzip_unpacks_a_packed_log(packed):
+    _, path, before = packed()
+    with gzip.open(path + ".gz") as file:
+        assert file.read() == before
+    assert os.stat(path + ".gz").st_mode & 0o777 == 0o600
+
+
+def test_a_log_is_packed_once(packed, tmp_path):
+    writer, path, before = packed()
+    inode = os.stat(path + ".gz").st_ino
+    assert roexec.pack_log(str(tmp_path), writer.path, 1 << 40) == 0
+    assert os.stat(path + ".gz").st_ino == inode
+
+
+def test_whoever_reads_a_log_while_it_is_packed_goes_on(tmp_path, log):
+    for number in range(1000):
+        log.output("out", b"%0100d\n" % number, AT)
+    log.flush(AT)
+    path = str(tmp_path / log.path)
+    whole = pieces(path)
+    with StoredLog(path) as reader:
+        roexec.pack_log(str(tmp_path), log.path, 1 << 40)
+        assert reader.read(0, 1 << 20)[1] == whole
+
+
+@pytest.mark.parametrize("cut, pad", [(-1, b""), (20, b""), (0, b"junk" * 10), (500_000, b"")])
+def test_a_damaged_packed_log_is_an_error_in_words(packed, cut, pad):
+    _, path, _ = packed()
+    with open(path + ".gz", "r+b") as file:
+        file.truncate(os.fstat(file.fileno()).st_size + cut if cut < 0 else cut or None)
+        file.seek(0, os.SEEK_END)
+        file.write(pad)
+    with pytest.raises(OSError, match="the packed log is damaged"):
+        pieces(path)
+
+
+def test_changed_bytes_of_a_packed_log_are_noticed(packed):
+    _, path, _ = packed()
+    with open(path + ".gz", "r+b") as file:
+        file.seek(5000)
+        file.write(b"changed")
+    with pytest.raises(OSError, match="the packed log is damaged"):
+        pieces(path)
+
+
+@pytest.mark.parametrize("path", ["logs/x/../../y.log", "logs/../x.log", "/etc/x.log", "x.log",
+                                  "logs/x/y", "logs/x/y.log.gz", "logs//y.log"])
+def test_nothing_but_a_log_is_removed(tmp_path, path):
+    (tmp_path / "logs/x").mkdir(parents=True)
+    for name in ("y.log", "x.log", "logs/x.log", "logs/x/y", "logs/x/y.log.gz"):
+        (tmp_path / name).touch()
+    assert roexec.remove_log(str(tmp_path), path) == 0
+    assert (tmp_path / "y.log").exists() and (tmp_path / "logs/x/y.log.gz").exists()

@@ -1,0 +1,459 @@
+"""Upkeep: what goes with time and what stays, what a kill in the middle leaves, and the copies."""
+import os
+import signal
+import time
+
+import pytest
+from big_store import fill, write_log
+from helpers import (apply, claimed, end_of, in_child, make_job, perform, read_run, read_runs,
+                     wait_for)
+
+import roexec
+from roexec import RoexecError, Upkeep, keep_small, list_logs, remove_runs, why_no_log
+
+DAY = 86400
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+def add(store, run_id, days, state="succeeded", job_id="x", log=False, **columns):
+    """Add a run that ended some days ago -> its id."""
+    at = time.time() - days * DAY
+    path = write_log(store, job_id, run_id, at) if log else None
+    if path:
+        os.utime(store.file(path), (at, at))
+    ended = None if state in ("queued", "running") else at
+    with store.write() as db:
+        return roexec.add_run(db, **{
+            "id": run_id, "job_id": job_id, "trigger": "manual", "state": state, "queued_at": at,
+            "started_at": at, "finished_at": ended, "log": path,
+            "reason": (roexec.REASONS.get(state) or (None,))[0], **columns})
+
+
+def ids(store, **columns):
+    return [row["id"] for row in read_runs(store, **columns)]
+
+
+def settings(store, **what):
+    with store.write() as db:
+        roexec.set_settings(db, {"defaults": what, "scheduler": {}, **what})
+
+
+def purge(store, **how):
+    upkeep = Upkeep(store, None)
+    upkeep.purge_runs(**how)
+    return upkeep
+
+
+def purging(store, **how):
+    """The process id of a child that does that."""
+    return in_child(lambda: print(purge(roexec.Store(store.path), **how).told()))
+
+
+def log_names(store, job_id="x"):
+    return sorted(os.listdir(store.file(f"logs/{job_id}")))
+
+
+# Runs.
+
+def test_runs_go_by_the_age_of_their_end_but_the_newest_and_the_newest_failed(store):
+    for number, (days, state) in enumerate([
+            (400, "failed"), (300, "failed"), (200, "succeeded"), (100, "succeeded"),
+            (95, "cancelled"), (91, "skipped")]):
+        add(store, f"run{number}", days, state)
+    assert purge(store).freed["runs"] == 3
+    assert ids(store) == ["run1", "run4", "run5"]
+
+
+def test_a_run_that_began_long_ago_and_has_ended_lately_stays(store):
+    add(store, "long", 200, finished_at=time.time() - DAY)
+    add(store, "new", 0)
+    purge(store)
+    assert ids(store) == ["long", "new"]
+
+
+def test_a_row_of_skipped_slots_counts_from_its_last_one(store):
+    add(store, "grown", 200, "skipped", slot=1, last_slot=int(time.time()) - DAY)
+    add(store, "old", 200, "skipped", slot=2, last_slot=int(time.time()) - 100 * DAY)
+    add(store, "new", 0)
+    purge(store)
+    assert ids(store) == ["grown", "new"]
+
+
+@pytest.mark.parametrize("state", ["queued", "running"])
+def test_a_run_that_is_on_is_never_touched(store, state):
+    add(store, "on", 500, state)
+    for number in range(5):
+        add(store, f"new{number}", 400 - number)
+    purge(store, newest=1)
+    assert ids(store) == ["on", "new4"]
+    purge(store, older=0)
+    assert ids(store) == ["on", "new4"]
+
+
+def test_of_a_job_only_the_newest_runs_stay(store):
+    settings(store, history={"runs": 2})
+    for number in range(5):
+        add(store, f"x{number}", 1)
+        add(store, f"y{number}", 1, job_id="y")
+    assert purge(store).freed["runs"] == 6
+    assert ids(store) == ["x3", "y3", "x4", "y4"]
+
+
+def test_a_job_says_itself_what_stays_of_it(store):
+    settings(store, history={"keep": "10d"})
+    apply(store, make_job(job_id="mine", history={"keep": "3d"}), make_job(job_id="usual"))
+    for job_id in ("mine", "usual", "none"):
+        for days in (11, 5, 1):
+            add(store, f"{job_id}{days}", days, job_id=job_id)
+    purge(store)
+    assert sorted(ids(store)) == ["mine1", "none1", "none5", "usual1", "usual5"]
+
+
+def test_of_a_deleted_job_stays_what_it_has_said(store):
+    apply(store, make_job(history={"keep": "3d"}))
+    for days in (5, 1):
+        add(store, f"x{days}", days)
+    with store.write() as db:
+        roexec.delete_jobs(db, ["x"], time.time())
+    purge(store)
+    assert ids(store) == ["x1"]
+
+
+@pytest.mark.parametrize("how, left", [
+    ({"older": 30 * DAY}, ["x20", "x10", "y20", "y10"]),
+    ({"older": 30 * DAY, "newest": 3}, ["x40", "x20", "x10", "y40", "y20", "y10"]),
+    ({"older": 15 * DAY, "job_id": "x"}, ["x10", "y40", "y20", "y10"]),
+    ({"newest": 1}, ["x10", "y10"]),
+    ({"newest": 2, "job_id": "y"}, ["x40", "x20", "x10", "y20", "y10"])])
+def test_a_person_says_what_goes(store, how, left):
+    for job_id in "xy":
+        for days in (40, 20, 10):
+            add(store, f"{job_id}{days}", days, job_id=job_id)
+    purge(store, **how)
+    assert ids(store) == left
+
+
+def test_a_parent_goes_with_its_steps_and_theirs(store):
+    add(store, "whole", 100)
+    add(store, "step", 100, parent="whole", step="a", log=True)
+    add(store, "other", 100, parent="whole", step="b", job_id="other")
+    add(store, "inner", 100, parent="other", step="c", job_id="other")
+    add(store, "new", 0)
+    upkeep = purge(store)
+    assert (ids(store), upkeep.freed["runs"], upkeep.freed["logs"]) == (["new"], 1, 1)
+    assert log_names(store) == []
+
+
+def test_steps_do_not_count_among_the_runs_of_a_job(store):
+    for number in range(3):
+        add(store, f"run{number}", 1)
+        for step in range(4):
+            add(store, f"step{number}{step}", 1, parent=f"run{number}", step=f"s{step}")
+    purge(store, newest=2)
+    assert ids(store, parent=None) == ["run1", "run2"] and len(ids(store)) == 10
+
+
+def test_a_run_that_one_which_is_on_has_asked_for_stays(store):
+    """Its row is what keeps it from being asked for again."""
+    add(store, "asked", 100, job_id="y", cause="asker/0")
+    add(store, "newer", 100, job_id="y")
+    add(store, "asker", 101, "running")
+    purge(store)
+    assert "asked" in ids(store)
+    with store.write() as db:
+        roexec.finish_run(db, "asker", "succeeded", [], finished_at=time.time())
+    purge(store)
+    assert ids(store) == ["newer", "asker"]
+
+
+def test_positions_and_the_last_run_of_a_job_stay(store):
+    apply(store, make_job(schedule="0 0 1 1 *"))
+    add(store, "first", 100)
+    with store.write() as db:
+        db.execute("UPDATE jobs SET last_run = 'first', position = 12345")
+    add(store, "second", 99, "skipped", reason="paused")
+    add(store, "third", 98, "cancelled")
+    purge(store, older=0)
+    with store.read() as db:
+        row = roexec.get_job(db, "x")
+    assert (row["last_id"], row["position"]) == ("first", 12345)
+
+
+def test_attempts_go_with_their_run(store):
+    run = perform(store)
+    perform(store)
+    purge(store, newest=1)
+    with store.read() as db:
+        assert roexec.get_attempts(db, run["id"]) == [] != roexec.get_attempts(
+            db, ids(store)[0])
+
+
+def test_a_dry_run_counts_the_same_and_changes_nothing(store):
+    settings(store, history={"keep": "30d", "runs": 3})
+    for days in (90, 50, 20, 10, 5, 1):
+        add(store, f"run{days}", days, log=days > 5)
+    before, names = ids(store), log_names(store)
+    foreseen = keep_small(store, dry_run=True)
+    assert (ids(store), log_names(store)) == (before, names)
+    done = keep_small(store)
+    assert foreseen.freed["runs"] == done.freed["runs"] == 3
+    assert ids(store) == ["run10", "run5", "run1"]
+    assert foreseen.told().startswith("3 runs, 4 logs; would free ")
+
+
+# Logs.
+
+def test_a_log_goes_before_its_run_and_one_is_told_when_and_why(store):
+    apply(store, make_job(log={"keep": "3d"}))
+    for days in (5, 4, 1):
+        add(store, f"run{days}", days, log=True)
+    assert keep_small(store).freed["logs"] == 2
+    run = read_run(store, "run5")
+    assert run["log"] is None and why_no_log(run) == (
+        f"the log of run run5 was removed {run['log_gone']}")
+    assert run["log_gone"].endswith("since its run had ended more than 3d before (log.keep)")
+    assert len(log_names(store)) == 1
+
+
+def test_the_newest_run_and_the_newest_failed_one_keep_their_logs(store):
+    for number, state in enumerate(["failed", "failed", "succeeded", "succeeded"]):
+        add(store, f"run{number}", 50 - number, state, log=True)
+    keep_small(store)
+    assert [row["id"] for row in read_runs(store) if row["log"]] == ["run1", "run3"]
+    assert len(log_names(store)) == 2
+
+
+def test_logs_of_steps_go_with_that_of_the_whole(store):
+    add(store, "whole", 8, log=True)
+    add(store, "step", 10, parent="whole", step="a", log=True)
+    add(store, "on", 20, "running")
+    add(store, "early", 15, parent="on", step="a", log=True)
+    add(store, "new", 0)
+    keep_small(store)
+    assert [row["id"] for row in read_runs(store) if row["log"]] == ["early"]
+
+
+def test_a_changed_setting_applies_to_what_is_there(store):
+    for days in (5, 1, 0):
+        add(store, f"run{days}", days, log=True)
+    assert keep_small(store).freed["logs"] == 0
+    settings(store, log={"keep": "2d"}, history={"keep": "12h"})
+    upkeep = keep_small(store)
+    assert (ids(store), upkeep.freed["runs"]) == (["run0"], 2)
+
+
+def read(store, run_id):
+    with roexec.StoredLog(store.file(read_run(store, run_id)["log"])) as log:
+        return log.read(0, 1 << 20)[1]
+
+
+def test_a_log_is_packed_a_day_after_the_end_of_its_run(store):
+    for days in (2, 0.5):
+        add(store, f"run{days}", days, log=True)
+    before = read(store, "run2")
+    assert keep_small(store).freed["logs packed"] == 1
+    assert [name.endswith(".gz") for name in log_names(store)] == [True, False]
+    assert read(store, "run2") == before != b""
+    assert keep_small(store).told() == ""
+
+
+def test_a_log_of_a_run_that_is_on_is_left_alone_however_old(store):
+    journal = claimed(store, make_job())
+    log = roexec.LogWriter(store.folder, "x", 1000, journal.run_id)
+    log.write("Starting run", 1000)
+    journal.note("supervisor", pid=os.getpid(), start=0, log=log.path)
+    os.utime(store.file(log.path), (1000, 1000))
+    keep_small(store)
+    assert log_names(store) == [os.path.basename(log.path)]
+    log.close(1000)
+    journal.close()
+
+
+def test_a_log_of_no_run_goes_when_it_is_as_old_as_others_may_be(store):
+    """So a kill between the removal of a row and that of its log leaves nothing for ever."""
+    add(store, "old", 20, log=True)
+    add(store, "young", 3, log=True)
+    add(store, "new", 0)
+    with store.write() as db:
+        assert set(remove_runs(db, ["old", "young"])[0]) == {"old", "young"}
+    assert keep_small(store).freed["logs of no run"] == 1
+    assert len(log_names(store)) == 1
+
+
+def test_a_log_that_is_too_large_is_cut_also_where_it_is_packed_already(store):
+    at = time.time() - 2 * DAY
+    for run_id, more in (("before", 0), ("after", 100)):
+        log = roexec.LogWriter(store.folder, "x", at + more, run_id)
+        for number in range(20_000):
+            log.output("out", b"%0100d\n" % number, at)
+        log.close(at)
+        add(store, run_id, 2, log=False)
+        with store.write() as db:
+            roexec.set_log(db, run_id, log.path)
+        os.utime(store.file(log.path), (at, at))
+        keep_small(store)                           # packs the first, then settles the second too
+    settings(store, log={"max_size": "1M"})
+    keep_small(store)
+    for run_id in ("before", "after"):
+        path = store.file(read_run(store, run_id)["log"])
+        pieces = [(lines.is_gap, len(lines.data)) for lines in roexec.follow(path)]
+        kept = sum(size for is_gap, size in pieces if not is_gap)
+        assert any(is_gap for is_gap, _ in pieces) and 900_000 < kept <= 1 << 20
+        assert b"%0100d" % 19_999 in roexec.newest_lines(path, 1000)
+
+
+def test_what_cannot_be_packed_for_want_of_room_stays_as_it_was(store, monkeypatch):
+    add(store, "run", 2, log=True)
+    before = read(store, "run")
+    monkeypatch.setattr(roexec.os, "fsync", lambda number: (_ for _ in ()).throw(
+        OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        Upkeep(store, None).tend_files()
+    assert read(store, "run") == before
+    assert [name for name in log_names(store) if "gz" in name] == []
+
+
+# Kills.
+
+def killed_at(number, function):
+    """Perform a function in a child that is killed at its n-th change of a file's name; whether it
+    came so far."""
+    calls = iter(range(number))
+
+    def body():
+        for name in ("replace", "unlink", "rmdir", "rename"):
+            def dying(*values, original=getattr(os, name), **more):
+                if next(calls, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*values, **more)
+            setattr(os, name, dying)
+        function()
+    return end_of(in_child(body)) == -signal.SIGKILL
+
+
+def test_a_kill_at_any_instant_loses_no_line_and_is_mended_by_the_next_time(store):
+    def lay():
+        log = roexec.LogWriter(store.folder, "x", 1000, "killed", most=1 << 16)
+        for number in range(3000):
+            log.output("out", b"%0100d\n" % number, 1000)
+        log.close(1000)
+        return log.path
+    number, more = 0, True
+    add(store, "killed", 2)
+    while more:
+        path = lay()
+        with store.write() as db:
+            roexec.set_log(db, "killed", path)
+        for file in list_logs(store.folder, "x")[0][path].files:
+            os.utime(store.file(file), (1000, 1000))
+        before = b"".join(piece.data for piece in roexec.follow(store.file(path)))
+        more = killed_at(number, lambda: keep_small(roexec.Store(store.path)))
+        assert b"".join(piece.data for piece in roexec.follow(store.file(path))) == before
+        keep_small(store)
+        assert b"".join(piece.data for piece in roexec.follow(store.file(path))) == before
+        assert list_logs(store.folder, "x")[0][path].is_packed
+        roexec.remove_log(store.folder, path)
+        assert log_names(store) == []
+        number += 1
+    assert number > 5
+
+
+def test_a_kill_in_the_middle_of_a_purge_leaves_runs_whole(store):
+    fill(store, 2000, 10, logs=200)
+    pid = purging(store, newest=5)
+    wait_for(lambda: len(read_runs(store)) < 1900)
+    os.kill(pid, signal.SIGKILL)
+    end_of(pid)
+    with store.read() as db:
+        assert db.execute("SELECT COUNT(*) FROM attempts WHERE run_id NOT IN "
+                          "(SELECT id FROM runs)").fetchone()[0] == 0
+    purge(store, newest=5)
+    assert 50 <= len(ids(store, parent=None)) < 100
+
+
+# The thread of a server.
+
+def test_a_server_does_it_daily_and_soon_after_its_start(store):
+    said = []
+    add(store, "old", 100)
+    add(store, "new", 0)
+    store.keep_open()
+    steward = roexec.Steward(store, lambda text, level="INFO": said.append(text), first=0)
+    copy = store.file("backup/roexec.db")
+    wait_for(lambda: os.path.exists(copy) and done_at(store))
+    steward.close()
+    assert said == ["Upkeep: 1 run; freed 0 B"] and ids(store) == ["new"]
+    assert ids(roexec.Store(copy)) == ["new"] and os.stat(copy).st_mode & 0o777 == 0o600
+    add(store, "older", 100)
+    add(store, "newest", 0)
+    steward = roexec.Steward(store, said.append, first=0)
+    with store.read() as db:                        # not again on this day
+        assert time.time() - roexec.get_meta(db, "upkeep") < 60
+    steward.close()
+    assert "older" in ids(store)
+    with store.write() as db:
+        roexec.set_meta(db, "upkeep", time.time() - DAY - 1)
+    steward = roexec.Steward(store, lambda text, level="INFO": None, first=0)
+    wait_for(lambda: "older" not in ids(store))
+    steward.close()
+    store.close()
+
+
+def done_at(store):
+    with store.read() as db:
+        return roexec.get_meta(db, "upkeep")
+
+
+def test_one_process_alone_does_the_upkeep(store):
+    lock = roexec.hold_upkeep(store)
+    with pytest.raises(RoexecError, match="another process does the upkeep"):
+        keep_small(store)
+    os.close(lock)
+    keep_small(store)
+
+
+def test_a_full_disk_is_said_and_it_is_tried_again(store, monkeypatch):
+    said = []
+    monkeypatch.setattr(roexec, "_LOOK_AGAIN", 0.01)
+
+    def full(self):
+        if not said:
+            raise OSError(28, "No space left on device", "/x/y")
+    monkeypatch.setattr(Upkeep, "tend_files", full)
+    steward = roexec.Steward(store, lambda text, level="INFO": said.append((text, level)), first=0)
+    wait_for(lambda: done_at(store))
+    steward.close()
+    assert said == [("The upkeep has stopped: /x/y: No space left on device; it is tried again in "
+                     "10ms", "ERROR")]
+
+
+def test_what_holds_nothing_is_given_back_to_the_disk(store):
+    fill(store, 30_000, 10)
+    store.keep_open()
+    store.checkpoint(1)
+    before = os.stat(store.database).st_size
+    upkeep = purge(store, newest=5)
+    upkeep.give_back()
+    store.checkpoint(1)
+    store.close()
+    after = os.stat(store.database).st_size
+    assert before > 6 << 20 and after < 0.7 * before
+    assert upkeep.freed["bytes"] == pytest.approx(before - after, rel=0.2)
+
+
+# Others go on meanwhile.
+
+def test_a_purge_leaves_the_store_to_others_all_the_time(store):
+    fill(store, 20_000, 100)
+    store.keep_open()
+    pid = purging(store, newest=5)
+    waits = []
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        began = time.monotonic()
+        with store.write():
+            waits.append(time.monotonic() - began)
+        time.sleep(0.002)
+    store.close()
+    waits.sort()
+    assert len(read_runs(store)) < 1500
+    assert len(waits) > 50 and waits[len(waits) // 2] < 0.05, waits[-5:]
