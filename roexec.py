@@ -2580,6 +2580,15 @@ class _SchedulerSettings(_Record):
     MAY_BE_EMPTY = True
 
 
+class MetricsSettings(_Record):
+    """Whether /metrics is there, `enabled`, and for how many jobs one by one, `max_jobs`."""
+    KEYS = {
+        "enabled": (_switch, None, False),
+        "max_jobs": (_number_from(1, _MOST), None, 1000),
+    }
+    MAY_BE_EMPTY = True
+
+
 class MailSettings(_Record):
     """The mail server: host, port, tls, user, password_file, timeout; `from` is `sender`."""
     KEYS = {
@@ -2660,8 +2669,8 @@ class Config(_Record):
 
     `server` has host, port, hosts, tls and auth; `store` type and path; `scheduler` max_concurrent
     and timezone; `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs'
-    defaults; `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings; `log`
-    and `history` are specs too, of LogLimits and HistoryLimits.
+    defaults; `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings; `log`,
+    `history` and `metrics` are specs too, of LogLimits, HistoryLimits and MetricsSettings.
     """
     KEYS = {
         "server": (_ServerSettings.read, _ServerSettings, _ServerSettings()),
@@ -2673,8 +2682,9 @@ class Config(_Record):
         "vault": (VaultSettings.read, None, None),
         "log": (LogLimits.read, None, None),
         "history": (HistoryLimits.read, None, None),
+        "metrics": (MetricsSettings.read, None, None),
     }
-    LATER = ("metrics", "clustering")
+    LATER = ("clustering",)
     NAME, MAY_BE_EMPTY = "the configuration", True
 
     def __init__(self, spec=None):
@@ -3928,7 +3938,8 @@ def run_payload(row, attempts):
         "count": row["count"], "state": row["state"], "reason": row["reason"],
         "message": row["message"], "queued_at": _instant(row["queued_at"]),
         "started_at": _instant(row["started_at"]), "finished_at": _instant(row["finished_at"]),
-        "duration": _took(row, attempts), "exit_code": row["exit_code"], "signal": row["signal"],
+        "duration": duration_of(row, attempts), "exit_code": row["exit_code"],
+        "signal": row["signal"],
         "attempts": [_attempt_payload(attempt) for attempt in attempts],
         "retry_at": _instant(row.get("retry_at")), "progress": row.get("progress"),
         "node": row["node"], "log": row["log"]}
@@ -3947,7 +3958,7 @@ def _instant(seconds):
     return None if seconds is None else format_instant(seconds)
 
 
-def _took(row, attempts):
+def duration_of(row, attempts):
     """Seconds from the first attempt's start to the last one's end, of a run that has ended."""
     first, last = (attempts[0], attempts[-1]) if attempts else (row, row)
     begin = first["started_at"]
@@ -4020,7 +4031,7 @@ def brief_run_payload(row):
         "slot": _instant(row["slot"]), "last_slot": _instant(row["last_slot"]),
         "count": row["count"], "queued_at": _instant(row["queued_at"]),
         "started_at": _instant(row["started_at"]), "finished_at": _instant(row["finished_at"]),
-        "duration": _took(row, ())}
+        "duration": duration_of(row, ())}
 
 
 def slot_payload(job, slot, zone):
@@ -4085,6 +4096,63 @@ def audit_payload(row):
     """A change of its row: who made it, when, and what."""
     return {"at": _instant(row["at"]), "who": row["who"], "action": row["action"],
             "job_id": row["job_id"], "target": row["target"], "detail": row["detail"]}
+
+
+# Metrics, in the text format of Prometheus.
+
+BUCKETS = (1, 5, 15, 60, 300, 1800, 7200, 43200)    # seconds
+OTHER_JOBS = "_other"                               # no job can have this id
+
+_METRICS = {                            # a name -> its type, and what it says
+    "roexec_run_count_total": ("counter", "Runs that have ended, by their outcome."),
+    "roexec_run_errors_total": ("counter", "Runs that have failed, timed out or were lost."),
+    "roexec_run_duration_seconds": ("histogram", "How long runs have taken."),
+    "roexec_last_success_timestamp_seconds": ("gauge", "When a run has succeeded last."),
+    "roexec_next_run_timestamp_seconds": ("gauge", "When a job is to start next."),
+    "roexec_runs_active": ("gauge", "Runs that are on."),
+    "roexec_runs_queued": ("gauge", "Runs that wait for a place."),
+    "roexec_slots_skipped_total": ("counter", "Due slots that did not run, by the reason."),
+    "roexec_scheduler_lag_seconds": ("gauge", "How late the scheduler was of late, at most."),
+    "roexec_leader": ("gauge", "Whether this server starts runs."),
+}
+
+
+def job_samples(job_id, counters, gauges):
+    """The samples [(name, labels, value)] of one job: of its counters {(name, label): value} and of
+    gauges {name: value or None}."""
+    def of(name):
+        return {label: value for (kind, label), value in sorted(counters.items()) if kind == name}
+    job, runs, took = {"job_name": job_id}, of("runs"), of("took")
+    samples = [("roexec_run_count_total", {**job, "outcome": state}, value)
+               for state, value in runs.items()]
+    samples.append(("roexec_run_errors_total", job, sum(
+        runs.get(state, 0) for state in ("failed", "timed_out", "lost"))))
+    samples += [("roexec_slots_skipped_total", {**job, "reason": reason}, value)
+                for reason, value in of("skipped").items()]
+    count = 0
+    for bound in (*map(str, BUCKETS), "+Inf") if took else ():
+        count += took.get(bound, 0)
+        samples.append(("roexec_run_duration_seconds_bucket", {**job, "le": bound}, count))
+    if took:
+        samples += [("roexec_run_duration_seconds_sum", job, of("seconds").get("", 0)),
+                    ("roexec_run_duration_seconds_count", job, count)]
+    gauges = {**gauges, "roexec_last_success_timestamp_seconds": of("success").get("")}
+    return samples + [(name, job, value) for name, value in gauges.items() if value is not None]
+
+
+def metrics_text(samples):
+    """The samples [(name, labels, value)] as Prometheus reads them, family by family."""
+    families = {name: [] for name in _METRICS}
+    for name, labels, value in samples:
+        family = name if name in families else name.rpartition("_")[0]
+        inner = ",".join(f'{label}="{_label_value(text)}"' for label, text in labels.items())
+        families[family].append(f"{name}{{{inner}}} {value}\n" if inner else f"{name} {value}\n")
+    return "".join(f"# HELP {name} {_METRICS[name][1]}\n# TYPE {name} {_METRICS[name][0]}\n"
+                   + "".join(lines) for name, lines in families.items())
+
+
+def _label_value(text):
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 # Text.
@@ -4668,6 +4736,9 @@ CREATE TABLE tokens (
     name TEXT PRIMARY KEY, digest TEXT NOT NULL UNIQUE,
     scopes TEXT NOT NULL,               -- with commas
     pattern TEXT, created_at REAL NOT NULL, expires_at REAL, used_at REAL) WITHOUT ROWID;
+CREATE TABLE counters (                 -- of registered jobs, as the metrics have them
+    job_id TEXT, name TEXT, label TEXT, value REAL NOT NULL,
+    PRIMARY KEY (job_id, name, label)) WITHOUT ROWID;
 CREATE TABLE audit (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL,
     action TEXT NOT NULL, job_id TEXT, target TEXT, detail TEXT);
@@ -5264,6 +5335,43 @@ def _put_job(db, job, source, now):
                (job.id, version, spec, source, now))
 
 
+def _count(db, job_id, counts, replace=False):
+    """Add to counters of a registered job: {(name, label): value}."""
+    value = "excluded.value" if replace else "value + excluded.value"
+    for (name, label), number in counts.items():
+        db.execute("INSERT INTO counters SELECT id, ?, ?, ? FROM jobs WHERE id = ? AND NOT deleted "
+                   f"ON CONFLICT (job_id, name, label) DO UPDATE SET value = {value}",
+                   (name, label, number, job_id))
+
+
+def _count_end(db, row, attempts):
+    """Count a run that has ended, of its row; steps are parts of one that counts."""
+    row = dict(row)
+    if row["step"] is not None:
+        return
+    counts = {("runs", row["state"]): 1}
+    if row["state"] == "skipped":
+        if row["slot"] is not None:
+            counts["skipped", row["reason"]] = 1
+    elif duration_of(row, attempts) is not None:
+        seconds = duration_of(row, attempts)
+        bound = next((str(bound) for bound in BUCKETS if seconds <= bound), "+Inf")
+        counts.update({("took", bound): 1, ("seconds", ""): seconds})
+    _count(db, row["job_id"], counts)
+    if row["state"] == "succeeded" and row["finished_at"] is not None:
+        _count(db, row["job_id"], {("success", ""): row["finished_at"]}, replace=True)
+
+
+def read_counters(db):
+    """{job id: {(name, label): value}} of the registered jobs, whole numbers as int. The names are
+    runs (by state), took (by bucket), seconds, skipped (by reason) and success (the instant)."""
+    counters = {}
+    for row in db.execute("SELECT * FROM counters"):
+        value = int(row["value"]) if row["value"] == int(row["value"]) else row["value"]
+        counters.setdefault(row["job_id"], {})[row["name"], row["label"]] = value
+    return counters
+
+
 def delete_jobs(db, ids, now, by=None):
     """Remove jobs, as `by` asks; history stays, queued runs are cancelled, running ones go on.
 
@@ -5272,6 +5380,7 @@ def delete_jobs(db, ids, now, by=None):
     for job_id in ids:
         db.execute("UPDATE jobs SET deleted = 1, changed = ?, position = MAX(position, ?) "
                    "WHERE id = ?", (_next_change(db), now, job_id))
+        db.execute("DELETE FROM counters WHERE job_id = ?", (job_id,))
         _note_change(db, by, "delete", job_id, now)
         for run in active_runs(db, job_id):
             if run["state"] == "queued":
@@ -5303,6 +5412,8 @@ def add_run(db, **row):
     names = ", ".join(f'"{name}"' for name in row)
     marks = ", ".join("?" * len(row))
     db.execute(f"INSERT INTO runs ({names}) VALUES ({marks})", tuple(row.values()))
+    if row["state"] in FINAL_STATES and row.get("slot") is None:
+        _count_end(db, get_run(db, row["id"]), ())
     return row["id"]
 
 
@@ -5326,6 +5437,7 @@ def finish_run(db, run_id, state, attempts, reason=None, **columns):
     change_run(db, run_id, state, reason=reason, **columns)
     db.executemany("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                    [(run_id, *(attempt.get(name) for name in _ATTEMPT)) for attempt in attempts])
+    _count_end(db, get_run(db, run_id), attempts)
     if state != "skipped":
         db.execute("UPDATE jobs SET last_run = ? WHERE id = (SELECT job_id FROM runs WHERE "
                    "id = ? AND parent IS NULL)", (run_id, run_id))
@@ -5344,7 +5456,9 @@ def skip_slots(db, job_id, row, now):
         db.execute("UPDATE runs SET last_slot = ?, count = count + ?, finished_at = ?, "
                    "message = COALESCE(?, message) WHERE id = ?",
                    (row.last_slot, row.count, now, row.message, last["id"]))
+        _count(db, job_id, {("skipped", row.reason): row.count})
         return last["id"]
+    _count(db, job_id, {("skipped", row.reason): row.count})
     return add_run(
         db, id=new_run_id(), job_id=job_id, trigger=row.trigger, slot=row.slot,
         last_slot=row.last_slot, count=row.count, state="skipped", reason=row.reason,
@@ -5402,10 +5516,10 @@ def count_queued(db):
     return db.execute("SELECT COUNT(*) FROM runs WHERE state = 'queued'").fetchone()[0]
 
 
-def count_running(db):
-    """{job id: how many of its runs are running}."""
-    return dict(map(tuple, db.execute("SELECT job_id, COUNT(*) FROM runs WHERE state = 'running' "
-                                      "AND parent IS NULL GROUP BY job_id")))
+def count_running(db, state="running"):
+    """{job id: how many of its runs are running, or in another state}."""
+    return dict(map(tuple, db.execute("SELECT job_id, COUNT(*) FROM runs WHERE state = ? AND "
+                                      "parent IS NULL GROUP BY job_id", (state,))))
 
 
 def slot_is_known(db, job_id, slot):
@@ -12961,6 +13075,62 @@ class Streams:
         self.close_connection(stream.connection)
 
 
+# Metrics.
+
+def _get_metrics(request, store):
+    """The metrics for Prometheus, where the configuration wants them."""
+    request.options(())
+    with store.read() as db:
+        settings = MetricsSettings((get_settings(db) or {}).get("metrics"))
+        if not settings.enabled:
+            raise Refusal(404, "not_found", "metrics are off; write metrics: {enabled: true} into "
+                          "the configuration")
+        samples = _samples(db, settings.max_jobs, time.time())
+    lag = request.vitals.lag() if request.vitals else 0
+    samples += [("roexec_scheduler_lag_seconds", {}, round(lag, 6)), ("roexec_leader", {}, 1)]
+    return Response(status=200, type="text/plain; version=0.0.4; charset=utf-8", headers={},
+                    body=metrics_text(samples).encode())
+
+
+def _samples(db, most, now):
+    """The samples of all jobs: of the first `most` by id one by one, those of others as one."""
+    counters, (defaults, zone, _) = read_counters(db), in_effect(db)
+    running, queued = count_running(db), count_running(db, "queued")
+    samples, others, known = [], [], set()
+    for row in list_jobs(db):
+        job_id = row["id"]
+        job = effective(Job(json.loads(row["spec"])), defaults)
+        gauges = {"roexec_next_run_timestamp_seconds":
+                  next_run(job, now, zone, row["paused"], row["position"]),
+                  "roexec_runs_active": running.get(job_id, 0),
+                  "roexec_runs_queued": queued.get(job_id, 0)}
+        known.add(job_id)
+        if len(known) <= most:
+            samples += job_samples(job_id, counters.get(job_id, {}), gauges)
+        else:
+            others.append((counters.get(job_id, {}), gauges))
+    for job_id in {*running, *queued} - known:      # of commands that are not registered
+        others.append(({}, {"roexec_runs_active": running.get(job_id, 0),
+                            "roexec_runs_queued": queued.get(job_id, 0)}))
+    return samples + (job_samples(OTHER_JOBS, *_summed(others)) if others else [])
+
+
+def _summed(jobs):
+    """The counters and gauges of several jobs as those of one: of instants, the last success and
+    the next run."""
+    counters, gauges = {}, {}
+    for more, gauges_of_one in jobs:
+        for key, value in more.items():
+            counters[key] = max(value, counters.get(key, 0)) if key[0] == "success" \
+                else value + counters.get(key, 0)
+        for name, value in gauges_of_one.items():
+            if value is not None and name.endswith("_seconds"):
+                gauges[name] = min(value, gauges.get(name, value))
+            elif value is not None:
+                gauges[name] = value + gauges.get(name, 0)
+    return counters, gauges
+
+
 # The routes.
 
 class Route(Value):
@@ -12991,7 +13161,8 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
     ("GET", "/api/v1/tokens/{}", "token:admin", _get_token),
     ("DELETE", "/api/v1/tokens/{}", "token:admin", _delete_token),
     ("POST", "/api/v1/tokens/{}/rotate", "token:admin", _rotate_token),
-    ("GET", "/api/v1/audit", "token:admin", _get_audit)))
+    ("GET", "/api/v1/audit", "token:admin", _get_audit),
+    ("GET", "/metrics", "metrics:read", _get_metrics)))
 
 
 def check_routes(routes):
@@ -14758,7 +14929,7 @@ def _settings_of(config):
             "scheduler": {"max_concurrent": config.scheduler.max_concurrent,
                           "timezone": config.scheduler.timezone},
             "mail": config.mail, "vault": config.vault, "log": config.log,
-            "history": config.history}
+            "history": config.history, "metrics": config.metrics}
 
 
 def locate_store(given, config):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import tool, wait_for
 
 import roexec
 
@@ -32,7 +33,8 @@ def config():
 
 def test_the_examples_are_these():
     names = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.*"))
-    assert names == ["config-local.yml", "docker/compose.yml", "jobs.yml", "roexec.service"]
+    assert names == ["alerts-test.yml", "alerts.yml", "config-local.yml", "docker/compose.yml",
+                     "github-actions.yml", "jobs.yml", "roexec.service"]
 
 
 def test_the_jobs_are_those_of_the_readme(jobs):
@@ -101,7 +103,8 @@ def cli(tmp_path):
 @pytest.mark.parametrize("job, options, output", [
     ("hello", ["--env", "KEY=VAL"], ["Hello", "from", "Roexec", "KEY is VAL"]),
     ("backup-db", [], ["dumping from db.internal as backup", "10240"]),
-    ("sync", [], ["config-local.yml", "docker", "jobs.yml", "roexec.service"]),
+    ("sync", [], ["Jenkinsfile", "alerts-test.yml", "alerts.yml", "config-local.yml", "docker",
+                  "github-actions.yml", "jobs.yml", "roexec.service"]),
 ])
 def test_a_job_runs_anywhere(cli, job, options, output):
     run = cli("run", "--id", job, *options)
@@ -121,3 +124,65 @@ def test_the_hooks_of_deploy_write_into_its_log(cli):
     log = cli("logs", "deploy").stdout
     assert "version 1.4.2 is live" in log and "is not live" not in log
     assert re.search(r"that was run [a-z0-9]{10}\n", log)
+
+
+# From elsewhere, with a token.
+
+def scripts_of_github():
+    """The scripts of the steps of the workflow, and the token's options that it wants."""
+    text = (EXAMPLES / "github-actions.yml").read_text(encoding="utf-8")
+    return [step["run"] for step in roexec.load_yaml(text)["jobs"]["deploy"]["steps"]], text
+
+
+def scripts_of_jenkins():
+    """As Groovy reads them."""
+    text = (EXAMPLES / "Jenkinsfile").read_text(encoding="utf-8")
+    script, = re.findall(r"sh '''\n(.*?)'''", text, re.S)
+    return [script.replace("\\\n", "").replace("\\\\", "\\")], text
+
+
+@pytest.fixture
+def server(cli, tmp_path):
+    """The address of a server of the store with the jobs."""
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "roexec.py"), "--store", str(tmp_path / "store"), "server",
+             "--port", "0"], stderr=log, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
+    try:
+        yield wait_for(lambda: re.search(r"http=(http\S+)", (tmp_path / "log").read_text()))[1]
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.mark.parametrize("read", [scripts_of_github, scripts_of_jenkins])
+def test_a_job_is_started_and_followed_from_a_pipeline(read, cli, server, tmp_path):
+    scripts, text = read()
+    line = re.search(r"roexec (token create .+)", text)[1]
+    token = cli(*line.split()).stdout.strip()
+
+    def perform(**more):
+        """The exit status and the output of the scripts, each as a shell of its own runs it."""
+        environment, output = {
+            "PATH": os.path.dirname(tool("jq")) + ":" + os.environ["PATH"], "ROEXEC_URL": server,
+            "ROEXEC_TOKEN": token, "GITHUB_ENV": str(tmp_path / "env"), "GITHUB_RUN_ID": "7",
+            "GITHUB_REF_NAME": "v1.2", "BUILD_TAG": "b-7", "BUILD_NUMBER": "1.2", **more}, ""
+        for script in scripts:
+            done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env=environment,
+                                  capture_output=True, text=True, timeout=60)
+            output += done.stdout + done.stderr
+            if done.returncode:
+                return done.returncode, output
+            if (tmp_path / "env").exists():
+                environment.update(row.split("=", 1) for row in
+                                   (tmp_path / "env").read_text().splitlines())
+        return 0, output
+
+    tool("curl")
+    status, output = perform()
+    assert status == 0 and "deploying" in output, output
+    assert perform()[0] == 0                        # tried again it starts no further run
+    assert cli("list", "runs", "--job", "deploy", "--json").stdout.count('"trigger": "api"') == 1
+    (tmp_path / "env").unlink(missing_ok=True)
+    status, output = perform(ROEXEC_TOKEN="wrong", GITHUB_RUN_ID="8", BUILD_TAG="b-8")
+    assert status != 0 and "401" in output

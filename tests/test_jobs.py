@@ -962,7 +962,7 @@ def test_a_host_that_was_set_to_its_default_was_set():
 @pytest.mark.parametrize("text, expected", [
     ("[a]", '1:1: a list stands where "key: value" lines are wanted '
             "(server, store, scheduler, jobs, defaults, mail, vault, log, "
-            "history)"),
+            "history, metrics)"),
     ("sever: {}", '1:1: unknown key "sever" in the configuration; did you mean "server"?'),
     ("server: {prot: 1}", '1:10: unknown key "prot" in server; did you mean "port"?'),
     ("server: {port: 70000}", "1:16: server.port: 70000 is not a whole number from 0 to 65535"),
@@ -991,7 +991,10 @@ def test_a_host_that_was_set_to_its_default_was_set():
     ("scheduler: {timezone: Mars}", None),
     ("scheduler: {max_concurrent: many}",
      '1:29: scheduler.max_concurrent: "many" is not a whole number from 0 to 1000000'),
-    ("metrics: {enabled: true}", '1:1: "metrics" is not supported yet'),
+    ("metrics: {enabled: yes}", '1:20: metrics.enabled: "yes" is a text here (as YAML 1.2 has it); '
+                                "write true"),
+    ("metrics: {max-jobs: 0}", "1:21: metrics.max_jobs: 0 is not a whole number from 1 to 1000000"),
+    ("clustering: {enabled: true}", '1:1: "clustering" is not supported yet'),
     ("mail: {from: a@b.c}", "1:7: mail: write host:, the mail server"),
     ("mail: {host: h, user: u}",
      "1:7: mail: user and password_file go together; write both or none"),
@@ -1022,7 +1025,7 @@ def test_a_wrong_configuration_is_refused_where_it_is_wrong(text, expected):
 
 def test_all_problems_of_a_configuration_are_reported():
     assert [problem.split(": ")[0] for problem in config_problems(
-        "server: {host: 'a b', port: x}\nmetrics: {}\nlog: {}\ndefaults: {retries: x}\n")] == [
+        "server: {host: 'a b', port: x}\nclustering: {}\nlog: {}\ndefaults: {retries: x}\n")] == [
             "config.yml:1:16", "config.yml:1:29", "config.yml:2:1", "config.yml:3:6",
             "config.yml:4:21"]
 

@@ -23,7 +23,8 @@ def tables():
     records = {"a job": roexec.Job, "limits": roexec.Limits, "backoff": roexec.Backoff,
                "retry_on": roexec.RetryOn, "success": roexec.Success, "a hook": roexec.Hook,
                "the configuration": roexec.Config, "server": roexec._ServerSettings,
-               "tls": roexec.TlsSettings, "auth": roexec.AuthSettings, "mail": roexec.MailSettings,
+               "tls": roexec.TlsSettings, "auth": roexec.AuthSettings,
+               "metrics": roexec.MetricsSettings, "mail": roexec.MailSettings,
                "vault": roexec.VaultSettings, "a source of env_from": roexec._EnvSource}
     return [(name, key) for name, record in records.items() for key in record.KEYS]
 
