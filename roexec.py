@@ -11620,6 +11620,7 @@ _LINGER_TIME = 1                # seconds of listening to a client that was refu
 _CLOSING_TIME = 2               # seconds that open requests have when the server ends
 _MOST_LISTED = 1000             # items of a page
 _MOST_HISTORIES = 100           # jobs
+_MOST_SLOTS = 10_000            # of an answer
 _LARGE_BODY = 2048              # bytes from which on it is compressed
 _MOST_BYTES = 1 << 62           # of a log
 
@@ -11995,6 +11996,91 @@ def job_payloads(db, rows, now, settings=None):
     return payloads
 
 
+def exported_jobs(db, ids):
+    """Jobs as a file has to describe them, in which one without a folder would get that of the
+    file. Raises NoSuchJob."""
+    specs = [json.loads(get_job(db, job_id)["spec"]) for job_id in ids]
+    return [effective(Job.from_spec(spec), {"directory": "~"}) for spec in specs]
+
+
+def coming_slots(jobs, after, zone, count):
+    """Payloads of the next slots of jobs, those > `after`, in order, `count` at most."""
+    def slots(job):
+        return ((slot, job.id, job) for slot in upcoming_slots(job, after, zone))
+
+    merged = heapq.merge(*map(slots, jobs))
+    return [slot_payload(job, slot, zone) for slot, _, job in itertools.islice(merged, count)]
+
+
+def foresight(jobs, start, end, zone, usual, max_concurrent):
+    """The payload of what `foresee` says about jobs; `usual` is {job id: seconds}."""
+    foreseen = foresee(jobs, start, end, zone, usual, max_concurrent)
+    return foresight_payload(foreseen, zone, [job.id for job in jobs if job.id not in usual])
+
+
+def explanation(store, db, job_id, text=None, settings=None):
+    """The payload of why a job has not run at an instant, as it was written, or what there is to
+    say now, of its latest and of its next slot. Raises NoSuchJob, and ValueError for no instant."""
+    known = _known_of(store, db, job_id, settings)
+    job, zone = known.job, known.zone
+    if text:
+        return explanation_payload(job, _why_at(db, known, text), zone)
+    slots = (last_slot(job, math.floor(known.now) + 1, zone),
+             next(upcoming_slots(job, known.now, zone), None))
+    answers = [(slot, _why(db, known, slot)) for slot in slots if slot is not None]
+    return explanation_payload(job, [(None, explain(known)), *answers], zone)
+
+
+def _why_at(db, known, text):
+    """The answers to an instant as it was written."""
+    instants, gap = local_instants(text, known.job.zone(known.zone))
+    if not gap:
+        return [(instant, _why(db, known, instant)) for instant in instants]
+    instant, = instants
+    moved = is_moved(known.job, instant, known.zone)
+    return [(instant, [{"reason": "gap", "next": instant},
+                       *(_why(db, known, instant) if moved else ())])]
+
+
+def _why(db, known, instant):
+    row = newest_slot_row(db, known.job.id, instant)
+    others = runs_on_at(db, known.job.id, instant)
+    alive = row and last_decision(db, row)
+    return explain(known, instant, Met(row=row, others=others, alive=alive))
+
+
+def _known_of(store, db, job_id, settings):
+    """What `explain` wants to know of a job."""
+    row, (defaults, zone, most) = get_job(db, job_id), in_effect(db, settings)
+    active = [{**dict(run), **_attempts_of(store, db, run, job_id)} for run in active_runs(db)]
+    limits = {}
+    for run in active:
+        if run["state"] == "queued" and run["job_id"] not in limits:
+            with contextlib.suppress(NoSuchJob):
+                limits[run["job_id"]] = 0 if run["name"] is not None else effective_job(
+                    db, run["job_id"], settings).max_concurrent
+    newest = newest_slot_row(db, job_id)
+    paused_since = newest["slot"] if newest and newest["reason"] == "paused" else None
+    return Known(
+        now=time.time(), zone=zone, paused=row["paused"], paused_since=paused_since,
+        versions=[(since, effective(Job.from_spec(json.loads(spec)), defaults))
+                  for since, spec in job_versions(db, job_id)],
+        position=row["position"], active=active, limits=limits, max_concurrent=most,
+        held=paused_in_queue(db, time.time()), server=store.server() is not None)
+
+
+def _attempts_of(store, db, run, job_id):
+    """How far a running run of the job is."""
+    if run["job_id"] != job_id or run["state"] != "running":
+        return {}
+    payload, = run_payloads(store, db, [run])
+    if not payload["attempts"]:
+        return {}
+    return {"attempt": len(payload["attempts"]),
+            "started_at": parse_instant(payload["attempts"][0]["started_at"], None),
+            "retry_at": payload["retry_at"] and parse_instant(payload["retry_at"], None)}
+
+
 def run_payloads(store, db, rows):
     """Payloads of rows of runs; what a running one has done so far its journal says."""
     return [run_payload(*_completed(store, db, row)) for row in rows]
@@ -12095,6 +12181,141 @@ def _job_response(db, row, caller, status=200):
     response = json_response(_shown_job(job, caller), status)
     tag = f'"{row["version"]}-{_digest(response.body.decode())}"'
     return response.changed(headers={"ETag": tag}, until=_changes_at(job))
+
+
+def _get_why(request, store):
+    """Why a job has not run at an instant, or does not run now."""
+    options, caller = request.options(("at",)), request.caller
+    with store.read() as db:
+        job_id = _asked_job(db, request)["id"]
+        try:
+            payload = explanation(store, db, job_id, options.get("at"))
+        except ValueError as error:
+            raise Refusal(400, "bad_request", f"at: {error}") from None
+    for sentence in (each for answer in payload["answers"] for each in answer["why"]):
+        if caller.pattern is not None and sentence["reason"] == "queued_all":
+            del sentence["behind"], sentence["text"]        # runs of jobs that it may not see
+    return json_response(payload)
+
+
+def _get_next_of_job(request, store):
+    """The next slots of a job."""
+    options = request.options(("from", "count"))
+    count = _whole_number(options, "count", 1, _MOST_LISTED) or 10
+    with store.read() as db:
+        row, (defaults, zone, _) = _asked_job(db, request), in_effect(db)
+        payload, = job_payloads(db, [row], time.time())
+    job = effective(Job(json.loads(row["spec"])), defaults)
+    slots = coming_slots([job], _after_option(options), zone, count)
+    return json_response({"slots": slots, **{
+        name: payload[name] for name in ("enabled", "paused", "paused_until")}})
+
+
+def _after_option(options):
+    """The second before the first one that is asked for by `from`."""
+    begin = _instant_option(options, "from")
+    return math.ceil(time.time() if begin is None else begin) - 1
+
+
+def _get_next(request, store):
+    """The next slots of several jobs: of all together, so many of `each`, or all of some time with
+    what would become of them."""
+    options = request.options(("jobs", "from", "to", "count", "each", "duration"))
+    count, each = (_whole_number(options, name, 1, _MOST_LISTED) for name in ("count", "each"))
+    end, after = _instant_option(options, "to"), _after_option(options)
+    if count and (end is not None or each) or options.get("duration") and (end is None or each):
+        raise Refusal(400, "bad_request", "count is without to and each, duration with to alone")
+    if end is not None and end <= after + 1:
+        raise Refusal(400, "bad_request", "to: that is before the first instant asked for")
+    with store.read() as db:
+        (defaults, zone, most), rows = in_effect(db), _rows_of_jobs(db, request, options, after)
+        jobs = [effective(Job(json.loads(row["spec"])), defaults) for row in rows]
+        jobs = [job for job in jobs if job.enabled and job.schedule]
+        usual = usual_durations(db, [job.id for job in jobs]) if end and not each else {}
+    if each:
+        return json_response(_next_of_each(jobs, after, math.inf if end is None else end, zone,
+                                           each))
+    if end is None:
+        return json_response({"slots": coming_slots(jobs, after, zone, count or 10)})
+    _check_amount(jobs, after, end, zone)
+    if options.get("duration"):
+        usual = dict.fromkeys((job.id for job in jobs), _duration_option(options))
+    return json_response(foresight(jobs, after + 1, end, zone, usual, most))
+
+
+def _rows_of_jobs(db, request, options, after):
+    """Rows of the jobs that are asked for, else of all that are not paused, as far as one sees
+    them."""
+    if "jobs" in options:
+        rows = [find_job(db, job_id) for job_id in _job_list(options, _MOST_LISTED)]
+    else:
+        rows = [row for row in list_jobs(db) if row["paused"] <= max(after, time.time())]
+    return [row for row in rows if row is not None and request.caller.sees(row["id"])]
+
+
+def _next_of_each(jobs, after, end, zone, each):
+    """{slots, cut}: so many slots of each job, those < `end`, and the ids of those with more."""
+    slots, cut = [], []
+    for job in jobs:
+        mine = list(itertools.islice(itertools.takewhile(
+            lambda slot: slot < end, upcoming_slots(job, after, zone)), each + 1))
+        slots += [(slot, job) for slot in mine[:each]]
+        cut += [job.id] * (len(mine) > each)
+        if len(slots) > _MOST_SLOTS:
+            raise _too_many_slots()
+    slots.sort(key=lambda item: (item[0], item[1].id))
+    return {"slots": [slot_payload(job, slot, zone) for slot, job in slots], "cut": cut}
+
+
+def _check_amount(jobs, after, end, zone):
+    """Refuse what would take long: a schedule of each second has millions of slots in a month."""
+    left = _MOST_SLOTS
+    for job in jobs:
+        left -= sum(1 for _ in itertools.islice(iter_slots(job, after + 1, end, zone), left + 1))
+        if left < 0:
+            raise _too_many_slots()
+
+
+def _too_many_slots():
+    return Refusal(400, "bad_request", f"that would be more than {_MOST_SLOTS} slots; ask for "
+                   "fewer jobs, or for less time")
+
+
+def _duration_option(options):
+    try:
+        return parse_duration(options["duration"])
+    except ValueError as error:
+        raise Refusal(400, "bad_request", f"duration: {error}") from None
+
+
+def _get_export(request, store):
+    """Jobs as a job file."""
+    options = request.options(("jobs",))
+    with store.read() as db:
+        ids = list(filter(request.caller.sees, job_ids(db)))
+        for job_id in _job_list(options, _MOST_LISTED) if "jobs" in options else ():
+            if job_id not in ids:
+                raise NoSuchJob(f'there is no job "{printable(job_id)}"' + nearest(job_id, ids))
+        if "jobs" in options:
+            ids = _job_list(options, _MOST_LISTED)
+        jobs = exported_jobs(db, ids)
+    if "application/json" in (request.header("accept") or ""):
+        return json_response({"jobs": [job.spec for job in jobs]})
+    return Response(status=200, type="application/yaml", headers={},
+                    body=job_to_yaml(jobs).encode())
+
+
+def _get_me(request, store):
+    """Who asks, what they may do, and where they have come to."""
+    request.options(())
+    caller = request.caller
+    with store.read() as db:
+        zone = in_effect(db)[1]
+    return json_response({
+        "name": caller.name, "owner": bool(caller.owner), "jobs": caller.pattern,
+        "scopes": [scope for scope in SCOPES if caller.may(scope)],
+        "now": format_instant(round(time.time(), 3)), "version": __version__,
+        "node": socket.gethostname(), "timezone": str(zone)})
 
 
 # Changes of jobs.
@@ -13148,6 +13369,11 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
     ("DELETE", "/api/v1/jobs/{}", "job:write", _delete_one_job),
     ("POST", "/api/v1/jobs/{}/pause", "job:pause", _post_pause),
     ("POST", "/api/v1/jobs/{}/resume", "job:pause", _post_resume),
+    ("GET", "/api/v1/jobs/{}/next", "job:read", _get_next_of_job),
+    ("GET", "/api/v1/jobs/{}/why", "job:read", _get_why),
+    ("GET", "/api/v1/next", "job:read", _get_next),
+    ("GET", "/api/v1/export", "job:write", _get_export),
+    ("GET", "/api/v1/me", ANY, _get_me),
     ("POST", "/api/v1/apply", "job:write", _post_apply),
     ("GET", "/api/v1/runs", "run:list", _get_runs),
     ("GET", "/api/v1/history", "run:list", _get_history),
@@ -15292,9 +15518,7 @@ def _cmd_export(session):
     options = session.options
     with session.store.read() as db:
         ids = [*options.id, *options.ids] or job_ids(db)
-        specs = [json.loads(get_job(db, job_id)["spec"]) for job_id in ids]
-    # In a file a job without a folder would get that of the file.
-    jobs = [effective(Job.from_spec(spec), {"directory": "~"}) for spec in specs]
+        jobs = exported_jobs(db, ids)
     session.give({"jobs": [job.spec for job in jobs]}, lambda style: job_to_yaml(jobs))
 
 
@@ -15548,11 +15772,8 @@ def _job_of_cron(options):
 
 def _give_slots(session, jobs, after, zone):
     """Print the next slots of jobs, in order."""
-    def slots(job):
-        return ((slot, job.id, job) for slot in upcoming_slots(job, after, zone))
-    merged, count = heapq.merge(*map(slots, jobs)), session.options.count
-    payloads = [slot_payload(job, slot, zone) for slot, _, job in itertools.islice(
-        merged, 10 if count is None else max(0, count))]
+    count = session.options.count
+    payloads = coming_slots(jobs, after, zone, 10 if count is None else max(0, count))
     if not payloads:
         for job in jobs if len(jobs) == 1 else ():
             why = ("is disabled" if not job.enabled else "has no further slots" if job.schedule
@@ -15577,9 +15798,7 @@ def _give_foresight(session, jobs, after, zone, db=None):
     else:
         usual = usual_durations(db, ids) if db else {}
     most = session.settings(db)["scheduler"].get("max_concurrent")
-    foreseen = foresee(jobs, after + 1, end, zone, usual, most)
-    unknown = [job_id for job_id in ids if job_id not in usual]
-    payload = foresight_payload(foreseen, zone, unknown)
+    payload = foresight(jobs, after + 1, end, zone, usual, most)
     session.give(payload, lambda style: foresight_text(payload, style))
 
 
@@ -15596,72 +15815,11 @@ def _cmd_why(session):
     job_id, *words = session.ids()
     store = session.settled
     with store.read() as db:
-        known = _known_of(session, store, db, job_id)
-        job, zone = known.job, known.zone
-        if words:
-            answers = _why_at(db, known, " ".join(words))
-        else:
-            latest = last_slot(job, math.floor(known.now) + 1, zone)
-            coming = next(upcoming_slots(job, known.now, zone), None)
-            answers = [(None, explain(known)), *((slot, _why(db, known, slot))
-                                                 for slot in (latest, coming) if slot is not None)]
-    payload = explanation_payload(job, answers, zone)
+        try:
+            payload = explanation(store, db, job_id, " ".join(words), session.settings(db))
+        except ValueError as error:
+            raise Usage(str(error)) from None
     session.give(payload, lambda style: explanation_text(payload, style))
-
-
-def _why_at(db, known, text):
-    """The answers to an instant as it was written."""
-    try:
-        instants, gap = local_instants(text, known.job.zone(known.zone))
-    except ValueError as error:
-        raise Usage(str(error)) from None
-    if not gap:
-        return [(instant, _why(db, known, instant)) for instant in instants]
-    instant, = instants
-    moved = is_moved(known.job, instant, known.zone)
-    return [(instant, [{"reason": "gap", "next": instant},
-                       *(_why(db, known, instant) if moved else ())])]
-
-
-def _why(db, known, instant):
-    row = newest_slot_row(db, known.job.id, instant)
-    others = runs_on_at(db, known.job.id, instant)
-    alive = row and last_decision(db, row)
-    return explain(known, instant, Met(row=row, others=others, alive=alive))
-
-
-def _known_of(session, store, db, job_id):
-    """What `explain` wants to know of a job."""
-    row, (defaults, zone) = get_job(db, job_id), session.in_effect(db)
-    active = [{**dict(run), **_attempts_of(store, db, run, job_id)} for run in active_runs(db)]
-    limits = {}
-    for run in active:
-        if run["state"] == "queued" and run["job_id"] not in limits:
-            with contextlib.suppress(NoSuchJob):
-                limits[run["job_id"]] = 0 if run["name"] is not None else _job_in_effect(
-                    get_job(db, run["job_id"]), defaults).max_concurrent
-    newest = newest_slot_row(db, job_id)
-    paused_since = newest["slot"] if newest and newest["reason"] == "paused" else None
-    return Known(
-        now=time.time(), zone=zone, paused=row["paused"], paused_since=paused_since,
-        versions=[(since, effective(Job.from_spec(json.loads(spec)), defaults))
-                  for since, spec in job_versions(db, job_id)],
-        position=row["position"], active=active, limits=limits,
-        held=paused_in_queue(db, time.time()),
-        max_concurrent=session.settings(db)["scheduler"].get("max_concurrent"),
-        server=store.server() is not None)
-
-
-def _attempts_of(store, db, run, job_id):
-    """How far a running run of the job is."""
-    if run["job_id"] != job_id or run["state"] != "running":
-        return {}
-    payload, = run_payloads(store, db, [run])
-    if not payload["attempts"]:
-        return {}
-    return {"attempt": len(payload["attempts"]),
-            "started_at": parse_instant(payload["attempts"][0]["started_at"], None),
-            "retry_at": payload["retry_at"] and parse_instant(payload["retry_at"], None)}
 
 
 # Moving from cron.

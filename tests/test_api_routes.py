@@ -440,3 +440,96 @@ def test_pruning_leaves_jobs_alone_that_one_does_not_see(ask, store, become):
     assert [(each["id"], each["change"]) for each in payload["changes"]] == [
         ("a1", "unchanged"), ("a2", "removed")]
     assert spec_of(store, "b")
+
+
+# What is to come, and why.
+
+def test_the_next_slots_of_a_job_are_given(ask, error):
+    status, payload, _ = ask("/jobs/hello/next?count=2&from=2025-08-01T03:00:00Z")
+    assert status == 200 and [slot["slot"] for slot in payload["slots"]] == [
+        "2025-08-02T02:00:00Z", "2025-08-03T02:00:00Z"]
+    assert payload["slots"][0] == {
+        "job_id": "hello", "slot": "2025-08-02T02:00:00Z", "local": "2025-08-02T02:00:00+00:00",
+        "schedule": "0 2 * * *", "mark": None}
+    assert (payload["enabled"], payload["paused"], payload["paused_until"]) == (True, False, None)
+    assert len(ask("/jobs/hello/next")[1]["slots"]) == 10
+    assert ask("/jobs/backup/next")[1]["slots"] == [] and error("/jobs/none/next")[0] == 404
+
+
+def test_the_next_slots_of_all_jobs_are_given(ask, store, become):
+    register(store, {"id": "often", "command": "x", "schedule": "0 */12 * * *"},
+             {"id": "paused", "command": "x", "schedule": "@hourly"})
+    with store.write() as db:
+        roexec.pause_job(db, "paused", True)
+    begin = "from=2025-08-01T00:00:00Z"
+    found = [(slot["job_id"], slot["slot"][11:13]) for slot in ask(
+        f"/next?{begin}&count=3")[1]["slots"]]
+    assert found == [("often", "00"), ("hello", "02"), ("often", "12")]
+    payload = ask(f"/next?{begin}&jobs=often,paused,never&each=1&to=2025-08-02T00:00:00Z")[1]
+    assert [slot["job_id"] for slot in payload["slots"]] == ["often", "paused"]
+    assert payload["cut"] == ["often", "paused"]
+    payload = ask(f"/next?{begin}&to=2025-08-02T00:00:00Z&duration=13h")[1]
+    assert (payload["count"], payload["meet"]) == (3, 1)
+    assert [slot["action"] for slot in payload["slots"]] == ["start", "start", "skip"]
+    assert ask(f"/next?{begin}&to=2025-08-02T00:00:00Z")[1]["unknown_durations"] == [
+        "hello", "often"]
+    become("job:read", pattern="o*")
+    assert {slot["job_id"] for slot in ask(f"/next?{begin}")[1]["slots"]} == {"often"}
+
+
+@pytest.mark.parametrize("query, message", [
+    ("count=1&each=1", "count is without to and each"), ("duration=1h", "count is without to"),
+    ("from=2025-08-01&to=2025-07-01", "to: that is before the first instant asked for"),
+    ("to=2999-01-01", "that would be more than 10000 slots"),
+    ("from=2025-08-01&to=2025-08-01T00:01&duration=x", "duration: "), ("from=x", 'from: "x" is no '),
+    ("jobs=", "jobs: give the ids of 1 to 1000 jobs"), ("each=1001", "each: ")])
+def test_what_is_to_come_is_not_told_as_nobody_can_ask(query, message, error, store):
+    register(store, {"id": "each-second", "command": "x", "schedule": "* * * * * *"})
+    status, code, text = error("/next?" + query)
+    assert (status, code) == (400, "bad_request") and text.startswith(message)
+
+
+def test_why_is_answered(ask, error, store):
+    record(store, at=1754013600, slot=1754013600, trigger="schedule")
+    status, payload, _ = ask("/jobs/hello/why?at=2025-08-01T02:00:00Z")
+    assert (status, payload["job_id"]) == (200, "hello")
+    answer, = payload["answers"]
+    assert answer["slot"] == "2025-08-01T02:00:00Z" and answer["why"][0]["text"]
+    now = ask("/jobs/hello/why")[1]
+    assert now["answers"][0]["slot"] is None
+    assert "no_server" in [sentence["reason"] for sentence in now["answers"][0]["why"]]
+    assert error("/jobs/hello/why?at=soon")[:2] == (400, "bad_request")
+    assert error("/jobs/none/why")[0] == 404
+
+
+def test_runs_of_others_are_not_named_in_an_answer_to_why(ask, store, become):
+    with store.write() as db:
+        roexec.set_settings(db, {"scheduler": {"max_concurrent": 1}})
+    other = record(store, "backup", "running")
+    record(store, "hello", "queued")
+    assert other in json.dumps(ask("/jobs/hello/why")[1])
+    become("job:read", pattern="hello")
+    assert other not in json.dumps(ask("/jobs/hello/why")[1])
+
+
+def test_jobs_are_exported_as_a_file(ask, error, become):
+    status, content, headers = ask("/export?jobs=backup")
+    assert (status, headers["Content-Type"]) == (200, "application/yaml")
+    job, = roexec.read_job_file(content, "x", "/").jobs
+    assert job.id == "backup" and job.env == {"A": "b"}
+    assert len(ask("/export", Accept="application/json")[1]["jobs"]) == 3
+    assert error("/export?jobs=none")[0] == 404
+    become("*", pattern="h*")
+    assert error("/export?jobs=backup")[0] == 404
+    assert b"id: hello" in ask("/export")[1] and b"backup" not in ask("/export")[1]
+
+
+def test_a_caller_learns_who_they_are(ask, become):
+    payload = ask("/me")[1]
+    assert payload["owner"] and payload["scopes"] == list(roexec.SCOPES)
+    assert (payload["version"], payload["timezone"]) == (roexec.__version__, "UTC")
+    assert abs(roexec.parse_instant(payload["now"], None) - time.time()) < 60
+    become("job:read", pattern="h*")
+    payload = ask("/me")[1]
+    assert (payload["name"], payload["owner"], payload["scopes"], payload["jobs"]) == (
+        "token t", False, ["job:read"], "h*")
