@@ -9895,7 +9895,12 @@ def effective_job(db, job_id, settings=None):
     The settings of the last server count, else those passed. Raises NoSuchJob.
     """
     settings = get_settings(db) or settings or {}
-    return effective(Job(json.loads(get_job(db, job_id)["spec"])), settings.get("defaults"))
+    return job_in_effect(get_job(db, job_id), settings.get("defaults"))
+
+
+def job_in_effect(row, defaults):
+    """The Job of a row, with defaults (a spec, or None) folded in."""
+    return effective(Job(json.loads(row["spec"])), defaults)
 
 
 def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait=False, owner=None,
@@ -10678,7 +10683,7 @@ class _Timetable:
 
     def _know(self, row):
         try:
-            job = effective(Job(json.loads(row["spec"])), self.settings.get("defaults"))
+            job = job_in_effect(row, self.settings.get("defaults"))
         except RoexecError as error:
             self.say(f"Job {row['id']} cannot be scheduled: {error}", "ERROR")
             return
@@ -11270,8 +11275,7 @@ class _Policy:
         defaults = settings.get("defaults")
         self._known, bare = known_job_ids(db), {"id": "x", "command": "x"}
         self._usual, self._other = effective(Job(bare), defaults), effective_command(bare, settings)
-        self._own = {row["id"]: effective(Job.from_spec(json.loads(row["spec"])), defaults)
-                     for row in jobs_with_limits(db)}
+        self._own = {row["id"]: job_in_effect(row, defaults) for row in jobs_with_limits(db)}
 
     def of(self, job_id):
         """A Job that has the limits of the runs recorded under an id."""
@@ -11976,8 +11980,8 @@ _SLOWEST = 2.0          # seconds
 
 def in_effect(db, settings=None):
     """(defaults of all jobs, tzinfo of those that name none, how many runs at once or None), by
-    the settings of the last server, else those passed."""
-    settings = get_settings(db) or settings or {}
+    the settings of the last server, else those passed; without a store `db` is None."""
+    settings = db and get_settings(db) or settings or {}
     scheduler = settings.get("scheduler") or {}
     name = scheduler.get("timezone")
     return (settings.get("defaults") or {}, get_zone(name) if name else host_zone(),
@@ -11990,7 +11994,7 @@ def job_payloads(db, rows, now, settings=None):
     defaults, zone, _ = in_effect(db, settings)
     usual, payloads = usual_durations(db, [row["id"] for row in rows]), []
     for row in rows:
-        job = effective(Job(json.loads(row["spec"])), defaults)
+        job = job_in_effect(row, defaults)
         coming = next_run(job, now, zone, row["paused"], row["position"])
         payloads.append(job_payload(row, job, coming, zone, now, usual.get(row["id"])))
     return payloads
@@ -12205,7 +12209,7 @@ def _get_next_of_job(request, store):
     with store.read() as db:
         row, (defaults, zone, _) = _asked_job(db, request), in_effect(db)
         payload, = job_payloads(db, [row], time.time())
-    job = effective(Job(json.loads(row["spec"])), defaults)
+    job = job_in_effect(row, defaults)
     slots = coming_slots([job], _after_option(options), zone, count)
     return json_response({"slots": slots, **{
         name: payload[name] for name in ("enabled", "paused", "paused_until")}})
@@ -12229,7 +12233,7 @@ def _get_next(request, store):
         raise Refusal(400, "bad_request", "to: that is before the first instant asked for")
     with store.read() as db:
         (defaults, zone, most), rows = in_effect(db), _rows_of_jobs(db, request, options, after)
-        jobs = [effective(Job(json.loads(row["spec"])), defaults) for row in rows]
+        jobs = [job_in_effect(row, defaults) for row in rows]
         jobs = [job for job in jobs if job.enabled and job.schedule]
         usual = usual_durations(db, [job.id for job in jobs]) if end and not each else {}
     if each:
@@ -13320,7 +13324,7 @@ def _samples(db, most, now):
     samples, others, known = [], [], set()
     for row in list_jobs(db):
         job_id = row["id"]
-        job = effective(Job(json.loads(row["spec"])), defaults)
+        job = job_in_effect(row, defaults)
         gauges = {"roexec_next_run_timestamp_seconds":
                   next_run(job, now, zone, row["paused"], row["position"]),
                   "roexec_runs_active": running.get(job_id, 0),
@@ -14036,9 +14040,8 @@ def examine(store, config, checks=None):
         server = store.server()
         if store.exists:
             with store.read() as db:
-                defaults = (get_settings(db) or {}).get("defaults") or config.defaults
-                jobs = [effective(Job.from_spec(json.loads(row["spec"])), defaults)
-                        for row in list_jobs(db)]
+                defaults = in_effect(db, {"defaults": config.defaults})[0]
+                jobs = [job_in_effect(row, defaults) for row in list_jobs(db)]
     except (RoexecError, OSError):      # the check of the store says why
         pass
     examined = Examined(store=store, config=config, server=server, jobs=jobs)
@@ -15243,16 +15246,10 @@ class Session:
         """A transaction, which under --dry-run can only read."""
         return self.store.read() if self.options.dry_run else self.store.write()
 
-    def settings(self, db=None):
-        """The settings that the last server of the store was configured with, else those of the
-        configuration here."""
-        return (db and get_settings(db)) or _settings_of(self.config)
-
-    def in_effect(self, db=None):
-        """(defaults of all jobs, tzinfo of those that name none), by the settings."""
-        settings = self.settings(db)
-        name = settings["scheduler"].get("timezone")
-        return settings["defaults"], get_zone(name) if name else host_zone()
+    @property
+    def settings(self):
+        """The settings of the configuration, which count where no server has had others."""
+        return _settings_of(self.config)
 
     def ids(self):
         """The ids that were given, with --id or alone; at least one, none of them empty."""
@@ -15294,10 +15291,6 @@ class Session:
                    "dry_run": dry},
                   lambda style: "".join(f"{name}: {what}{' (dry run)' * dry}\n"
                                         for name, what in changes))
-
-
-def _job_in_effect(row, defaults):
-    return effective(Job.from_spec(json.loads(row["spec"])), defaults)
 
 
 def _nothing(store, what):
@@ -15663,7 +15656,7 @@ def _listed_jobs(session):
     if not session.store.exists:
         return []
     with session.store.read() as db:
-        return job_payloads(db, list_jobs(db), time.time(), session.settings(db))
+        return job_payloads(db, list_jobs(db), time.time(), session.settings)
 
 
 def _cmd_list_runs(session):
@@ -15722,8 +15715,8 @@ def _cmd_show(session):
     with store.read() as db:
         if target in job_ids(db):
             row = get_job(db, target)
-            payload, = job_payloads(db, [row], time.time(), session.settings(db))
-            job = _job_in_effect(row, None)
+            payload, = job_payloads(db, [row], time.time(), session.settings)
+            job = job_in_effect(row, None)
             return session.give(payload, lambda style: job_text(payload, job, style))
         payload, = run_payloads(store, db, [find_run(db, target)])
         usual = usual_durations(db, [payload["job_id"]]).get(payload["job_id"])
@@ -15737,17 +15730,17 @@ def _cmd_next(session):
     if options.to is None and options.duration is not None:
         raise Usage("--duration is for --to, which shows what runs would meet")
     if options.cron is not None:
-        jobs, zone = [_job_of_cron(options)], session.in_effect()[1]
+        jobs, zone = [_job_of_cron(options)], in_effect(None, session.settings)[1]
         give = _give_slots if options.to is None else _give_foresight
         return give(session, jobs, after, zone)
     if options.timezone:
         raise Usage("--timezone is for --cron; a job has its own")
     ids = [session.id()] if options.id or options.ids else []
     with session.store.read() as db:
-        defaults, zone = session.in_effect(db)
+        defaults, zone, _ = in_effect(db, session.settings)
         rows = [get_job(db, job_id) for job_id in ids] or [
             row for row in list_jobs(db) if row["paused"] <= max(after, time.time())]
-        jobs = [_job_in_effect(row, defaults) for row in rows]
+        jobs = [job_in_effect(row, defaults) for row in rows]
         if options.to is not None:
             return _give_foresight(session, jobs, after, zone, db)
     if ids and rows[0]["paused"] > time.time():
@@ -15797,7 +15790,7 @@ def _give_foresight(session, jobs, after, zone, db=None):
         usual = dict.fromkeys(ids, _duration_of("--duration", options.duration))
     else:
         usual = usual_durations(db, ids) if db else {}
-    most = session.settings(db)["scheduler"].get("max_concurrent")
+    most = in_effect(db, session.settings)[2]
     payload = foresight(jobs, after + 1, end, zone, usual, most)
     session.give(payload, lambda style: foresight_text(payload, style))
 
@@ -15816,7 +15809,7 @@ def _cmd_why(session):
     store = session.settled
     with store.read() as db:
         try:
-            payload = explanation(store, db, job_id, " ".join(words), session.settings(db))
+            payload = explanation(store, db, job_id, " ".join(words), session.settings)
         except ValueError as error:
             raise Usage(str(error)) from None
     session.give(payload, lambda style: explanation_text(payload, style))
@@ -15862,7 +15855,7 @@ def _cmd_status(session):
             states, jobs = [run["state"] for run in active_runs(db)], job_ids(db)
             notices = unsent_notices(db)
             if health == "healthy":
-                health = store.trouble() or _overdue(db, *session.in_effect(db)) or health
+                health = store.trouble() or _overdue(db, session.settings) or health
     warnings = [f"{found.about}: {found.text}" for found in status_warnings(store, session.config)]
     payload = {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
                "running": states.count("running"), "queued": states.count("queued"),
@@ -15887,10 +15880,11 @@ def _answers(store):
         os.close(fifo)
 
 
-def _overdue(db, defaults, zone):
+def _overdue(db, settings):
     """A sentence on a slot that the server ought to have decided long ago, or None."""
+    defaults, zone, _ = in_effect(db, settings)
     for row in list_jobs(db):
-        job = _job_in_effect(row, defaults)
+        job = job_in_effect(row, defaults)
         slot = next_slot(job, row["position"], zone) if job.enabled else None
         if slot and slot + jitter_delay(job.id, slot, job.jitter) + ON_TIME < time.time():
             return f'job "{job.id}" was due at {format_instant(slot)} and is still undecided'
@@ -15916,7 +15910,7 @@ def _cmd_doctor(session):
 
 def _give_environments(session, caller):
     with session.store.read() as db:    # which may make this process another user's
-        job = effective_job(db, session.options.job, _settings_of(session.config))
+        job = effective_job(db, session.options.job, session.settings)
     payload = compare_environments(job, caller)
     session.give(payload, lambda style: environments_text(payload, style))
 
@@ -16034,13 +16028,13 @@ def _cmd_run(session):
     else:
         job_id = session.id()
         with session.store.read() as db:
-            job = effective_job(db, job_id, _settings_of(session.config))
+            job = effective_job(db, job_id, session.settings)
     if options.dry_run:
         return _would_run(session, job.command, job.id)
     if by_name:
         session.store.create()
     how = {"env": env, "name": options.name, "caller": by_name, "wait": options.queue,
-           "settings": _settings_of(session.config), "by": session.caller.name}
+           "settings": session.settings, "by": session.caller.name}
     if not options.detach:
         return run_here(session.store, job, **how)
     return _give_run(session, run_detached(session.store, job, **how))
@@ -16090,13 +16084,13 @@ def _cmd_retry(session):
         if run["name"] is not None:
             raise RoexecError(f"run {run['id']} is of a command that is not registered; write "
                               "roexec run --name NAME -- COMMAND again")
-        job = effective_job(db, run["job_id"], _settings_of(session.config))
+        job = effective_job(db, run["job_id"], session.settings)
     if session.options.dry_run:
         return _would_run(session, job.command, job.id)
     how = {"env": json.loads(run["env"] or "{}"), "retry_of": run["id"], "trigger": "retry",
            "by": session.caller.name}
     return _give_run(session, request_run(store, job, **how) if store.server() is not None else
-                     run_detached(store, job, settings=_settings_of(session.config), **how))
+                     run_detached(store, job, settings=session.settings, **how))
 
 
 # Tokens of the HTTP API, and who has changed what.
@@ -16188,7 +16182,7 @@ def _take(session, steps, nothing):
     """Perform the steps, or say them only."""
     options, dry = session.options, session.options.dry_run
     if not dry:
-        perform_steps(steps, (lambda text: None) if options.json else print)
+        perform_steps(steps, lambda text: options.json or print(text, flush=True))
     if options.json:
         print(json.dumps({"steps": [step.text for step in steps], "dry_run": dry}, indent=2))
     elif dry:
@@ -16267,7 +16261,7 @@ def _cmd_maintenance_purge(session):
         raise Usage("--keep is 1 or more: the newest run of a job stays in any case")
     if options.job is not None:
         _check_recorded(store, options.job)
-    how = {"settings": _settings_of(session.config), "dry_run": options.dry_run}
+    how = {"settings": session.settings, "dry_run": options.dry_run}
     with _Bar() as bar, contextlib.ExitStack() as stack:
         if not options.dry_run:
             store.keep_open()           # else each of many small transactions would checkpoint
@@ -16334,7 +16328,7 @@ def _cmd_server(session):
         store.keep_open()
         stack.callback(store.close)
         with store.write() as db:
-            set_settings(db, _settings_of(config))
+            set_settings(db, session.settings)
         files()
         scheduler, address = Scheduler(store, launcher, _server_log), None
         if not options.no_http:
@@ -16399,7 +16393,7 @@ def _reload(session, files):
     try:
         session.read_config()
         with session.store.write() as db:
-            set_settings(db, _settings_of(session.config))
+            set_settings(db, session.settings)
     except RoexecError as error:
         for line in str(error).splitlines():
             _server_log(line, "ERROR")
