@@ -14303,7 +14303,7 @@ def _check_limits(examined):
         yield _ok("memory and processors are limited by cgroups")
         return
     yield _remark("limits.memory is kept by watching, limits.cpu not at all: no cgroup (v2) is "
-                  "delegated to a server here", "roexec install, where systemd runs")
+                  "delegated to a server here", "roexec install, where systemd 254 or newer runs")
     for job in examined.jobs:
         if job.limits.cpu is not None:
             yield _wrong(f'limits.cpu of job "{job.id}" is not kept')
