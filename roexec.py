@@ -4766,6 +4766,10 @@ _PATIENCE = 5                           # seconds, until one says what one waits
 _LARGE_LOG = 4 << 20                    # bytes of the write-ahead log that ask for a checkpoint
 
 
+class StoreFailure(RoexecError):
+    """SQLite could not do what it was asked for."""
+
+
 class Store:
     """A store: the folder `folder` with the database file `database`, logs/ and active/.
 
@@ -4780,6 +4784,7 @@ class Store:
         self.database = path if one_file else os.path.join(path, "roexec.db")
         self.say = say or (lambda text: None)
         self.kept = None                # where `keep_open` was called
+        self.told_of_log = False        # that the write-ahead log cannot be read
         self.memo = None                # the Memo of a server
 
     @property
@@ -4791,6 +4796,12 @@ class Store:
             return False
         except PermissionError:
             raise self.refusal() from None
+
+    @property
+    def is_read_only(self):
+        """Whether its file system can only be read, for now."""
+        folder = os.path.dirname(os.path.abspath(self.database))
+        return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
     def file(self, name):
         """The path of something in the folder."""
@@ -4955,12 +4966,12 @@ class Store:
         """A context: the only writer of this store, among the threads here and on the host."""
         return _StoreLock(self)
 
-    def connect(self, mode):
+    def connect(self, mode, more=""):
         """A connection to the database; `mode` is ro, rw or rwc, as in SQLite's URIs."""
         import sqlite3
         db = None
         try:
-            db = sqlite3.connect("file:" + _quoted(self.database) + "?mode=" + mode, uri=True,
+            db = sqlite3.connect(f"file:{_quoted(self.database)}?mode={mode}{more}", uri=True,
                                  isolation_level=None, timeout=5, check_same_thread=False)
             db.row_factory = sqlite3.Row
             if mode != "ro":
@@ -4975,9 +4986,9 @@ class Store:
     def failure(self, error):
         """The RoexecError of one of SQLite's."""
         with contextlib.suppress(OSError):
-            if os.statvfs(os.path.dirname(self.database)).f_flag & os.ST_RDONLY:
+            if self.is_read_only:
                 error = os.strerror(errno.EROFS)
-        return RoexecError(f"the database {self.database}: {error}")
+        return StoreFailure(f"the database {self.database}: {error}")
 
     def _migrate(self):
         """Bring the database to the newest version, each step in one transaction, after a backup.
@@ -4985,9 +4996,9 @@ class Store:
         The steps only add, so that what an older roexec has written can always be read.
         """
         import sqlite3
-        before = os.umask(0o077)
-        db = self.connect("rwc")
+        before, db = os.umask(0o077), None
         try:
+            db = self.connect("rwc")
             version = check_version(self, db)
             if version == 0 and db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 raise RoexecError(f"{self.database} is a database of something else; name another "
@@ -5005,7 +5016,8 @@ class Store:
         except sqlite3.Error as error:
             raise self.failure(error) from None
         finally:
-            db.close()
+            if db is not None:
+                db.close()
             os.umask(before)
 
 
@@ -5087,7 +5099,7 @@ class _Transaction:
     """What `Store.write` and `Store.read` return."""
 
     def __init__(self, store, mode):
-        self.store, self.mode = store, mode
+        self.store, self.mode, self.shared = store, mode, None
 
     def __enter__(self):
         import sqlite3
@@ -5110,14 +5122,36 @@ class _Transaction:
         return self.db
 
     def _opened(self):
+        import sqlite3
         store = self.store
         if self.mode == "rw" and store.kept is not None:
             return store.kept
         self.db = store.connect(self.mode)
-        if check_version(store, self.db) < len(_MIGRATIONS):
+        try:
+            version = check_version(store, self.db)
+        except sqlite3.OperationalError:
+            if self.mode == "rw" or store.server() is not None:
+                raise
+            self.db.close()
+            self.db = self._opened_as_it_is()
+            version = check_version(store, self.db)
+        if version < len(_MIGRATIONS):
             raise RoexecError(f"the store {store.path} was made by an older roexec; `roexec "
                               "server` or `roexec apply` bring it up to date")
         return self.db
+
+    def _opened_as_it_is(self):
+        """A connection where SQLite cannot make the files that it wants beside the database, as on
+        a disk that can only be read, or is full. The lock keeps writers away."""
+        store, log = self.store, self.store.database + "-wal"
+        with contextlib.suppress(FileNotFoundError):
+            self.shared = os.open(store.file("store.lock"), os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(self.shared, fcntl.LOCK_SH)
+        if os.path.exists(log) and os.stat(log).st_size and not store.told_of_log:
+            store.say(f"the newest changes, in {log}, cannot be read: there is no room beside it, "
+                      "or its disk can only be read")
+            store.told_of_log = True
+        return store.connect("ro", "&immutable=1")
 
     def __exit__(self, kind, error, _):
         import sqlite3
@@ -5143,6 +5177,8 @@ class _Transaction:
         finally:
             if self.mode == "rw":
                 self.lock.__exit__()
+            if self.shared is not None:
+                os.close(self.shared)
 
 
 def put_in_place(new, path):
@@ -10236,7 +10272,7 @@ def settle(store, wait=False):
     They are left to processes of their own. With `wait` these are waited for, until what was left
     of the runs must be dead; they may have attempts ahead. A server does this itself.
     """
-    if not store.exists or not os.path.isdir(store.file("active")):
+    if not store.exists or not os.path.isdir(store.file("active")) or store.is_read_only:
         return
     lock = open_private(store.file("server.lock"))
     children, deadline = [], time.monotonic()
@@ -15230,7 +15266,10 @@ class Session:
     @property
     def settled(self):
         """The Store, once what ended while no server ran has been taken in."""
-        settle(self.store)
+        try:
+            settle(self.store)
+        except StoreFailure as error:
+            _say(f"what has ended meanwhile cannot be recorded: {error}")
         return self.store
 
     @property

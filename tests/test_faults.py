@@ -781,14 +781,86 @@ def test_a_store_that_cannot_be_written_is_refused_in_words(tmp_path):
         store = roexec.Store(str(tmp_path / "disk/store")).create()
         apply(store, make_job())
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
-        for words in ("server --no-http", "run --id x", "run --name n -- true", "pause x",
-                      "list runs"):
+        for words in ("server --no-http", "run --id x", "run --name n -- true", "pause x"):
             done = roexec_program("--store", store.path, *words.split())
             said = done.stderr.splitlines()
             assert done.returncode and len(said) == 1 and store.path in said[0], (words, done)
             assert "ead-only" in said[0], (words, said)
         subprocess.run(["mount", "-o", "remount,rw", str(tmp_path / "disk")], check=True)
         assert roexec_program("--store", store.path, "run", "--id", "x").returncode == 0
+
+
+@pytest.fixture
+def read_all(cli):
+    """`read_all(store)`: what the commands that only read say, (standard output, error) of all."""
+    def read(store):
+        done = [cli(line, store=store.path) for line in (
+            "list runs", "list jobs", "show x", "logs latest", "why x", "next x")]
+        assert [status for status, _, _ in done] == [0] * 6, done
+        return "".join(out for _, out, _ in done), "".join(err for _, _, err in done)
+    return read
+
+
+@pytest.mark.parametrize("left", ["nothing", "log", "log alone"])
+def test_a_store_on_a_disk_that_can_only_be_read_can_be_read(left, tmp_path, cli, read_all):
+    """`left` is what a server that was killed has left beside the database."""
+    with small_disk(tmp_path / "disk", "4m"):
+        store = roexec.Store(str(tmp_path / "disk/store")).create()
+        apply(store, make_job("echo printed", schedule="0 2 * * *"))
+        assert cli("run --id x", store=store.path)[0] == 0
+        if left != "nothing":
+            server = Server(store, tmp_path / "said")
+            apply(store, make_job(job_id="newest"))
+            server.kill()
+            kill_descendants()
+            assert os.path.getsize(store.database + "-wal") > 0
+        if left == "log alone":
+            os.unlink(store.database + "-shm")
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        said, told = read_all(store)
+        assert "succeeded" in said and "[OUT] printed" in said
+        assert ("newest" in said) is (left == "log")
+        assert ("the newest changes" in told) is (left == "log alone"), told
+        assert not left == "nothing" or not told
+
+
+def test_a_store_that_is_mounted_to_be_read_shows_what_its_server_does(store, start, tmp_path,
+                                                                       read_all):
+    job = make_job(f"echo printed; while ! test -e {tmp_path}/go; do sleep 0.02; done",
+                   schedule="0 2 * * *")
+    apply(store, job)
+    server, folder = start(), tmp_path / "mounted"
+    folder.mkdir()
+    run_id = roexec.request_run(store, job, trigger="manual")
+    await_state(store, run_id, "running")
+    wait_for(lambda: roexec.live_log(store, run_id))
+    if os.geteuid() != 0 or subprocess.run(
+            ["mount", "--bind", store.path, str(folder)], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("only root can mount a folder elsewhere")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        assert "running" in read_all(roexec.Store(str(folder)))[0]
+        (tmp_path / "go").touch()
+        await_state(store, run_id, "succeeded")
+        said, told = read_all(roexec.Store(str(folder)))
+        assert "succeeded" in said and not told
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+    server.stop()
+
+
+def test_a_store_on_a_full_disk_can_be_read(tmp_path, cli, read_all):
+    with small_disk(tmp_path / "disk", "2m"):
+        store = roexec.Store(str(tmp_path / "disk/store")).create()
+        apply(store, make_job("echo printed", schedule="0 2 * * *"))
+        assert cli("run --id x", store=store.path)[0] == 0
+        for name in ("-wal", "-shm"):           # a clean end leaves them empty, or not at all
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(store.database + name)
+        fill(tmp_path / "disk/filler")
+        said, told = read_all(store)
+        assert "succeeded" in said and "[OUT] printed" in said
+        assert "what has ended meanwhile cannot be recorded" in told and "I/O" in told
 
 
 @pytest.mark.parametrize("another", [False, True])

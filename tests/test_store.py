@@ -274,7 +274,9 @@ def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
 def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "notes.db"
     path.write_text("buy milk\n" * 500)
+    umask = os.umask(0o022)
     assert refusal(Store(str(path)).create) == f"the database {path}: file is not a database"
+    assert os.umask(umask) == 0o022
     assert refusal(Store(str(path)).read().__enter__).endswith("file is not a database")
     assert path.read_text() == "buy milk\n" * 500
 
