@@ -11983,7 +11983,7 @@ def _bearer(request, host, place):
     row = place.token(text)
     if row is None or name not in (None, row["name"]):
         raise _no_token("there is no such token, or it has expired", _BAD_TOKEN)
-    return Caller(name=f"token {row['name']}", scopes=row["scopes"].split(","),
+    return Caller(name=f"token {row['name']}", scopes=tuple(row["scopes"].split(",")),
                   pattern=row["pattern"])
 
 
@@ -13395,8 +13395,12 @@ def _summed(jobs):
 # The routes.
 
 class Route(Value):
-    """A method and a path, in which `{}` is an argument; the scope needed; the function."""
-    __slots__ = ("method", "path", "scope", "handler")
+    """A method and a path, in which `{}` is an argument; the scope needed; the function; and the
+    `parts` of the path."""
+    __slots__ = ("method", "path", "scope", "handler", "parts")
+
+    def __init__(self, path="", **more):
+        super().__init__(**{**more, "path": path, "parts": path.split("/")})
 
 
 ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
@@ -13442,8 +13446,8 @@ def find_routes(path):
     """{method: Route} of a path, HEAD for each GET, and the arguments in the path."""
     parts, found, arguments = path.split("/"), {}, ()
     for route in ROUTES:
-        wanted = route.path.split("/")
-        if len(wanted) == len(parts) and all(
+        wanted = route.parts
+        if len(wanted) == len(parts) and wanted[-1] in ("{}", parts[-1]) and all(
                 want in ("{}", part) and part for want, part in zip(wanted[1:], parts[1:])):
             found[route.method] = route
             arguments = tuple(_unquoted(part) for want, part in zip(wanted, parts) if want == "{}")
@@ -13487,7 +13491,9 @@ def answer(route, request, store, say):
     if request.method not in ("GET", "HEAD"):
         return _answered(route, request, store, say)
     memo, version, response = store.memo, None, None
-    key = request.path, request.query, request.caller, _takes_gzip(request)
+    caller = request.caller
+    key = (request.path, request.query, caller.name, caller.scopes, caller.pattern,
+           _takes_gzip(request))
     if memo is not None:
         response = memo.get(key, time.time())
         version = None if response else memo.version()
@@ -13660,9 +13666,13 @@ class _Connection:
             self.connection.settimeout(_IDLE_TIME)
             streamed = response.stream is not None or response.feed is not None
             chunked = streamed and request.version == 1
-            self.send_head(response, chunked)
-            if request is None or request.method != "HEAD":
-                self.send_content(request, response, chunked)
+            head = self.head_of(response, chunked)
+            if request is not None and request.method == "HEAD":
+                self.wfile.write(head)
+            else:                       # in one piece: each costs a call of the system
+                self.wfile.write(head + (response.body or b""))
+                if response.stream is not None:
+                    self.send_stream(request, response, chunked)
             self.wfile.flush()
             if response.feed is not None and request.method != "HEAD":
                 self.server.streams.add(self.connection, request, response, lambda: admitted(
@@ -13672,9 +13682,9 @@ class _Connection:
         except OSError:                 # nobody reads it
             self.close_connection = True
 
-    def send_head(self, response, chunked):
-        self.send_response_only(response.status)
-        headers = {"Server": "roexec", "Date": self.date_time_string(),
+    def head_of(self, response, chunked):
+        """The bytes of the head of an answer."""
+        headers = {"Server": "roexec", "Date": self.server.date(),
                    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
                    **response.headers}
         if response.type:
@@ -13685,15 +13695,11 @@ class _Connection:
             headers["Content-Length"] = str(len(response.body))
         if self.close_connection:
             headers["Connection"] = "close"
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
+        lines = [f"HTTP/1.1 {response.status} {self.responses[response.status][0]}",
+                 *map(": ".join, headers.items()), "", ""]
+        return "\r\n".join(lines).encode("latin-1")
 
-    def send_content(self, request, response, chunked):
-        if response.body is not None:
-            self.wfile.write(response.body)
-        if response.stream is None:
-            return
+    def send_stream(self, request, response, chunked):
         self.wfile.flush()
         try:
             for data in filter(None, response.stream()):
@@ -13719,6 +13725,7 @@ class _Server:
     request_queue_size = 128
 
     vitals = None                       # of the scheduler of the same process
+    dated = None, None
 
     def start(self, store, access, say):
         """Serve from now on, in threads that no signal of the process reaches."""
@@ -13741,9 +13748,14 @@ class _Server:
 
     def find_token(self, text):
         """The row of the token with this text, or None."""
-        now = time.time()
-        with self.store.read() as db:
-            row = find_token(db, text, now)
+        now, memo, key = time.time(), self.store.memo, ("token", text)
+        row = memo and memo.get(key, now)
+        if row is None:
+            version = memo and memo.version()
+            with self.store.read() as db:
+                row = find_token(db, text, now)
+            if row is not None and memo:
+                memo.keep(key, version, row, row["expires_at"] or math.inf)
         if row is not None:
             self.uses[row["name"]] = now
         return row
@@ -13755,6 +13767,16 @@ class _Server:
             uses, self.uses = self.uses, {}
             with self.store.write() as db:
                 note_token_uses(db, uses)
+
+    def date(self):
+        """The header Date of answers in this second."""
+        now = int(time.time())
+        second, text = self.dated
+        if second != now:
+            from email.utils import formatdate
+            text = formatdate(now, usegmt=True)
+            self.dated = now, text
+        return text
 
     def get_request(self):
         try:

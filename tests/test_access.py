@@ -154,6 +154,44 @@ def test_a_key_with_a_password_is_refused_and_not_asked_for(store, certificates)
         serve(store, tls=paths)
 
 
+# Tokens.
+
+def test_a_token_is_void_from_the_moment_on_at_which_it_is_revoked_or_expires(run_server, store):
+    server, me = run_server(auth={"owner": False}), roexec.Caller(name="user me")
+    for name, end in (("a", lambda db: roexec.remove_token(db, "a", me, 0)),
+                      ("b", lambda db: roexec.renew_token(db, "b", me, 0)),
+                      ("c", lambda db: db.execute("UPDATE tokens SET expires_at = 5"))):
+        given = {"Authorization": f"Bearer {token(store, name, role='viewer')}"}
+        for _ in range(3):
+            assert status_of(server, "GET", "/api/v1/jobs", **given) == 200
+        with store.write() as db:
+            end(db)
+        assert status_of(server, "GET", "/api/v1/jobs", **given) == 401
+    given = {"Authorization": f"Bearer {token(store, 'd', role='viewer', expires='1s')}"}
+    assert status_of(server, "GET", "/api/v1/jobs", **given) == 200
+    wait_for(lambda: status_of(server, "GET", "/api/v1/jobs", **given) == 401)
+
+
+def test_an_answer_for_one_caller_is_not_given_to_another(run_server, store):
+    with store.write() as db:
+        jobs = [roexec.Job({"id": name, "command": "x", "env": {"A": "b"}}) for name in ("a", "b")]
+        roexec.perform_apply(db, roexec.plan_apply(db, {None: jobs}), 0)
+    server = run_server(auth={"owner": False})
+    texts = {name: token(store, name, scopes=scopes, jobs=pattern) for name, scopes, pattern in (
+        ("admin", ["*"], None), ("viewer", ["job:read"], None), ("one", ["job:read"], "b"))}
+
+    def listed(name):
+        with contextlib.closing(http.client.HTTPConnection(*server.address)) as connection:
+            connection.request("GET", "/api/v1/jobs",
+                               headers={"Authorization": f"Bearer {texts[name]}"})
+            return [(job["id"], job["spec"]["env"]["A"])
+                    for job in json.loads(connection.getresponse().read())["jobs"]]
+    for _ in range(2):
+        assert listed("admin") == [("a", "b"), ("b", "b")]
+        assert listed("viewer") == [("a", None), ("b", None)]
+        assert listed("one") == [("b", None)]
+
+
 # Users of this host.
 
 def status_for(server, uid):
