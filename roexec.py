@@ -11636,7 +11636,1935 @@ def keep_small(store, settings=None, **how):
 
 
 # ==== 17 page =====================================================================================
-# What a browser gets at `/`: one page without any other file, which asks the API as a client does.
+# What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
+# script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
+# stands here is what is sent: there is no step in between.
+
+_HTML = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>roexec</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' fill='%232e7d54'/%3E%3Cpath
+ d='M4 11V8m4 3V4m4 7V6' stroke='%23fff' stroke-width='2' stroke-linecap='round'/%3E%3C/svg%3E">
+<style>__STYLE__</style>
+</head>
+<body>
+<button id="skip" type="button">Skip to the content</button>
+<header id="top">
+<a id="brand" href="#/">roexec</a>
+<nav aria-label="Views">
+<a href="#/" data-view="overview">Overview</a>
+<a href="#/timeline" data-view="timeline">Timeline</a>
+<a href="#/files" data-view="files" hidden>Job files</a>
+</nav>
+<span id="live" role="status"></span>
+<span id="who"></span>
+</header>
+<main id="main" tabindex="-1"><p class="quiet">Loading …</p></main>
+<div id="said" role="status" aria-live="polite"></div>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<noscript>This page needs JavaScript; the command line does not.</noscript>
+<script>__SCRIPT__</script>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root {
+  --bg: #faf9f7; --panel: #fff; --line: #e3e1dc; --text: #22262b; --quiet: #5f656d;
+  --link: #1b5cab; --hover: #f1efeb; --ok: #2e7d54; --bad: #c2382f; --late: #9a5b00;
+  --lost: #7b46b0; --on: #2468c4; --off: #82888f; --skip: #a9aeb4; --mark: #ffe58a;
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  color-scheme: light dark;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #15171a; --panel: #1b1e22; --line: #2d3136; --text: #e2e4e7; --quiet: #9da3ab;
+    --link: #86b6f5; --hover: #22262b; --ok: #58b583; --bad: #ee7d73; --late: #dba04e;
+    --lost: #bd98e8; --on: #6ea6ef; --off: #868c94; --skip: #5d636b; --mark: #6b5a12;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--text); accent-color: var(--ok);
+  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+a { color: var(--link); text-decoration: none; }
+a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 4px; }
+main:focus, main:focus-visible { outline: none; }
+h1 { font-size: 21px; font-weight: 600; margin: 0; line-height: 1.3; overflow-wrap: anywhere; }
+h2 { font-size: 13px; font-weight: 600; margin: 28px 0 8px; }
+p { margin: 6px 0; overflow-wrap: anywhere; }
+ul, ol { list-style: none; margin: 0; padding: 0; }
+dd { margin: 0; }
+[hidden] { display: none !important; }
+.hidden, #skip:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap; }
+#skip { position: absolute; top: 8px; left: 8px; z-index: 9; }
+.quiet, dt, th, .empty, .count, .at, .chip, .tag, nav a, #live, button:disabled, ::placeholder,
+.jobs .schedule, .jobs .last, .plot > span, .hours span, .line.info, .line.gap {
+  color: var(--quiet); }
+dt, th, .tag, .plot > span, .hours span { font-size: 12px; }
+.code, .told, .step, .lines, dialog, .sign-in { background: var(--panel); border-radius: 8px;
+  border: 1px solid var(--line); }
+.row > *, .jobs .name, .side a, .side li > span, .step span { overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+.text { white-space: pre-wrap; }
+.number, time, .count, [data-live], .at { font-variant-numeric: tabular-nums; }
+.empty { padding: 48px 0; text-align: center; }
+.failure { color: var(--bad); }
+.warning { color: var(--late); }
+
+#top, nav, #who, .tools, .chips, .head, .actions, .legend, .check { display: flex; gap: 8px;
+  align-items: center; }
+#top, .tools, .head, .actions, .legend { flex-wrap: wrap; }
+#top { gap: 8px 20px; padding: 10px 24px;
+  border-bottom: 1px solid var(--line); background: var(--panel); }
+#brand { font-weight: 650; font-size: 15px; color: inherit; }
+nav { gap: 4px; flex: 1; white-space: nowrap; }
+nav a { padding: 4px 10px; border-radius: 6px; }
+nav a:hover, .button:hover, button:hover { background: var(--hover); text-decoration: none; }
+nav [aria-current] { color: var(--text); background: var(--hover); }
+#live { min-width: 4em; text-align: right; font-size: 12.5px; }
+#who { font-size: 12.5px; }
+main { padding: 20px 24px 64px; max-width: 1440px; margin: 0 auto; }
+#said { position: fixed; left: 50%; bottom: 20px; transform: translateX(-50%); z-index: 8;
+  max-width: min(90vw, 40em); }
+#said p { background: var(--text); color: var(--bg); padding: 8px 16px; border-radius: 8px;
+  margin: 0; box-shadow: 0 4px 20px #0003; }
+
+button, .button, select, input, textarea { font: inherit; color: inherit;
+  background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: 5px 12px; }
+code, pre, textarea, .mono, .line { font: 12.5px/1.5 var(--mono); }
+button, .button { cursor: pointer; white-space: nowrap; }
+.button { position: relative; display: inline-block; }
+button:disabled { cursor: default; }
+button.main:enabled { background: var(--ok); border-color: var(--ok); color: var(--bg); }
+button.danger { color: var(--bad); }
+button.sure:enabled { background: var(--bad); border-color: var(--bad); color: var(--bg); }
+input, textarea { border-color: var(--skip); width: 100%; }
+input[type=checkbox] { width: auto; margin: 0; }
+::placeholder { opacity: 1; }
+label { display: block; margin: 10px 0; }
+label select { display: block; width: 100%; }
+.check { margin: 0; white-space: nowrap; }
+.tools { gap: 12px; margin-bottom: 16px; }
+.tools input[type=search] { flex: 0 1 22em; }
+.chips { gap: 4px; flex: 1; overflow-x: auto; padding: 2px 0; white-space: nowrap;
+  scrollbar-width: none; }
+.chip { padding: 3px 10px; border-radius: 99px; border: 1px solid #0000; }
+.chip[aria-current] { color: var(--text); border-color: var(--line); background: var(--panel); }
+.count { font-weight: 400; }
+.head { justify-content: space-between; min-height: 34px; }
+
+.badge { font-size: 12.5px; font-weight: 500; color: var(--state, var(--quiet)); }
+h1 .badge { font-size: 14px; margin-left: 4px; }
+.badge::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px;
+  border-radius: 50%; background: var(--state, var(--off)); }
+.succeeded, .added { --state: var(--ok); } .failed, .removed { --state: var(--bad); }
+.timed_out, .paused { --state: var(--late); } .lost { --state: var(--lost); }
+.running, .changed { --state: var(--on); }
+.badge.skipped::before, .badge.queued::before, .badge.disabled::before {
+  background: none; border: 2px solid var(--off); }
+.tag { border: 1px solid var(--line); border-radius: 4px; padding: 0 5px; margin-right: 4px; }
+
+.progress { height: 3px; border-radius: 2px; background: var(--line); overflow: hidden; }
+.progress::before { content: ""; display: block; height: 100%; background: var(--on);
+  transform-origin: left; transform: scaleX(var(--done, 0)); transition: transform 1s linear; }
+
+.overview { display: grid; grid-template-columns: minmax(0, 1fr) 260px; column-gap: 32px; }
+.overview > .tools { grid-column: 1 / -1; }
+.jobs { grid-column: 1; grid-row: 2; min-width: 0; min-height: 60vh; }
+.side { grid-column: 2; grid-row: 2; position: sticky; top: 20px; height: calc(100vh - 40px);
+  display: grid; grid-template-rows: 1fr 1fr; gap: 16px; }
+.side section { overflow-y: auto; min-height: 0; }
+.side h2 { margin: 8px 0; }
+.side li { padding: 7px 0; border-top: 1px solid var(--line); display: grid; gap: 1px; }
+.side .progress { margin-top: 4px; }
+.side .failed, .side .timed_out, .side .lost { padding-left: 10px;
+  box-shadow: inset 3px 0 var(--state); }
+
+.rows { position: relative; --row: 56px; }
+.row { position: absolute; left: 0; right: 0; top: 0; height: var(--row); display: grid;
+  align-items: center; gap: 16px; border-top: 1px solid var(--line); contain: strict; }
+.row > * { min-width: 0; }
+.name { font-weight: 550; color: inherit; margin-right: 8px; }
+.jobs .name { display: block; margin: 0; }
+.jobs .what .quiet { margin-right: 8px; font-size: 13px; }
+.jobs .row { grid-template-columns: minmax(12em, 2.2fr) minmax(8em, 1.3fr) 7.5em 164px 8.5em; }
+.jobs .last { display: flex; flex-wrap: wrap; column-gap: 8px; }
+.jobs .last .badge { width: 100%; line-height: 1.3; }
+.jobs .last .progress { width: 100%; margin-top: 2px; }
+.job .rows { --row: 40px; }
+.job .row { grid-template-columns: minmax(14em, 1.4fr) 8em minmax(10em, 1fr) 6em minmax(0, 2fr); }
+
+.bars { display: flex; gap: 2px; height: 28px; align-items: flex-end; justify-content: flex-end; }
+.bars a { width: 6px; border-radius: 1px; background: var(--state, var(--off));
+  height: calc(var(--high) * 100%); }
+.bars a:hover { outline: 2px solid var(--state, var(--off)); }
+.bars .succeeded { opacity: .5; }
+.bars .skipped { background: none; border: 1px solid var(--skip); }
+
+.facts { display: grid; gap: 14px 24px;
+  grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
+  padding: 14px 0; margin: 10px 0 0; border: solid var(--line); border-width: 1px 0; }
+.facts dd { overflow-wrap: anywhere; }
+.slim { min-height: 30px; }
+.slim .progress { margin-top: 6px; }
+.columns { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); gap: 40px; }
+.plot { position: relative; height: 150px; padding: 20px 8px; border-bottom: 1px solid var(--line);
+  border-top: 1px dashed var(--line); }
+.plot > div { position: relative; height: 100%; }
+.plot > span { position: absolute; }
+.plot .top { top: 0; right: 0; } .plot .from { left: 0; bottom: -20px; }
+.plot .to { right: 0; bottom: -20px; }
+.plot a { position: absolute; width: 8px; height: 8px; margin: -4px; border-radius: 50%;
+  background: var(--state, var(--off)); opacity: .75; }
+.code { margin: 0; padding: 12px 16px; overflow: auto; max-height: 24em; }
+.code span { display: block; } .plus { color: var(--ok); } .minus { color: var(--bad); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: 16px 0 0; }
+th, td { text-align: right; padding: 4px 24px 4px 0; white-space: nowrap; font-weight: 400; }
+
+.timeline .row, .scale { display: grid; grid-template-columns: 14em minmax(0, 1fr); gap: 16px; }
+.timeline .rows { --row: 40px; }
+.track { height: 32px; cursor: pointer; }
+.track svg { width: 100%; height: 32px; display: block; }
+.track path { fill: var(--state, var(--off)); fill-opacity: .85; }
+.track .skipped { fill: none; stroke: var(--off); stroke-width: 1px;
+  vector-effect: non-scaling-stroke; }
+.track .slot { fill: var(--off); }
+.track .unknown { fill: var(--hover); }
+.track .now { stroke: var(--link); } .track .chosen { stroke: var(--text); stroke-dasharray: 3 3; }
+.scale { position: sticky; top: 0; background: var(--bg); z-index: 2; height: 28px; }
+.hours { position: relative; }
+.hours span { position: absolute; transform: translateX(-50%); top: 5px; white-space: nowrap; }
+.legend { gap: 14px; }
+.told { position: sticky; bottom: 0; min-height: 96px; max-height: 40vh; overflow: auto; z-index: 2;
+  padding: 8px 16px; margin-top: 24px; }
+
+.graph { margin: 20px 0 0; padding: 2px 2px 10px; }
+.graph > div { position: relative; }
+.graph path { fill: none; stroke: var(--skip); stroke-width: 1.5; }
+.step { position: absolute; width: 160px; height: 40px; padding: 3px 10px; color: inherit;
+  display: grid;
+  line-height: 1.25; grid-template-columns: 16px minmax(0, 1fr); align-items: center;
+  font-size: 13px; }
+.step[aria-current] { border-color: var(--link); box-shadow: 0 0 0 1px var(--link); }
+.step i { width: 9px; height: 9px; border-radius: 50%; background: var(--state, var(--skip)); }
+.step .quiet { grid-column: 2; font-size: 11.5px; }
+
+.log { margin-top: 24px; }
+.log .tools { margin-bottom: 8px; }
+.log .tools [role=status] { flex: 1; min-width: 8em; font-size: 12.5px; }
+.lines { height: max(60vh, 280px); overflow: auto; padding: 8px 0; }
+.lines > p { padding: 0 16px; }
+.line { display: grid; grid-template-columns: 6.5em minmax(0, 1fr); line-height: 1.55;
+  padding: 0 16px 0 0; }
+.line > span { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }
+.line:hover { background: var(--hover); }
+.at { user-select: none; text-align: right; padding-right: 14px; }
+.line.err { box-shadow: inset 3px 0 var(--late); }
+.line.error { box-shadow: inset 3px 0 var(--bad); color: var(--bad); }
+.line.marked, mark { background: var(--mark); color: inherit; }
+.bold { font-weight: 700; }
+.c0, .c7, .c8, .c15 { color: var(--quiet); } .c1, .c9 { color: var(--bad); }
+.c2, .c10 { color: var(--ok); } .c3, .c11 { color: var(--late); } .c4, .c12 { color: var(--on); }
+.c5, .c13 { color: var(--lost); } .c6, .c14 { color: var(--link); }
+
+dialog, .sign-in { color: inherit; padding: 20px 24px; width: min(34em, 92vw); }
+dialog h2 { margin: 0 0 12px; font-size: 16px; }
+dialog .actions { justify-content: flex-end; }
+.sign-in { margin: 12vh auto 0; }
+.editor textarea { padding: 12px 16px; white-space: pre; display: block; }
+.errors li, .coming li { padding: 3px 0; overflow-wrap: anywhere; }
+.errors button { padding: 0 8px; font-family: var(--mono); font-size: 12px; }
+
+@media (max-width: 1100px) {
+  .jobs .row { grid-template-columns: minmax(9em, 2fr) 7.5em 124px 8.5em; }
+  .jobs .schedule { display: none; }
+}
+@media (max-width: 760px) {
+  #top { padding: 8px 12px; gap: 4px 10px; } nav a { padding: 4px 7px; }
+  #who .quiet { display: none; }
+  main { padding: 12px 12px 48px; }
+  .tools { gap: 8px; } .tools .chips { flex: 1 1 100%; }
+  .tools input[type=search], .tools .legend { flex: 1 1 100%; }
+  .overview, .columns { display: block; }
+  .overview > .side { position: static; height: 104px; display: flex; overflow-x: auto;
+    margin-bottom: 12px; }
+  .side section { flex: 0 0 auto; overflow: visible; max-width: none; }
+  .side ul { display: flex; gap: 8px; }
+  .side li { width: 168px; height: 64px; border: 1px solid var(--line); border-radius: 8px;
+    padding: 7px 10px; align-content: start; background: var(--panel); }
+  .jobs .rows { --row: 92px; }
+  .jobs .row { grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; padding: 8px 0;
+    grid-template-rows: auto 1fr; }
+  .jobs .row .bars { grid-row: 2; grid-column: 1; justify-content: flex-start; }
+  .jobs .row .last { grid-row: 2; grid-column: 2; width: 8.5em; }
+  .jobs .row .next { grid-row: 1; grid-column: 2; text-align: right; align-self: start; }
+  .job .rows { --row: 56px; }
+  .job .row { grid-template-columns: minmax(0, 1fr) auto; gap: 0 12px; }
+  .job .row > * { align-self: start; } .job .row .number { text-align: right; }
+  .job .row .reason { display: none; } .log button { padding: 5px 9px; }
+  .timeline .rows { --row: 56px; }
+  .timeline .row { display: block; padding-top: 3px; } .scale .what { display: none; }
+  .scale { display: block; } .hours span:nth-child(even) { display: none; }
+  .line { grid-template-columns: 5.6em minmax(0, 1fr); }
+  .at { font-size: 11px; padding-right: 8px; }
+  .facts { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+}
+@media (prefers-reduced-motion: reduce) {
+  .progress::before { transition: none; }
+}
+"""
+
+_SCRIPT = r"""
+"use strict";
+
+// Elements. Whatever comes from the server is text: it is set as text and never parsed. What would
+// deceive a reader (controls, overrides of direction, invisible characters) is written out.
+
+const HIDDEN =
+  /[\0-\b\v-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const HANDLERS = ["onclick", "onsubmit", "oninput", "onchange", "onkeydown"];
+const $ = (id) => document.getElementById(id);
+
+function printable(value) {
+  return String(value).replace(HIDDEN, (char) =>
+    "\\u" + char.codePointAt(0).toString(16).padStart(4, "0"));
+}
+
+// h("p.quiet", {title: "…"}, children): attributes may be left out.
+function h(name, ...children) {
+  const [tag, ...classes] = name.split(".");
+  const node = document.createElement(tag);
+  if (classes.length) node.className = classes.join(" ");
+  return fill(node, children);
+}
+
+const svg = (name, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", name), children);
+
+function fill(node, children) {
+  const given = children[0] && children[0].constructor === Object ? children.shift() : {};
+  for (const [name, value] of Object.entries(given)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "style") Object.entries(value).forEach((item) => node.style.setProperty(...item));
+    else if (name.startsWith("on")) node[name] = value;
+    else node.setAttribute(name, value === true ? "" : printable(value));
+  }
+  const shown = children.flat(9).filter((child) => child || child === 0);
+  node.append(...shown.map((child) => child instanceof Node ? child : printable(child)));
+  return node;
+}
+
+const quiet = (...children) => h("span.quiet", ...children);
+const bdi = (text) => h("bdi", text);
+
+// Change a tree into another by as few steps as possible, so that focus, selection and place stay.
+// A node with data-keep is left to whoever made it; its place is marked by `kept`.
+function morph(node, wanted) {
+  if (node.nodeType === Node.TEXT_NODE) {
+    if (node.data !== wanted.data) node.data = wanted.data;
+  } else if (!node.dataset.keep) {
+    morphAttributes(node, wanted);
+    morphChildren(node, wanted);
+  }
+}
+
+const kept = (node) => node.isConnected ? node.cloneNode(false) : node;
+const keyOf = (node) => node.dataset && (node.dataset.keep || node.dataset.key);
+
+function morphChildren(node, wanted) {
+  const keyed = new Map([...node.childNodes].map((child) => [keyOf(child), child]));
+  let next = node.firstChild;
+  const drop = () => {
+    const gone = next;
+    next = next.nextSibling;
+    gone.remove();
+  };
+  for (const child of [...wanted.childNodes]) {
+    const key = keyOf(child);
+    const old = key ? keyed.get(key)
+      : next && !keyOf(next) && next.nodeName === child.nodeName && next;
+    if (old && old.parentNode === node) {
+      while (next !== old) drop();
+      next = old.nextSibling;
+      morph(old, child);
+    } else node.insertBefore(child, next);
+  }
+  while (next) drop();
+}
+
+function morphAttributes(node, wanted) {
+  for (const {name, value} of wanted.attributes) {
+    if (name !== "style" && node.getAttribute(name) !== value) node.setAttribute(name, value);
+  }
+  for (const {name} of [...node.attributes]) {
+    if (name !== "style" && !wanted.hasAttribute(name)) node.removeAttribute(name);
+  }
+  if (node.style.cssText !== wanted.style.cssText) node.style.cssText = wanted.style.cssText;
+  for (const name of HANDLERS) node[name] = wanted[name];
+}
+
+// Time and numbers, in words. Instants are the API's texts; inside they are seconds.
+
+let skew = 0;                       // how far the server's clock is ahead of ours, in seconds
+const now = () => Date.now() / 1000 + skew;
+const seconds = (instant) => instant ? Date.parse(instant) / 1000 : null;
+const instantOf = (at) => new Date(Math.round(at) * 1000).toISOString().slice(0, 19) + "Z";
+const two = (number) => String(Math.floor(number)).padStart(2, "0");
+
+function span(length, fine = true) {
+  const s = Math.max(0, length);
+  if (s < 1 && fine) return Math.round(s * 1000) + "ms";
+  if (s < 10 && fine) return s.toFixed(1) + "s";
+  if (s < 60) return Math.floor(s) + "s";
+  if (s < 3600) return Math.floor(s / 60) + "m " + two(s % 60) + "s";
+  if (s < 86400) return Math.floor(s / 3600) + "h " + two(s % 3600 / 60) + "m";
+  return Math.floor(s / 86400) + "d " + Math.floor(s % 86400 / 3600) + "h";
+}
+
+function away(at) {
+  const left = at - now();
+  if (left >= 1) return "in " + span(left, false);
+  const past = -left;
+  if (past < 1) return "now";
+  const [size, unit] = past < 60 ? [1, "s"] : past < 3600 ? [60, "m"]
+    : past < 86400 ? [3600, "h"] : [86400, "d"];
+  return Math.floor(past / size) + unit + " ago";
+}
+
+const DAY = new Intl.DateTimeFormat(undefined, {weekday: "short", day: "numeric", month: "short"});
+const today = (at) => DAY.format(at * 1000) === DAY.format(now() * 1000);
+
+const clock = (at) => new Date(at * 1000).toTimeString().slice(0, 8);
+const moment = (at) => (today(at) ? "" : DAY.format(at * 1000) + " ") + clock(at);
+
+function size(bytes) {
+  let unit = 0;
+  for (; bytes >= 1024 && unit < 4; unit++) bytes /= 1024;
+  return (unit && bytes < 100 ? bytes.toFixed(1) : Math.round(bytes)) + " "
+    + ["B", "KiB", "MiB", "GiB", "TiB"][unit];
+}
+
+const many = (count, one) => count + " " + one + (count === 1 ? "" : "s");
+
+// What changes by itself, once a second: a function of seconds for each kind of data-live.
+const LIVE = {
+  away,
+  elapsed: (at) => span(now() - at, false),
+  left: (at) => at > now() ? "about " + span(at - now(), false) + " left"
+    : span(now() - at, false) + " longer than usual",
+};
+
+function tick() {
+  if (document.hidden) return;
+  for (const node of document.querySelectorAll("[data-live]")) {
+    const text = LIVE[node.dataset.live](Number(node.dataset.at));
+    if (node.firstChild.data !== text) node.firstChild.data = text;
+  }
+  for (const node of document.querySelectorAll("[data-begin]")) {
+    node.style.setProperty("--done", doneOf(node.dataset));
+  }
+}
+
+const doneOf = ({begin, end}) =>
+  Math.min(1, Math.max(0, (now() - begin) / Math.max(0.001, end - begin))).toFixed(3);
+
+const live = (kind, at) => h("span", {"data-live": kind, "data-at": at}, LIVE[kind](at));
+
+const timeOf = (instant, text) => h("time", {datetime: instant,
+  title: new Date(instant) + " · " + instant}, text);
+const when = (instant, kind = "away") =>
+  instant ? timeOf(instant, live(kind, seconds(instant))) : quiet("–");
+const exactly = (instant) => instant ? timeOf(instant, moment(seconds(instant))) : null;
+
+// The API.
+
+class Failure extends Error {
+  constructor(status, error) {
+    super(error.message || "the server answers " + status);
+    Object.assign(this, {status, code: error.code, errors: error.errors || []});
+  }
+}
+
+const TOKEN = "roexec-token";
+const parameters = (values) => {
+  const given = Object.entries(values).filter(([, value]) => value || value === 0);
+  return given.length ? "?" + new URLSearchParams(given) : "";
+};
+
+async function send(target, {headers, ...options} = {}) {
+  const token = sessionStorage.getItem(TOKEN);
+  const response = await fetch("api/v1/" + target, {
+    credentials: "omit", ...options,
+    headers: {...headers, ...(token ? {Authorization: "Bearer " + token} : {})},
+  });
+  if (response.ok) return response;
+  let error = {};
+  try {
+    error = (await response.json()).error;
+  } catch (unreadable) { /* what is in front of the server has answered */ }
+  if (response.status === 401 && model.me) leave();
+  throw new Failure(response.status, error);
+}
+
+const ask = async (target, options) => (await send(target, options)).json();
+const post = (target, body) => ask(target, {method: "POST",
+  body: typeof body === "string" ? body : JSON.stringify(body)});
+const jobPath = (id) => "jobs/" + encodeURIComponent(id);
+const runPath = (id) => "runs/" + encodeURIComponent(id);
+
+// Server-sent events of a response: {type, id, data}; some are an id alone.
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", event = {type: "message", data: ""};
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const field = line.slice(0, line.indexOf(":")), text = line.slice(field.length + 2);
+      if (line === "") {
+        yield {...event, data: event.data && JSON.parse(event.data)};
+        event = {type: "message", id: event.id, data: ""};
+      } else if (field === "event") event.type = text;
+      else if (field === "id") event.id = text;
+      else if (field === "data") event.data += text;
+    }
+  }
+}
+
+// What is known, and how it stays true: lists once, then the server's events.
+
+const FAILED = ["failed", "timed_out", "lost"];
+const isBad = (run) => FAILED.includes(run.state);
+const isOver = (run) => !["queued", "running"].includes(run.state);
+const model = {me: null, jobs: new Map(), complete: false, active: new Map(), failed: [],
+  stale: new Set()};
+const can = (scope) => Boolean(model.me) && [scope, "*"].some((one) =>
+  model.me.scopes.includes(one));
+
+function takeJob(job) {
+  model.jobs.set(job.id, {...model.jobs.get(job.id), ...job});
+  model.stale.delete(job.id);
+}
+
+function takeRun(run) {
+  if (!run.step) {
+    if (isOver(run)) model.active.delete(run.id);
+    else model.active.set(run.id, run);
+    model.failed = model.failed.filter((other) => other.id !== run.id);
+    if (isBad(run)) model.failed = [run, ...model.failed].slice(0, 30);
+    const job = model.jobs.get(run.job_id);
+    if (job && run.finished_at && run.state !== "skipped") job.last_run = run;
+    model.stale.add(run.job_id);
+  }
+  if (view && view.took) view.took(run);
+  changed();
+}
+
+async function loadJobs() {
+  const seen = new Set();
+  let cursor = null;
+  do {
+    const page = await ask("jobs" + parameters({brief: 1, limit: cursor ? 500 : 40, cursor}));
+    page.jobs.forEach((job) => (seen.add(job.id), takeJob(job)));
+    cursor = page.next;
+    changed();
+  } while (cursor);
+  for (const id of model.jobs.keys()) if (!seen.has(id)) model.jobs.delete(id);
+  model.complete = true;
+  changed();
+}
+
+async function loadRuns() {
+  const [active, failed] = await Promise.all([
+    ask("runs" + parameters({state: "active", limit: 500})),
+    ask("runs" + parameters({state: FAILED.join(), limit: 20}))]);
+  model.active = new Map(active.runs.map((run) => [run.id, run]));
+  model.failed = failed.runs;
+  changed();
+}
+
+const pause = (length) => new Promise((done) => setTimeout(done, length));
+const stream = {last: null, stop: null};
+
+// A hidden tab keeps no connection: a browser has six for all tabs of one server.
+async function follow() {
+  for (;;) {
+    while (document.hidden || !can("run:list")) await pause(200);
+    stream.stop = new AbortController();
+    try {
+      await listen();
+    } catch (error) { /* it is tried again */ }
+    $("live").textContent = document.hidden ? "" : "reconnecting …";
+    await pause(document.hidden ? 0 : 2000);
+  }
+}
+
+async function listen() {
+  const response = await send("events", {signal: stream.stop.signal,
+    headers: stream.last ? {"Last-Event-ID": stream.last} : {}});
+  $("live").textContent = "live";
+  loadRuns();
+  for await (const event of eventsOf(response)) {
+    stream.last = event.id || stream.last;
+    if (event.type === "run") takeRun(event.data);
+    else if (event.type === "job") takeJobEvent(event.data);
+    else if (event.type === "reset") loadJobs();
+  }
+}
+
+function takeJobEvent({id, deleted}) {
+  if (deleted) model.jobs.delete(id);
+  else if (model.jobs.has(id)) model.stale.add(id);
+  else loadJobs();
+  if (view && view.tookJob) view.tookJob(id);
+  changed();
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden && stream.stop) stream.stop.abort();
+  else tick();
+});
+
+// Draw soon, but not more often than ten times a second.
+let waiting = 0, drawn = 0;
+function changed() {
+  waiting = waiting || setTimeout(() => {
+    waiting = 0;
+    drawn = Date.now();
+    draw();
+  }, Math.max(0, drawn + 100 - Date.now()));
+}
+
+// Views: functions of (argument, query) that give {title, render()} and, where they need it,
+// turned(query), took(run), tookJob(id), placed(), stop(). Their place is the address: #/run/ID.
+
+let view = null, where = "";
+
+function parseAddress() {
+  const [place, query] = location.hash.slice(1).split("?");
+  const [, name, argument] = place.split("/");
+  let decoded = "";
+  try {
+    decoded = decodeURIComponent(argument || "");
+  } catch (malformed) { /* then it is none of ours */ }
+  return {name: VIEWS[name] ? name : "overview", argument: decoded,
+    query: Object.fromEntries(new URLSearchParams(query))};
+}
+
+function address(name, argument, query) {
+  return "#/" + (name === "overview" ? "" : name)
+    + (argument ? "/" + encodeURIComponent(argument) : "") + parameters(query || {});
+}
+
+const places = new Map();           // address -> how far it was scrolled
+
+function openView() {
+  if (!model.me) return;
+  const {name, argument, query} = parseAddress();
+  if (view && where === name + "/" + argument) {
+    if (view.turned) view.turned(query);
+    return draw();
+  }
+  if (view && view.stop) view.stop();
+  const first = where === "";
+  where = name + "/" + argument;
+  view = VIEWS[name](argument, query);
+  for (const link of document.querySelectorAll("nav [data-view]")) {
+    if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  $("main").replaceChildren(view.render());
+  draw();
+  scrollTo(0, places.get(location.hash) || 0);
+  if (!first) $("main").focus({preventScroll: true});
+}
+
+function draw() {
+  if (!view || !$("main").firstElementChild) return;
+  morph($("main").firstElementChild, view.render());
+  document.title = printable(view.title) + " · roexec";
+  if (view.placed) view.placed();
+}
+
+// Keep something of a view in the address, without a new step in the history.
+function keepInAddress(values) {
+  const {name, argument, query} = parseAddress();
+  history.replaceState(null, "", address(name, argument, {...query, ...values}));
+  if (view.turned) view.turned({...query, ...values});
+  draw();
+}
+
+function say(text) {
+  $("said").replaceChildren(h("p", text));
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => $("said").replaceChildren(), 8000);
+}
+
+// What a promise gives, else null, and the person is told why.
+async function doing(promise, done) {
+  try {
+    const result = await promise;
+    if (done) say(done);
+    return result;
+  } catch (error) {
+    say(error.message);
+    return null;
+  }
+}
+
+// A button that asks again before it does something that cannot be undone.
+const asked = {key: null, timer: 0};
+function sure(key, text, action) {
+  const again = asked.key === key;
+  return button(again ? "Really " + text.toLowerCase() + "?" : text, () => {
+    clearTimeout(asked.timer);
+    asked.key = again ? null : key;
+    asked.timer = setTimeout(() => { asked.key = null; draw(); }, 4000);
+    if (again) action();
+    draw();
+  }, {class: again ? "danger sure" : "danger"});
+}
+
+const button = (text, onclick, attributes) =>
+  h("button", {type: "button", onclick, ...attributes}, text);
+
+// Parts that views share.
+
+const stateWord = (state) => state.replace("_", " ");
+const badge = (state) => h("span.badge." + state, stateWord(state));
+const blank = (trouble) => h("section", h("p.empty", trouble ? trouble.message : "Loading …"));
+const link = (name, argument, text = argument, attributes = {}) =>
+  h("a", {href: address(name, argument), ...attributes}, bdi(text));
+const tagLinks = (job) => job.tags.map((tag) =>
+  h("a.tag", {tabindex: -1, href: address("overview", "", {tag})}, bdi(tag)));
+const beginOf = (run) => run.started_at || run.slot || run.queued_at;
+
+function reasonOf(run) {
+  const told = run.signal || (run.exit_code ? "exit " + run.exit_code : run.reason);
+  return [told, run.message].filter(Boolean).join(": ");
+}
+
+function progress(run, usual) {
+  const begin = seconds(run.started_at);
+  if (begin === null || !usual) return h("div.progress");
+  const end = begin + usual;
+  return h("div.progress", {"data-begin": begin, "data-end": end,
+    style: {"--done": doneOf({begin, end})}});
+}
+
+function eta(run, usual) {
+  if (!run.started_at) return ["queued ", when(run.queued_at)];
+  return [when(run.started_at, "elapsed"), usual
+    ? [" · ", live("left", seconds(run.started_at) + usual)] : null];
+}
+
+// Bars of runs, oldest first: height is duration, colour is outcome.
+function bars(runs, count) {
+  const shown = runs.slice(0, count).reverse();
+  const longest = Math.max(0.001, ...shown.map((run) => run.duration || 0));
+  const bad = shown.filter((run) => isBad(run)).length;
+  return h("div.bars", {role: "img", "aria-label": "the last " + many(shown.length, "run")
+    + (bad ? ", " + bad + " of them failed" : "")},
+  shown.map((run) => mark(run, {"--high": run.duration === null ? 0.3
+    : (0.2 + 0.8 * Math.sqrt(run.duration / longest)).toFixed(2)})));
+}
+
+// A run in a picture.
+const mark = (run, style) => h("a", {class: run.state, href: address("run", run.id), tabindex: -1,
+  title: [stateWord(run.state), run.duration !== null && span(run.duration),
+    moment(seconds(beginOf(run)))].filter(Boolean).join(" · "), style});
+
+// A list of any length, of which only the rows in view exist. Their height is --row.
+class Rows {
+  constructor(label, drawRow) {
+    Object.assign(this, {drawRow, items: [], shown: new Map()});
+    this.node = h("div.rows", {role: "list", "aria-label": label, "data-keep": label});
+  }
+
+  window() {
+    const height = parseFloat(getComputedStyle(this.node).getPropertyValue("--row"));
+    const top = this.node.getBoundingClientRect().top;
+    const first = Math.max(0, Math.floor(-top / height) - 8);
+    const last = Math.min(this.items.length, Math.ceil((innerHeight - top) / height) + 8);
+    return {height, first, last: Math.max(first, last)};
+  }
+
+  place(again) {
+    const {height, first, last} = this.window();
+    this.node.style.height = this.items.length * height + "px";
+    const wanted = new Map();
+    for (let at = first; at < last; at++) wanted.set(this.items[at].id, at);
+    for (const [key, row] of this.shown) {
+      if (wanted.has(key) || row.contains(document.activeElement)) continue;
+      row.remove();
+      this.shown.delete(key);
+    }
+    let next = this.node.firstChild;
+    for (const [key, at] of wanted) {
+      const old = this.shown.get(key);
+      if (!old || again) this.drawAt(key, at, old);
+      const row = this.shown.get(key);
+      row.style.transform = `translateY(${at * height}px)`;
+      if (row === next) next = next.nextSibling;
+      else this.node.insertBefore(row, next);
+    }
+  }
+
+  drawAt(key, at, old) {
+    const row = h("div.row", {role: "listitem", "aria-posinset": at + 1,
+      "aria-setsize": this.items.length}, this.drawRow(this.items[at]));
+    if (old) {
+      row.style.cssText = old.style.cssText;
+      morph(old, row);
+    } else this.shown.set(key, row);
+  }
+}
+
+// Ask for what the rows in view lack, one request at a time.
+function filler(rows, lacks, fetchFor) {
+  let busy = false;
+  return async function look() {
+    const {first, last} = rows.window();
+    const wanted = busy ? [] : rows.items.slice(first, last).filter(lacks).slice(0, 40);
+    if (!wanted.length) return;
+    busy = true;
+    try {
+      await fetchFor(wanted);
+    } catch (error) {
+      say(error.message);
+      await pause(5000);
+    }
+    await pause(300);
+    busy = false;
+    draw();
+  };
+}
+
+// Overview: every job, what runs now, what failed lately.
+
+const KINDS = {
+  all: () => true,
+  running: (job, active) => active.has(job.id),
+  failing: (job) => Boolean(job.last_run) && isBad(job.last_run),
+  paused: (job) => job.paused || !job.enabled,
+  manual: (job) => !job.schedule.length,
+};
+
+// The jobs that the address asks for, by words and by tag.
+function matching({q, tag}) {
+  const words = (q || "").toLowerCase().split(/\s+/);
+  return [...model.jobs.values()].sort((a, b) => a.id < b.id ? -1 : 1).filter((job) => {
+    const all = [job.id, job.name, ...job.tags, ...job.words].join(" ").toLowerCase();
+    return words.every((word) => all.includes(word)) && (!tag || job.tags.includes(tag));
+  });
+}
+
+function searchField(query) {
+  return h("input", {type: "search", id: "search", placeholder: "Search jobs  ( / )",
+    "aria-label": "Search jobs", value: query.q || "", autocomplete: "off", spellcheck: "false",
+    oninput: (event) => keepInAddress({q: event.target.value})});
+}
+
+function activeByJob() {
+  const found = new Map();
+  for (const run of model.active.values()) {
+    const other = found.get(run.job_id);
+    if (!other || run.state === "running") found.set(run.job_id, run);
+  }
+  return found;
+}
+
+function overview(_, query) {
+  let active = new Map();
+  const rows = new Rows("Jobs", (job) => jobRow(job, active.get(job.id)));
+  const look = filler(rows, (job) => !job.recent || model.stale.has(job.id),
+    (jobs) => fetchRecent(jobs, {limit: 20}));
+
+  function render() {
+    active = activeByJob();
+    const found = matching(query), kind = KINDS[query.state] ? query.state : "all";
+    rows.items = found.filter((job) => KINDS[kind](job, active));
+    const chip = (name) => h("a.chip", {href: address("overview", "",
+      {...query, state: name === "all" ? "" : name}),
+    "aria-current": name === kind && "true"}, name[0].toUpperCase() + name.slice(1) + " ",
+    h("span.count", found.filter((job) => KINDS[name](job, active)).length));
+    return h("section.overview",
+      h("h1.hidden", "Overview"),
+      h("div.tools", searchField(query),
+        h("div.chips", Object.keys(KINDS).map(chip),
+          query.tag && h("a.chip", {"aria-current": "true",
+            href: address("overview", "", {...query, tag: ""})}, query.tag + " ×"))),
+      h("div.side", runningNow(), failedLately()),
+      h("div.jobs", !rows.items.length && h("p.empty",
+        model.jobs.size ? "No job matches." : model.complete
+          ? "No jobs yet: write a job file, and apply it." : "Loading …"),
+      kept(rows.node)));
+  }
+
+  function turned(values) {
+    query = values;
+    const field = $("search");
+    if (field && field !== document.activeElement) field.value = query.q || "";
+  }
+
+  return {title: "Overview", render, turned, placed() { rows.place(true); look(); },
+    scrolled() { rows.place(); look(); }};
+}
+
+function jobRow(job, run) {
+  const state = run ? run.state : job.paused ? "paused" : job.enabled ? "" : "disabled";
+  const last = job.last_run;
+  return [
+    h("div.what", link("job", job.id, job.id, {class: "name"}),
+      quiet(job.name && job.name !== job.id ? job.name : ""), tagLinks(job)),
+    h("div.schedule", job.schedule.length ? job.words.join(", ")
+      : "by hand"),
+    h("div.next", state === "paused" || state === "disabled" ? badge(state)
+      : job.schedule.length ? when(job.next_run) : quiet("–")),
+    bars(job.recent || [], 20),
+    h("div.last", run && run.state === "running"
+      ? [badge("running"), when(run.started_at, "elapsed"), progress(run, job.usual)]
+      : run ? [badge("queued"), when(run.queued_at)]
+        : last ? [badge(last.state), when(last.finished_at || last.started_at)]
+          : quiet("never ran"))];
+}
+
+function runningNow() {
+  const runs = [...model.active.values()].sort((a, b) =>
+    (a.state === "queued") - (b.state === "queued") || (beginOf(a) < beginOf(b) ? -1 : 1));
+  return sideList("Now", runs, "Nothing runs.", (run) => {
+    const usual = (model.jobs.get(run.job_id) || {}).usual;
+    return [quiet(eta(run, usual)), progress(run, usual)];
+  });
+}
+
+const failedLately = () => sideList("Failed lately", model.failed, "Nothing failed.", (run) =>
+  [quiet(when(run.finished_at || run.queued_at), " · ", reasonOf(run) || stateWord(run.state))]);
+
+function sideList(title, runs, none, drawRun) {
+  return h("section", {"aria-label": title}, h("h2", title, " ", h("span.count", runs.length)),
+    h("ul", runs.slice(0, 50).map((run) => h("li", {"data-key": run.id, class: run.state},
+      link("run", run.id, run.job_id), drawRun(run))), !runs.length && h("li.quiet", none)));
+}
+
+async function fetchRecent(jobs, options) {
+  const ids = jobs.map((job) => job.id).join();
+  const [found, history] = await Promise.all([
+    ask("jobs" + parameters({ids, brief: 1, limit: 100})),
+    can("run:list") ? ask("history" + parameters({jobs: ids, ...options})) : {jobs: {}}]);
+  found.jobs.forEach(takeJob);
+  for (const {id} of jobs) {
+    model.stale.delete(id);
+    const job = model.jobs.get(id);
+    if (job) Object.assign(job, {recent: (history.jobs[id] || {runs: []}).runs});
+  }
+}
+
+// Timeline: the hours before and after now; a click or the arrow keys tell what a slot became.
+
+function timeline(_, query) {
+  const known = new Map();          // job id -> {items, from, more}
+  const rows = new Rows("Timeline of jobs", (job) => timelineRow(job));
+  let chosen = {}, told = [h("p.quiet",
+    "Choose a run or a slot; what did not run is explained.")];
+  const hours = () => Number(query.hours) || 24;
+  const range = () => ({from: now() - hours() * 3600, to: now() + hours() * 3600});
+  const look = filler(rows, (job) => !known.has(job.id) || model.stale.has(job.id), fetchLines);
+  const timer = setInterval(draw, 30000);
+
+  async function fetchLines(jobs) {
+    const {from, to} = range(), ids = jobs.map((job) => job.id).join();
+    const [history, coming] = await Promise.all([
+      can("run:list") ? ask("history" + parameters({jobs: ids, since: instantOf(from), limit: 400}))
+        : {jobs: {}},
+      ask("next" + parameters({jobs: ids, from: instantOf(now()), to: instantOf(to), each: 200}))]);
+    for (const {id} of jobs) {
+      const past = history.jobs[id] || {runs: [], more: false};
+      const future = coming.slots.filter((slot) => slot.job_id === id);
+      model.stale.delete(id);
+      known.set(id, {cut: past.more ? seconds(past.runs[past.runs.length - 1]
+        .queued_at) : 0, items: itemsOf(past.runs, future)});
+    }
+  }
+
+  function timelineRow(job) {
+    const line = known.get(job.id) || {items: [], cut: 0};
+    const at = chosen.job === job.id ? chosen.at : null;
+    return [
+      h("div.what", link("job", job.id, job.id, {class: "name"})),
+      h("div.track", {tabindex: 0, role: "slider", "aria-label": "Timeline of " + job.id,
+        "aria-valuemin": 0, "aria-valuemax": Math.max(0, line.items.length - 1),
+        "aria-valuenow": Math.max(0, line.items.indexOf(chosen.item)),
+        "aria-valuetext": chosen.job === job.id && chosen.item ? describe(chosen.item)
+          : line.items.length + " runs and slots",
+        onclick: (event) => point(job, line, event), onkeydown: (event) => step(job, line, event)},
+      drawLine(line, range(), rows.node.clientWidth, at))];
+  }
+
+  function point(job, line, event) {
+    const box = event.currentTarget.getBoundingClientRect(), {from, to} = range();
+    const at = from + (event.clientX - box.left) / box.width * (to - from);
+    const near = (to - from) / box.width * 6;
+    const fits = line.items.filter((item) => at >= item.begin - near && at <= item.end + near);
+    const item = fits.sort((a, b) => Math.abs(a.begin + a.end - 2 * at)
+      - Math.abs(b.begin + b.end - 2 * at))[0];
+    choose(job, item, item && item.count < 2 ? item.begin : Math.round(at));
+  }
+
+  function step(job, line, event) {
+    const by = {ArrowRight: 1, ArrowLeft: -1, Home: -1e9, End: 1e9}[event.key];
+    if (event.key === "Enter" && chosen.item && chosen.item.run) {
+      location.hash = address("run", chosen.item.run.id);
+    } else if (by && line.items.length) {
+      event.preventDefault();
+      const here = chosen.job === job.id ? line.items.indexOf(chosen.item) : -1;
+      const start = here < 0 ? line.items.findIndex((item) => item.end > now()) : here + by;
+      const item = line.items[Math.min(line.items.length - 1, Math.max(0, start))];
+      choose(job, item, item.begin);
+    }
+  }
+
+  async function choose(job, item, at) {
+    chosen = {job: job.id, item, at};
+    const head = h("p", link("job", job.id), " ", item ? describe(item) : moment(at), " ",
+      item && item.run && h("a", {href: address("run", item.run.id)}, "Open the run"));
+    told = [head];
+    draw();
+    if (item && item.run && item.run.state !== "skipped") return;
+    const mine = chosen;
+    const said = await doing(ask(jobPath(job.id) + "/why"
+      + parameters({at: instantOf(item && item.count < 2 ? item.slot : at)})));
+    if (said && mine === chosen) {
+      told = [head, said.answers.map((answer) => answer.why.map((why) =>
+        h("p.why", why.text)))];
+      draw();
+    }
+  }
+
+  function render() {
+    rows.items = matching(query);
+    const {from, to} = range();
+    const zoom = (value) => h("a.chip", {"aria-current": value === hours() && "true",
+      href: address("timeline", "", {...query, hours: value === 24 ? "" : value})}, value + " h");
+    return h("section.timeline",
+      h("h1.hidden", "Timeline"),
+      h("div.tools", searchField(query),
+        h("div.chips", [6, 24, 72].map(zoom)), legend()),
+      h("div.scale", {"aria-hidden": "true"}, h("div.what"),
+        h("div.hours", hourMarks(from, to))),
+      !rows.items.length && h("p.empty", "No job matches."),
+      kept(rows.node),
+      h("div.told", {role: "region", "aria-label": "Explanation", "aria-live": "polite"},
+        told));
+  }
+
+  return {title: "Timeline", render, turned(values) {
+    if (values.hours !== query.hours) known.clear();
+    query = values;
+  }, placed() { rows.place(true); look(); }, scrolled() { rows.place(); look(); },
+  stop: () => clearInterval(timer)};
+}
+
+const legend = () => h("div.legend", {"aria-hidden": "true"},
+  ["succeeded", "failed", "timed_out", "running", "skipped"].map(badge));
+
+// What a line of the timeline shows, in order: {begin, end, state, slot, count, run}.
+function itemsOf(runs, slots) {
+  const items = runs.map((run) => {
+    const begin = seconds(beginOf(run));
+    const until = run.state === "skipped" ? seconds(run.last_slot) : seconds(run.finished_at);
+    return {begin, end: until || (isOver(run) ? begin : now()), state: run.state,
+      slot: seconds(run.slot), count: run.count || 1, run};
+  });
+  for (const slot of slots) {
+    const at = seconds(slot.slot);
+    items.push({begin: at, end: at, state: "slot", slot: at, count: 1, note: slot.mark});
+  }
+  return items.sort((a, b) => a.begin - b.begin);
+}
+
+function describe(item) {
+  const {run, note} = item;
+  if (!run) return "due " + moment(item.begin) + (note ? ", " + note : "");
+  return stateWord(run.state) + " " + moment(item.begin)
+    + (item.count > 1 ? " to " + moment(item.end) + ", " + item.count + " slots" : "")
+    + (run.duration ? ", took " + span(run.duration) : "")
+    + (run.reason ? ", reason: " + run.reason : "");
+}
+
+// One path for each state: a line with hundreds of runs costs as much as one with a few.
+function drawLine({items, cut}, {from, to}, width, at) {
+  const x = (instant) => Math.round((instant - from) / (to - from) * 10000) / 10;
+  const pixel = 1000 / Math.max(200, width);
+  const paths = {}, lanes = [];
+  let lastSlot = -10;
+  for (const item of items) {
+    if (item.end < from || item.begin > to) continue;
+    const begin = Math.max(0, x(item.begin));
+    const end = Math.max(begin + 3 * pixel, x(item.state === "running" ? now() : item.end));
+    const draw = (text) => { paths[item.state] = (paths[item.state] || "") + text; };
+    if (item.state === "slot") {
+      if (begin - lastSlot < 3 * pixel) continue;
+      draw(`M${begin} 11h${1.5 * pixel}v10h${-1.5 * pixel}z`);
+      lastSlot = begin;
+    } else {
+      let lane = lanes.findIndex((busy) => busy <= item.begin);
+      lane = Math.min(2, lane < 0 ? lanes.length : lane);
+      lanes[lane] = item.end;
+      draw(`M${begin} ${5 + lane * 8}h${end - begin}v${lane ? 6 : 22 - Math.min(2,
+        lanes.length - 1) * 8}h${begin - end}z`);
+    }
+  }
+  const line = (name, position) => svg("line", {class: name, x1: position, x2: position, y1: 0,
+    y2: 32, "vector-effect": "non-scaling-stroke"});
+  return svg("svg", {viewBox: "0 0 1000 32", preserveAspectRatio: "none", "aria-hidden": "true"},
+    cut > from && svg("rect", {class: "unknown", width: x(cut), height: 32}),
+    Object.entries(paths).map(([state, d]) => svg("path", {class: state, d})),
+    line("now", 500), at && line("chosen", x(at)));
+}
+
+function hourMarks(from, to) {
+  const step = [1, 2, 3, 6, 12, 24].find((hours) => (to - from) / 3600 / hours <= 12) * 3600;
+  const zone = new Date().getTimezoneOffset() * 60, marks = [];
+  for (let at = Math.ceil((from - zone) / step) * step + zone; at < to; at += step) {
+    const text = clock(at).slice(0, 5);
+    marks.push(h("span", {style: {left: (at - from) / (to - from) * 100 + "%"}},
+      text === "00:00" ? DAY.format(at * 1000) : text));
+  }
+  return marks;
+}
+
+// Job: its definition, its history, its controls.
+
+function job(id, query) {
+  let found = null, trouble = null, runs = [], cursor = "", slots = [], loading = false;
+  const rows = new Rows("Runs of " + id, runRow);
+
+  async function load() {
+    try {
+      found = await ask(jobPath(id));
+      const coming = found.schedule.length ? await ask(jobPath(id) + "/next?count=8") : null;
+      slots = coming ? coming.slots : [];
+      trouble = null;
+    } catch (error) {
+      trouble = error;
+    }
+    changed();
+  }
+
+  async function loadMore() {
+    if (loading || cursor === null || !can("run:list")) return;
+    loading = true;
+    const page = await doing(ask("runs" + parameters({job: id, limit: runs.length ? 500 : 100,
+      cursor})));
+    loading = false;
+    if (!page) return;
+    const have = new Set(runs.map((run) => run.id));
+    runs = [...runs, ...page.runs.filter((run) => !have.has(run.id))];
+    cursor = page.next;
+    changed();
+  }
+
+  function took(run) {
+    if (run.job_id !== id || run.step) return;
+    const at = runs.findIndex((other) => other.id === run.id);
+    if (at >= 0) runs[at] = {...runs[at], ...run};
+    else runs = [run, ...runs];
+    refresh();
+  }
+
+  const refresh = atMostEach(1000, load);
+
+  function render() {
+    if (!found) return blank(trouble);
+    const ended = runs.filter((run) => isOver(run) && run.state !== "skipped");
+    const good = ended.filter((run) => run.state === "succeeded").length;
+    const active = runs.filter((run) => !isOver(run));
+    rows.items = runs;
+    return h("section.job",
+      h("div.head",
+        h("h1", bdi(id), " ", active.length ? badge(active[0].state)
+          : found.paused ? badge("paused") : found.enabled ? null : badge("disabled")),
+        h("div.actions", jobActions())),
+      found.name && found.name !== id && h("p", found.name),
+      found.spec.description && h("p.text", found.spec.description),
+      h("dl.facts",
+        fact("Schedule", found.schedule.length ? found.schedule.map((text, at) =>
+          h("div", found.words[at] || text, " ", h("code", text))) : "by hand"),
+        fact("Next run", when(found.next_run), " ", quiet(exactly(found.next_run))),
+        found.paused_until && fact("Paused until", exactly(found.paused_until)),
+        fact("Succeeded", ended.length ? [Math.round(good / ended.length * 1000) / 10 + " %",
+          quiet(" of " + many(ended.length, "run"))] : "–"),
+        fact("Takes usually", found.usual ? span(found.usual) : "–"),
+        fact("Time zone", found.timezone), fact("Source", found.source),
+        found.tags.length > 0 && fact("Tags", tagLinks(found))),
+      h("div.columns",
+        h("section", h("h2", "Durations"), plot(ended.slice(0, 200).reverse())),
+        h("section.coming", h("h2", "Next"), slots.length ? h("ol",
+          slots.map((slot) => h("li", exactly(slot.slot), " ",
+            quiet(when(slot.slot), slot.mark && " · " + slot.mark))))
+          : h("p.quiet", "No schedule."))),
+      h("h2", "Definition"),
+      h("pre.code", {tabindex: 0, "aria-label": "Definition"},
+        found.yaml || JSON.stringify(found.spec, null, 2)),
+      h("h2", "History"),
+      !runs.length && h("p.quiet", "It never ran."),
+      kept(rows.node));
+  }
+
+  function jobActions() {
+    const [word, told] = found.paused ? ["Resume", "The job is resumed."]
+      : ["Pause", "The job is paused: its slots are skipped."];
+    return [
+      can("run:create") && button("Run …", () => runDialog(found), {class: "main"}),
+      can("job:pause") && button(word, () =>
+        doing(post(jobPath(id) + "/" + word.toLowerCase()), told).then(load)),
+      can("job:write") && h("a.button", {href: address("files", "", {job: id})}, "Edit")];
+  }
+
+  load();
+  loadMore();
+  const placed = (again) => {
+    if (!found) return;
+    rows.place(again);
+    if (rows.window().last > runs.length - 20) loadMore();
+  };
+  return {title: id, render, took, tookJob: (other) => { if (other === id) refresh(); },
+    placed: () => placed(true), scrolled: () => placed(false)};
+}
+
+function runRow(run) {
+  return [
+    h("div.what", link("run", run.id, run.id, {class: "name mono"}), quiet(run.trigger)),
+    h("div", badge(run.state)),
+    h("div", exactly(beginOf(run)), run.count > 1 && quiet(" … ", many(run.count, "slot"))),
+    h("div.number", run.state === "running" ? when(run.started_at, "elapsed")
+      : run.duration === null ? "–" : span(run.duration)),
+    h("div.quiet.reason", reasonOf(run))];
+}
+
+const fact = (label, ...value) => h("div", h("dt", label), h("dd", ...value));
+
+function atMostEach(length, action) {
+  let timer = 0;
+  return () => {
+    timer = timer || setTimeout(() => {
+      timer = 0;
+      action();
+    }, length);
+  };
+}
+
+// Durations over time: a dot for each run, at its place in time, linked to it.
+function plot(runs) {
+  const timed = runs.filter((run) => run.duration !== null);
+  if (!timed.length) return h("p.quiet.plot", "No runs have ended yet.");
+  const longest = Math.max(0.001, ...timed.map((run) => run.duration));
+  const first = seconds(beginOf(timed[0])), last = seconds(beginOf(timed[timed.length - 1]));
+  const placeOf = (run) => ({bottom: run.duration / longest * 100 + "%",
+    left: (seconds(beginOf(run)) - first) / Math.max(1, last - first) * 100 + "%"});
+  return h("div.plot", {role: "img", "aria-label": "Durations of "
+    + many(timed.length, "run") + ", up to " + span(longest)},
+  h("span.top", span(longest)), h("span.from", moment(first)), h("span.to", moment(last)),
+  h("div", timed.map((run) => mark(run, placeOf(run)))));
+}
+
+// A form for a run: what the job declares, and more for those who may define jobs.
+
+function runDialog(found) {
+  const declared = Object.entries(found.spec.params || {});
+  const names = Object.keys(found.spec.env || {});
+  const fields = [
+    ...declared.map(([name, param]) => paramField(name, param)),
+    names.length > 0 && h("details", {open: !declared.length}, h("summary", "Variables"),
+      names.map((name) => textField(name, "env", {placeholder: found.spec.env[name] || ""}))),
+    can("job:write") && h("label", "More variables, NAME=value on a line each",
+      h("textarea", {name: "more", rows: 2, spellcheck: "false"}))];
+  const failure = h("p.failure", {role: "alert"});
+  const form = h("form", {method: "dialog", onsubmit: async (event) => {
+    event.preventDefault();
+    try {
+      const run = await post(jobPath(found.id) + "/run", givenBy(form));
+      $("dialog").close();
+      location.hash = address("run", run.id);
+    } catch (error) {
+      failure.textContent = printable(error.message);
+    }
+  }},
+  h("h2", {id: "dialog-title"}, "Run ", bdi(found.id)), fields, failure,
+  h("div.actions", button("Close", () => $("dialog").close()),
+    h("button.main", "Run")));
+  $("dialog").replaceChildren(form);
+  $("dialog").showModal();
+}
+
+function paramField(name, param) {
+  const declared = param && typeof param === "object" ? param : {default: param};
+  const initial = declared.default, required = initial === undefined;
+  const values = declared.values || (declared.type === "boolean" && ["true", "false"]);
+  const text = [bdi(name), declared.description && quiet(" ", declared.description)];
+  if (!values) {
+    return textField(name, "params", {placeholder: initial, required,
+      type: declared.secret ? "password" : "text"}, text);
+  }
+  return h("label", text, h("select", {name, required, "data-kind": "params"},
+    required && h("option", {value: ""}, "–"), values.map((value) =>
+      h("option", {value, selected: String(value) === String(initial)}, String(value)))));
+}
+
+function textField(name, kind, attributes, text) {
+  return h("label", text || bdi(name), h("input", {name, type: "text",
+    "data-kind": kind, autocomplete: "off", spellcheck: "false", ...attributes}));
+}
+
+function givenBy(form) {
+  const given = {};
+  for (const field of form.elements) {
+    if (field.dataset.kind && field.value) {
+      given[field.dataset.kind] = {...given[field.dataset.kind], [field.name]: field.value};
+    }
+  }
+  for (const line of (form.elements.more ? form.elements.more.value : "").split("\n")) {
+    const at = line.indexOf("=");
+    if (at > 0) given.env = {...given.env, [line.slice(0, at).trim()]: line.slice(at + 1)};
+  }
+  return given;
+}
+
+// Run: what happened, the steps of a pipeline, the log.
+
+function run(id, query) {
+  let found = null, trouble = null, parent = null, steps = [], definition = null, log = null;
+
+  async function load() {
+    try {
+      found = await ask(runPath(id));
+      parent = found.parent ? await ask(runPath(found.parent)) : null;
+      steps = (await ask("runs" + parameters({parent: found.parent || id, steps: 1, limit: 1000})))
+        .runs;
+      definition = definition || await jobOf(found.job_id);
+      trouble = null;
+    } catch (error) {
+      trouble = error;
+    }
+    const first = found && !log && can("log:read");
+    if (first) log = new LogView(found, query.at);
+    draw();
+    if (first) log.open();
+  }
+
+  const refresh = atMostEach(500, load);
+
+  function render() {
+    if (!found) return blank(trouble);
+    const usual = found.step ? null : (definition || {}).usual;
+    const declared = ((definition || {}).spec || {}).pipeline;
+    return h("section.run",
+      h("div.head",
+        h("h1", link("job", found.job_id), parent && [" / ", bdi(found.step)],
+          " ", badge(found.state)),
+        h("div.actions", runActions())),
+      h("div.slim", isOver(found) ? h("p.text", reasonOf(found))
+        : [eta(found, usual), progress(found, usual)]),
+      h("dl.facts",
+        fact("Run", h("code", id)),
+        fact("Trigger", found.trigger, found.retry_of && [" of ", link("run", found.retry_of)]),
+        found.slot && fact("Slot", exactly(found.slot)),
+        parent && fact("Part of", link("run", parent.id)),
+        fact("Started", exactly(found.started_at) || "–"),
+        fact("Took", found.duration === null ? found.started_at && !found.finished_at
+          ? when(found.started_at, "elapsed") : "–" : span(found.duration)),
+        fact("Exit", found.signal || (found.exit_code ?? "–")),
+        fact("Node", found.node || "–"),
+        found.retry_at && fact("Next attempt", when(found.retry_at))),
+      declared && (steps.length || !isOver(found)) && graph(declared, steps, id),
+      found.attempts.length > 0 && attemptTable(found), log && kept(log.node));
+  }
+
+  function runActions() {
+    return [
+      !isOver(found) && can("run:cancel") && sure("cancel" + id, "Cancel", () =>
+        doing(post(runPath(id) + "/cancel"), "The run is told to end.").then(load)),
+      isOver(found) && found.state !== "skipped" && can("run:create") && !parent
+        && button("Retry", () => retry(found.id, {})),
+      parent && isOver(parent) && can("run:create")
+        && button("Retry from this step", () => retry(parent.id, {from: found.step}))];
+  }
+
+  async function retry(which, body) {
+    const made = await doing(post(runPath(which) + "/retry", body));
+    if (made) location.hash = address("run", made.id);
+  }
+
+  load();
+  return {title: "Run " + id, render, stop() { if (log) log.stop(); },
+    took(other) {
+      if ([other.id, other.parent].includes(id) || (found && other.parent === found.parent
+        && other.parent) || (found && other.id === found.parent)) refresh();
+    },
+    turned(values) { if (log && values.at) log.goTo(Number(values.at)); }};
+}
+
+async function jobOf(id) {
+  try {
+    return can("job:read") ? await ask(jobPath(id)) : null;
+  } catch (deleted) {
+    return null;
+  }
+}
+
+function attemptTable(found) {
+  const cell = (text) => h("td.number", text);
+  const known = (value, form) => value === null ? "–" : form(value);
+  return h("div.scroll", h("table",
+    h("thead", h("tr", ["Attempt", "Started", "Took", "Exit", "CPU", "Memory", "Output"]
+      .map((text) => h("th", {scope: "col"}, text)))),
+    h("tbody", found.attempts.map((attempt) => h("tr", cell(attempt.number),
+      h("td", exactly(attempt.started_at)),
+      cell(attempt.finished_at ? span(seconds(attempt.finished_at) - seconds(attempt.started_at))
+        : when(attempt.started_at, "elapsed")),
+      cell(attempt.signal || (attempt.exit_code ?? "–")), cell(known(attempt.cpu_seconds, span)),
+      cell(known(attempt.max_rss_bytes, size)), cell(known(attempt.output_bytes, size)))))));
+}
+
+// A pipeline as a graph: a column for each length of the longest way to a step.
+function graph(declared, runs, current) {
+  const states = new Map(runs.map((run) => [run.step, run]));
+  const needs = new Map(declared.map((step) => [step.id, [step.depends_on || []].flat()
+    .flatMap((one) => typeof one === "string" ? one : Object.keys(one))]));
+  const depth = new Map(), columns = [];
+  const depthOf = (id) => {
+    if (!depth.has(id)) {
+      depth.set(id, 0);
+      depth.set(id, Math.max(-1, ...(needs.get(id) || []).map(depthOf)) + 1);
+    }
+    return depth.get(id);
+  };
+  for (const {id} of declared) (columns[depthOf(id)] = columns[depthOf(id)] || []).push(id);
+  const place = new Map(columns.flatMap((ids, x) =>
+    ids.map((id, y) => [id, {x: x * 200, y: y * 52}])));
+  const high = Math.max(...columns.map((ids) => ids.length)) * 52 - 12;
+  const wide = columns.length * 200 - 40;
+  const edges = declared.flatMap(({id}) => (needs.get(id) || []).filter((one) => place.has(one))
+    .map((one) => {
+      const a = place.get(one), b = place.get(id);
+      return svg("path", {d: `M${a.x + 160} ${a.y + 20}C${a.x + 180} ${a.y + 20} ${b.x - 20} `
+        + `${b.y + 20} ${b.x} ${b.y + 20}`});
+    }));
+  return h("div.scroll.graph", {tabindex: 0, role: "group", "aria-label": "Steps"},
+    h("div", {style: {width: wide + "px", height: high + "px"}},
+      svg("svg", {width: wide, height: high, "aria-hidden": "true"}, edges),
+      declared.map(({id}) => {
+        const run = states.get(id), {x, y} = place.get(id);
+        const style = {left: x + "px", top: y + "px"};
+        const said = [h("i", {class: run ? run.state : "waits"}), h("span", bdi(id)),
+          quiet(run ? run.state === "running" && run.started_at
+            ? when(run.started_at, "elapsed")
+            : run.duration ? span(run.duration) : stateWord(run.state) : "waits")];
+        return run ? h("a.step", {href: address("run", run.id), style, "data-key": id,
+          title: id + ": " + stateWord(run.state),
+          "aria-current": run.id === current && "true"}, said)
+          : h("span.step", {style, "data-key": id, title: id}, said);
+      })));
+}
+
+// The log. Only a window of it is here: it grows at both ends as one scrolls, and loses lines at
+// the other end. A place in it is an offset of the API, which never changes: links to lines hold.
+
+const WINDOW = 1 << 16;             // bytes fetched at a time
+const SEARCHED = 1 << 20;           // bytes looked through at a time
+const MOST_LINES = 4000;
+const LONGEST_LINE = 4000;          // characters shown of one line
+
+class LogView {
+  constructor(run, at) {
+    Object.assign(this, {run, lines: [], begin: 0, end: 0, size: 0, errors: false, text: "",
+      marked: at ? Number(at) : null, ended: isOver(run), stuck: true, busy: false});
+    this.abort = new AbortController();
+    this.list = h("div.lines", {tabindex: 0, role: "log", "aria-label": "Log",
+      "aria-live": "off", onscroll: () => this.scrolled()});
+    this.status = quiet({role: "status"});
+    this.node = h("section.log", {"data-keep": "log", "aria-label": "Log"}, this.tools(),
+      this.list);
+  }
+
+  tools() {
+    const redraw = atMostEach(200, () => this.redraw());
+    return h("div.tools",
+      h("input", {type: "search", id: "log-search", placeholder: "Find in the log, Enter: next",
+        "aria-label": "Find in the log", spellcheck: "false", autocomplete: "off",
+        oninput: (event) => { this.text = event.target.value; redraw(); },
+        onkeydown: (event) => { if (event.key === "Enter") this.find(); }}),
+      h("label.check", h("input", {type: "checkbox", onchange: (event) => {
+        this.errors = event.target.checked;
+        this.open();
+      }}), "Only errors"),
+      this.status,
+      button("Start", () => this.goTo(0)),
+      button("End", () => { this.marked = null; this.open(); }),
+      button("Raw", () => this.download()));
+  }
+
+  stop() {
+    this.abort.abort();
+  }
+
+  ask(asked, Accept) {
+    return send(runPath(this.run.id) + "/logs" + parameters({...asked,
+      stream: this.errors ? "err" : ""}), {headers: {Accept}, signal: this.abort.signal});
+  }
+
+  // The lines of a window: {lines: [{at, next, time, stream, line}], next, size}.
+  async fetch(offset, limit) {
+    const response = await this.ask({offset, limit}, "text/event-stream");
+    const found = {lines: [], next: offset, size: Number(response.headers.get("Roexec-Log-Size"))};
+    if (response.status === 204) return found;
+    let at = offset;
+    for await (const event of eventsOf(response)) at = this.take(event, at, found);
+    return found;
+  }
+
+  take(event, at, found) {
+    if (event.type === "window") {
+      Object.assign(found, event.data);
+    } else if (event.type === "gap") {
+      found.lines.push({at, next: event.data.to, stream: "gap",
+        line: size(event.data.to - event.data.from) + " are left out here"});
+      return event.data.to;
+    } else if (event.type === "message" && event.data) {
+      const next = Number(event.id);
+      found.lines.push({...event.data, at, next});
+      return next;
+    }
+    return at;
+  }
+
+  async open(at = this.marked) {
+    this.abort.abort();
+    this.abort = new AbortController();
+    if (!this.run.log) {
+      this.show({lines: [], next: 0});
+      return this.follow();
+    }
+    try {
+      const head = await send(runPath(this.run.id) + "/logs", {method: "HEAD"});
+      this.size = Number(head.headers.get("Roexec-Log-Size"));
+      const from = Math.max(0, at === null ? this.size - WINDOW : at - WINDOW / 4);
+      const found = await this.fetch(from, WINDOW);
+      this.begin = found.lines.length && from ? found.lines[0].at : from;
+      this.show(found);
+      this.stuck = at === null;
+      if (at === null) this.list.scrollTop = this.list.scrollHeight;
+      else this.reveal();
+    } catch (error) {
+      return this.fail(error);
+    }
+    this.follow();
+  }
+
+  fail(error) {
+    if (error.name !== "AbortError") this.list.replaceChildren(h("p.quiet", error.message));
+  }
+
+  goTo(at) {
+    this.marked = at;
+    const here = this.lines.some((line) => line.at === at);
+    if (here) this.reveal();
+    else this.open(at);
+  }
+
+  reveal() {
+    this.redraw();
+    const line = this.list.querySelector(".marked") || this.list.firstElementChild;
+    if (line) line.scrollIntoView({block: "center"});
+  }
+
+  show(found) {
+    this.lines = found.lines;
+    this.end = found.next;
+    if (found.size) this.size = Math.max(this.size, found.size);
+    this.redraw();
+  }
+
+  redraw() {
+    const top = this.list.scrollTop;
+    this.list.replaceChildren(...this.lines.map((line) => this.draw(line)));
+    if (!this.lines.length) this.list.append(h("p.quiet",
+      this.errors ? "No errors here." : this.ended ? "No log." : "No output yet."));
+    this.list.scrollTop = top;
+    this.tell();
+  }
+
+  tell(text) {
+    const part = this.begin > 0 || this.end < this.size;
+    this.status.textContent = text
+      || (part ? this.percent(this.end) + " of " + size(this.size) : "");
+  }
+
+  percent(at) {
+    return Math.round(at / Math.max(1, this.size) * 100) + " %";
+  }
+
+  draw(line) {
+    const shown = line.line.slice(0, LONGEST_LINE), rest = line.line.length - shown.length;
+    return h("div.line." + line.stream + (line.at === this.marked ? ".marked" : ""),
+    h("a.at", {tabindex: -1, href: address("run", this.run.id, {at: line.at}),
+      title: line.time}, line.time && clock(seconds(line.time))),
+    h("span", ansi(shown).map(([text, style]) => this.highlight(text, style)),
+      rest > 0 && quiet(" … " + many(rest, "more character") + ": see Raw")));
+  }
+
+  highlight(text, style) {
+    const parts = [], wanted = this.text.toLowerCase(), lower = text.toLowerCase();
+    let from = 0;
+    for (let at; wanted && (at = lower.indexOf(wanted, from)) >= 0; from = at + wanted.length) {
+      parts.push(text.slice(from, at), h("mark", text.slice(at, at + wanted.length)));
+    }
+    parts.push(text.slice(from));
+    return style ? h("span", {class: style}, parts) : parts;
+  }
+
+  scrolled() {
+    const {scrollTop, clientHeight, scrollHeight} = this.list;
+    this.stuck = scrollTop + clientHeight > scrollHeight - 30;
+    if (scrollTop < 300 && this.begin > 0) this.grow(() => this.earlier());
+    else if (scrollTop + clientHeight > scrollHeight - 300 && this.end < this.size) {
+      this.grow(async () => this.add(await this.fetch(this.end, WINDOW)));
+    }
+  }
+
+  async grow(fetchMore) {
+    if (this.busy || this.following) return;
+    this.busy = true;
+    try {
+      await fetchMore();
+    } catch (error) {
+      this.fail(error);
+    }
+    this.busy = false;
+    this.follow();
+  }
+
+  async earlier() {
+    const from = Math.max(0, this.begin - WINDOW);
+    const found = await this.fetch(from, this.begin - from);
+    const lines = found.lines.filter((line) => line.at < this.begin);
+    const high = this.list.scrollHeight, top = this.list.scrollTop;
+    this.list.prepend(...lines.map((line) => this.draw(line)));
+    this.list.scrollTop = top + this.list.scrollHeight - high;
+    this.lines = [...lines, ...this.lines];
+    this.begin = from && lines.length ? lines[0].at : from;
+    this.cut(false);
+    this.tell();
+  }
+
+  add(found) {
+    const stuck = this.stuck && this.following;
+    if (!this.lines.length && found.lines.length) this.list.replaceChildren();
+    this.list.append(...found.lines.map((line) => this.draw(line)));
+    this.lines.push(...found.lines);
+    this.run.log = true;
+    this.end = found.next;
+    this.size = Math.max(this.size, this.end, found.size || 0);
+    this.cut(true);
+    if (stuck) this.list.scrollTop = this.list.scrollHeight;
+    this.tell();
+  }
+
+  // Let go of lines at one end.
+  cut(first) {
+    const over = this.lines.length - MOST_LINES;
+    if (over <= 0) return;
+    const top = this.list.scrollHeight;
+    const gone = first ? this.lines.splice(0, over) : this.lines.splice(-over);
+    gone.forEach(() => (first ? this.list.firstChild : this.list.lastChild).remove());
+    if (first) {
+      this.list.scrollTop -= top - this.list.scrollHeight;
+      this.begin = this.lines[0].at;
+    } else this.end = gone[0].at;
+  }
+
+  // What is still being written, several lines at a time.
+  async follow() {
+    if (this.following || this.ended && this.end >= this.size || this.end < this.size) return;
+    this.following = true;
+    const {signal} = this.abort, found = {lines: []};
+    let timer = 0, at = this.end;
+    const flush = () => {
+      timer = 0;
+      if (!signal.aborted) this.add({lines: found.lines.splice(0), next: at});
+    };
+    try {
+      const response = await this.ask({offset: at, follow: 1}, "text/event-stream");
+      for await (const event of response.status === 204 ? [] : eventsOf(response)) {
+        at = this.take(event, at, found);
+        timer = timer || setTimeout(flush, 80);
+      }
+      this.ended = true;
+    } catch (error) {
+      if (!signal.aborted) setTimeout(() => this.follow(), 3000);
+    }
+    this.following = false;
+  }
+
+  // The next line with the text, here or in what is not here: that is looked through as text, which
+  // is ten times as fast as line by line.
+  async find() {
+    const wanted = this.text.toLowerCase();
+    if (!wanted) return;
+    const has = (line) => line.line.toLowerCase().includes(wanted);
+    const after = this.marked ?? -1;
+    const here = this.lines.find((line) => line.at > after && has(line));
+    if (here) return this.mark(here);
+    const start = this.end;
+    let from = start >= this.size ? 0 : start, turned = from === 0;
+    try {
+      while (!turned || from < start) {
+        this.tell("searching … " + this.percent(from));
+        const response = await this.ask({offset: from, limit: SEARCHED}, "text/plain");
+        if ((await response.text()).toLowerCase().includes(wanted)) {
+          const line = (await this.fetch(from, SEARCHED)).lines.find(has);
+          if (line) return this.mark(line);
+        }
+        const next = Number(response.headers.get("Roexec-Next-Offset"));
+        from = next > from ? next : this.size;
+        if (from >= this.size && !turned) [from, turned] = [0, true];
+      }
+      this.tell("not found");
+    } catch (error) {
+      this.fail(error);
+    }
+  }
+
+  mark({at}) {
+    history.replaceState(null, "", address("run", this.run.id, {at}));
+    this.goTo(at);
+  }
+
+  async download() {
+    const response = await doing(send(runPath(this.run.id) + "/logs?raw=1"));
+    if (!response) return;
+    const url = URL.createObjectURL(await response.blob());
+    h("a", {href: url, download: this.run.job_id + "-" + this.run.id + ".log"}).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60000);
+  }
+}
+
+// Escape sequences of terminals: colours from a table of sixteen, everything else is dropped.
+// What a carriage return overwrites is not shown either.
+
+const ESCAPE = /\x1b(?:\[([\d;:]*)[ -/]*([@-~])|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])/g;
+
+function ansi(text) {
+  const shown = text.replace(/\r+$/, "").split("\r").pop();
+  const pieces = [], style = new Map();
+  let from = 0;
+  const put = (piece) => piece && pieces.push([piece, [...style.values()].join(" ")]);
+  for (const found of shown.matchAll(ESCAPE)) {
+    put(shown.slice(from, found.index));
+    from = found.index + found[0].length;
+    if (found[2] === "m") setStyle(style, found[1].split(/[;:]/).map(Number));
+  }
+  put(shown.slice(from));
+  return pieces;
+}
+
+function setStyle(style, codes) {
+  for (let at = 0; at < codes.length; at++) {
+    const code = codes[at];
+    if (code === 0) style.clear();
+    else if (code === 1) style.set("weight", "bold");
+    else if (code === 22) style.delete("weight");
+    else if (code === 38 || code === 48) {           // of 256 the first sixteen are the table
+      if (code === 38 && codes[at + 1] === 5) style.set("colour", "c" + codes[at + 2]);
+      at += codes[at + 1] === 5 ? 2 : 4;
+    } else if (code >= 30 && code <= 37) style.set("colour", "c" + (code - 30));
+    else if (code >= 90 && code <= 97) style.set("colour", "c" + (code - 82));
+    else if (code === 39) style.delete("colour");
+  }
+}
+
+// Job files: write, check against the server, apply.
+
+const EXAMPLE = `jobs:
+  - id: backup-db
+    schedule: "0 2 * * *"
+    command: /usr/local/bin/backup.sh
+`;
+
+function files(_, query) {
+  let text = "", result = null, failure = null, checked = null, busy = false;
+  const area = h("textarea", {id: "file", spellcheck: "false", "aria-label": "Job file", rows: 18,
+    placeholder: EXAMPLE, oninput() { text = area.value; changed(); }});
+  const editor = h("div.editor", {"data-keep": "editor"}, area);
+  const put = (value) => { area.value = text = value; checked = null; changed(); };
+
+  async function begin(id) {
+    const exported = await doing(send("export" + parameters({jobs: id})));
+    if (exported) put(await exported.text());
+  }
+
+  async function submit(dry) {
+    const sent = text;
+    busy = true;
+    try {
+      result = await post("apply" + parameters({dry_run: dry ? 1 : ""}), sent);
+      failure = null;
+      checked = dry ? sent : null;
+      if (!dry) { loadJobs(); say("Applied."); }
+    } catch (error) {
+      [failure, result, checked] = [error, null, null];
+    }
+    busy = false;
+    changed();
+  }
+
+  function goTo({line, column}) {
+    const lines = text.split("\n");
+    const at = lines.slice(0, line - 1).join("\n").length + (line > 1 ? 1 : 0);
+    area.focus();
+    area.setSelectionRange(at + (column || 1) - 1, at + (lines[line - 1] || "").length);
+    area.scrollTop = (line - 4) * parseFloat(getComputedStyle(area).lineHeight);
+  }
+
+  function render() {
+    const changes = result ? result.changes.filter((one) => one.change !== "unchanged") : [];
+    return h("section.files",
+      h("div.head", h("h1", "Job files"), h("div.actions",
+        h("label.button", "Open a file …", h("input", {type: "file", class: "hidden",
+          onchange: async (event) => put(await event.target.files[0].text())})),
+        button("Check", () => submit(true), {disabled: busy || !text.trim()}),
+        button("Apply", () => submit(false), {class: "main", disabled: busy || checked !== text
+          || !changes.length}))),
+      h("p.quiet", "The server checks a file first, and shows what would change."),
+      kept(editor),
+      h("div.result", {"aria-live": "polite"}, failure && problems(), result && [
+        h("h2", changes.length ? many(changes.length, "change")
+          + (result.dry_run ? ", not applied yet" : " applied") : "Nothing would change"),
+        result.warnings.map((warning) => h("p.warning", warning)),
+        changes.map(difference)]));
+  }
+
+  function problems() {
+    if (!failure.errors.length) return h("p.failure", failure.message);
+    return [h("h2", many(failure.errors.length, "error")),
+      h("ul.errors", failure.errors.map((error) => h("li",
+        error.line && button(error.line + ":" + (error.column || 1), () => goTo(error)), " ",
+        error.path && h("code", error.path), " ", error.message)))];
+  }
+
+  if (query.job) begin(query.job);
+  return {title: "Job files", render};
+}
+
+function difference(change) {
+  const lines = (change.diff || "").split("\n").filter((line) => !/^(---|\+\+\+|$)/.test(line));
+  return h("div", h("h2", badge(change.change), " ", bdi(change.id)),
+    change.diff && h("pre.code", {tabindex: 0, "aria-label": "Difference"}, lines.map((line) =>
+      h("span", {class: {"+": "plus", "-": "minus", "@": "quiet"}[line[0]]}, line + "\n"))));
+}
+
+// Who looks: the owner on this host, or a token, which is kept for this tab only.
+
+function signIn() {
+  const failure = h("p.failure", {role: "alert"});
+  const field = h("input", {type: "password", id: "token", autocomplete: "off", required: true});
+  $("main").replaceChildren(h("form.sign-in", {onsubmit: async (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(TOKEN, field.value.trim());
+    failure.textContent = "";
+    if (!await enter()) failure.textContent = "This token is not valid here.";
+  }},
+  h("h1", "Sign in"),
+  h("p.quiet", "Who is not this server's user on its own host needs a token: ",
+    h("code", "roexec token create")),
+  h("label", "Token", field), failure,
+  h("button.main", "Sign in")));
+  document.title = "Sign in · roexec";
+  field.focus();
+}
+
+function leave() {
+  sessionStorage.removeItem(TOKEN);
+  location.reload();
+}
+
+async function enter() {
+  loadJobs().catch((error) => model.me && say(error.message));
+  try {
+    model.me = await ask("me");
+  } catch (error) {
+    sessionStorage.removeItem(TOKEN);
+    if (error.status !== 401) $("main").replaceChildren(blank(error));
+    else if (!$("token")) signIn();
+    return false;
+  }
+  const {now: theirs, owner, name} = model.me;
+  skew = seconds(theirs) - Date.now() / 1000;
+  $("who").replaceChildren(quiet(owner ? "owner" : name), sessionStorage.getItem(TOKEN)
+    ? button("Sign out", leave) : "");
+  for (const link of document.querySelectorAll("nav a")) {
+    link.hidden = link.dataset.view === "files" && !can("job:write");
+  }
+  openView();
+  return true;
+}
+
+const VIEWS = {overview, timeline, job, run, files};
+
+addEventListener("hashchange", openView);
+let frame = 0;
+addEventListener("scroll", () => {
+  places.set(location.hash, scrollY);
+  frame = frame || requestAnimationFrame(() => {
+    frame = 0;
+    if (view && view.scrolled) view.scrolled();
+  });
+}, {passive: true});
+addEventListener("resize", draw);
+addEventListener("keydown", (event) => {
+  const field = $("search") || $("log-search");
+  if (event.key === "/" && field && !/input|textarea|select/i.test(event.target.tagName)) {
+    event.preventDefault();
+    field.focus();
+  }
+});
+$("skip").onclick = () => $("main").focus();
+history.scrollRestoration = "manual";
+setInterval(tick, 1000);
+follow();
+enter();
+"""
+
+
+def web_page():
+    """The page (bytes) and the headers {name: text} that it is to be sent with.
+
+    By its policy (Content Security Policy Level 3) only this script runs and only this style holds,
+    it can ask nobody but this server, and nobody can put it into a frame.
+    """
+    page = _HTML.replace("__STYLE__", _STYLE).replace("__SCRIPT__", _SCRIPT)
+    policy = ("default-src 'none'", f"script-src {_source(_SCRIPT)}",
+              f"style-src {_source(_STYLE)}", "connect-src 'self'", "img-src data:",
+              "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+              "require-trusted-types-for 'script'", "trusted-types 'none'")
+    return page.encode(), {"Content-Security-Policy": "; ".join(policy),
+                           "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+
+
+def _source(text):
+    """What names a text between tags in a policy: its hash."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 # ==== 18 api ======================================================================================
@@ -12153,16 +14081,24 @@ def _get_health(request, store):
     return json_response({"status": "ok"})
 
 
+def _get_page(request, store):
+    """The web page, which then asks as any client."""
+    body, headers = web_page()
+    return Response(status=200, type="text/html; charset=utf-8", headers=headers, body=body,
+                    until=math.inf)
+
+
 def _get_jobs(request, store):
-    options = request.options(("limit", "cursor", "tag", "state", "brief"))
+    options = request.options(("limit", "cursor", "tag", "state", "brief", "ids"))
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
     states, tag, brief = _words_of(options, "state", _JOB_STATES), options.get("tag"), _flag(
         options, "brief")
-    filters = ("jobs", states, tag)
+    ids = _job_list(options, _MOST_HISTORIES, "ids") if "ids" in options else None
+    filters = ("jobs", states, tag, ids)
     last, jobs, until, now = _seen(options, filters) or "", [], math.inf, time.time()
     with store.read() as db:
         while len(jobs) <= limit:
-            rows = list_jobs(db, last, limit + 1)
+            rows = list_jobs(db, last, limit + 1) if ids is None else _rows_after(db, ids, last)
             if not rows:
                 break
             last = rows[-1]["id"]
@@ -12174,6 +14110,11 @@ def _get_jobs(request, store):
     jobs = [_shown_job(job, request.caller, brief) for job in jobs[:limit]]
     cursor = _cursor(jobs[-1]["id"], filters) if more else None
     return json_response(page("jobs", jobs, cursor)).changed(until=until)
+
+
+def _rows_after(db, ids, last):
+    rows = (find_job(db, job_id) for job_id in sorted(ids) if job_id > last)
+    return [row for row in rows if row is not None]
 
 
 _JOB_STATES = ("running", "queued", "paused", "disabled", "scheduled", "manual")
@@ -12725,11 +14666,11 @@ def _get_history(request, store):
     return json_response({"jobs": histories}).changed(until=math.inf)
 
 
-def _job_list(options, most):
+def _job_list(options, most, name="jobs"):
     """The ids of jobs in a list with commas; raises Refusal for none, or for more than so many."""
-    ids = list(dict.fromkeys(filter(None, options.get("jobs", "").split(","))))
+    ids = list(dict.fromkeys(filter(None, options.get(name, "").split(","))))
     if not 1 <= len(ids) <= most:
-        raise Refusal(400, "bad_request", f"jobs: give the ids of 1 to {most} jobs, with commas")
+        raise Refusal(400, "bad_request", f"{name}: give the ids of 1 to {most} jobs, with commas")
     return ids
 
 
@@ -13405,6 +15346,7 @@ class Route(Value):
 
 ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
                for method, path, scope, handler in (
+    ("GET", "/", OPEN, _get_page),
     ("GET", "/api/v1/health", OPEN, _get_health),
     ("GET", "/api/v1/jobs", "job:read", _get_jobs),
     ("GET", "/api/v1/jobs/{}", "job:read", _get_job),
@@ -13448,7 +15390,8 @@ def find_routes(path):
     for route in ROUTES:
         wanted = route.parts
         if len(wanted) == len(parts) and wanted[-1] in ("{}", parts[-1]) and all(
-                want in ("{}", part) and part for want, part in zip(wanted[1:], parts[1:])):
+                want == part or want == "{}" and part
+                for want, part in zip(wanted[1:], parts[1:])):
             found[route.method] = route
             arguments = tuple(_unquoted(part) for want, part in zip(wanted, parts) if want == "{}")
     if "GET" in found:
