@@ -956,10 +956,9 @@ def _day_of(rule, length, first):
 def _puzzled(item, field):
     """The refusal of an item that means nothing in its field."""
     _, least, largest, _, names = field
-    hint = f"{least}-{largest}" + (f" or {names[0]}-{names[-1]}".lower() if names else "")
-    hint = f"a number {hint}, a list 1,3, a range 1-5, or a step */2"
-    if item[:3].upper() in names:
-        hint = item[:3].lower()
+    hint = f" or {names[0]}-{names[-1]}".lower() if names else ""
+    hint = f"a number {least}-{largest}{hint}, a list 1,3, a range 1-5, or a step */2"
+    hint = item[:3].lower() if item[:3].upper() in names else hint
     return ValueError(f'"{item}" is not understood; write {hint}')
 
 
@@ -1043,19 +1042,26 @@ _CHUNK = 3 * 86400
 _LARGEST_SHIFT = 3 * 3600                       # a larger change is a correction: cron(8)
 
 
-def _change_near(chunk, zone):
-    """(instant, offset before, offset after) of a change in the chunk, or an instant before it."""
+def _change_near(chunk, zone, likely):
+    """(instant, offset before, offset after) of a change in the chunk, or an instant before it.
+
+    `likely` is another change, since most come at the same time of the week.
+    """
     def offset(second):
         return datetime.datetime.fromtimestamp(second, zone).utcoffset()
 
     low = chunk * _CHUNK - _LARGEST_SHIFT       # the end of an earlier fold may be in the chunk
     high = (chunk + 1) * _CHUNK
     before, after = offset(low), offset(high)
-    instant = high if before != after else low
+    instant = high if before != after else min(low, likely)
+    likely = low + (likely - low) % (7 * 86400)
+    probes = [likely - 1, likely]
     while before != after and instant - low > 1:
         middle = (low + instant) // 2
-        if instant - low > 3600:                # most changes are at a full hour
-            middle = (low + instant) // 7200 * 3600
+        if probes:
+            middle = min(max(low + 1, probes.pop()), instant - 1)
+        elif instant - low > 3600:              # most changes are at a full hour
+            middle = max(low + 1, middle // 3600 * 3600)
         elif instant % 3600 == 0:
             middle = instant - 1
         low, instant = (middle, instant) if offset(middle) == before else (low, middle)
@@ -1130,11 +1136,13 @@ class Cron:
         if self._times is None:
             return self._period and (after // self._period + 1) * self._period
         zone, second = self.zone or zone, max(after + 1, _FIRST)
-        limit = min(after + _HORIZON, _LAST)
+        limit, asked, found = min(after + _HORIZON, _LAST), 1, 0
         while second <= limit:
             begin, end, offset, floor = self._stretch(second, zone)
             local = floor if second == begin else max(floor, second + offset)
-            slot = max(begin, self._times.nearest(local, 1) - offset)
+            if not asked <= local <= found:
+                asked, found = local, self._times.nearest(local, 1)
+            slot = max(begin, found - offset)
             if slot < end:
                 return slot
             second = end if end - second < _NEAR else max(end, slot - _NEAR)
@@ -1145,13 +1153,14 @@ class Cron:
         if self._times is None:
             return self._period and (before - 1) // self._period * self._period
         zone, second = self.zone or zone, min(before - 1, _LAST)
-        limit = max(before - _HORIZON, _FIRST)
+        limit, asked, found = max(before - _HORIZON, _FIRST), 0, 1
         while second >= limit:
             begin, _, offset, floor = self._stretch(second, zone)
-            local = self._times.nearest(second + offset, -1)
-            if local >= floor:
-                return max(begin, local - offset)
-            second = begin - 1 if second - begin < _NEAR else min(begin, local - offset + _NEAR) - 1
+            if not found <= second + offset <= asked:
+                asked, found = second + offset, self._times.nearest(second + offset, -1)
+            if found >= floor:
+                return max(begin, found - offset)
+            second = begin - 1 if second - begin < _NEAR else min(begin, found - offset + _NEAR) - 1
         return None
 
     def slots(self, start, end, zone):
@@ -1183,7 +1192,7 @@ class Cron:
         """
         chunk, known = second // _CHUNK, self._known
         if known[0] != chunk or known[1] is not zone:
-            known = self._known = (chunk, zone, *_change_near(chunk, zone))
+            known = self._known = (chunk, zone, *_change_near(chunk, zone, known[2]))
         _, _, change, before, after = known
         begin = chunk * _CHUNK
         if second < change:
@@ -1609,7 +1618,7 @@ def _shell(value, place):
                          "command as a list")
     words = _line(value, place).split()
     if len(words) > 1:
-        raise ValueError(f"write program and options as a list: [{', '.join(words)}]")
+        raise ValueError(f"write program and options as a list: [{', '.join(words + ['-c'])}]")
     return words[0]
 
 
@@ -2570,6 +2579,9 @@ class _StoreSettings(_Record):
     def check(cls, spec):
         if spec.get("type") == "sqlite" and "path" not in spec:
             raise ValueError("type: sqlite needs path:, the database file")
+        if spec.get("type") == "sqlite" and not spec["path"].endswith(".db"):
+            raise ValueError("path: the name of a database file ends in .db; write for example "
+                             f"{spec['path']}.db")
 
 
 class _SchedulerSettings(_Record):
@@ -2721,7 +2733,7 @@ def read_crontab(text, file, owner, me):
     """The Crontab of a text (str, or UTF-8 bytes), which its notes call `file`.
 
     `owner` is the user whose crontab it is; None for a system crontab, which names a user in each
-    line. The jobs of another user than `me` are disabled. Raises RoexecError if it is not UTF-8.
+    line. The jobs of another user than `me` say so. Raises RoexecError if it is not UTF-8.
     """
     if isinstance(text, bytes):
         try:
@@ -2803,8 +2815,9 @@ class _CrontabReader:
         if comment:
             spec["description"] = comment
         if owner != self.me:
-            spec["enabled"] = False
-            notes.append(f"it is to run as {owner}; that is not supported yet, so it is disabled")
+            spec["user"] = owner
+            if self.me != "root":
+                notes.append(f"it runs as {owner}, which takes a server that root runs")
         self.jobs.append((_check_job(spec), [f"line {number}: {text}" for text in notes]))
         for text in notes:
             self.note(number, text)
@@ -17166,9 +17179,6 @@ def locate_store(given, config):
     """The absolute path of the store that --store, $ROEXEC_STORE or the configuration names; None
     where none does. Raises RoexecError."""
     path = given or os.environ.get("ROEXEC_STORE")
-    if not path and config.store.type == "sqlite" and not config.store.path.endswith(".db"):
-        raise RoexecError(f"store.path: the name of a database file ends in .db; write for example "
-                          f"{config.store.path}.db")
     path = path or config.store.path
     return path and _absolute(path)
 

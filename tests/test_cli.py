@@ -1016,16 +1016,16 @@ def test_what_cannot_be_carried_over_is_told_with_its_line_and_status_1(cli, sto
         1, "roexec: cannot read nowhere: No such file or directory\n")
 
 
-def test_the_jobs_of_another_user_are_imported_disabled(cli):
+def test_the_jobs_of_another_user_are_imported_with_that_user(cli):
     me = roexec.owner_name(os.geteuid())
     text = f"@daily {me} mine\n@daily nobody-else other\n"
     status, out, err = cli("import crontab - --system", stdin=text)
-    assert status == 0 and "<stdin>:2: it is to run as nobody-else" in err
+    assert status == 0 and ("<stdin>:2: it runs as nobody-else" in err) is (me != "root")
     jobs = roexec.load_yaml(out)["jobs"]
-    assert [(job["id"], job.get("enabled", True)) for job in jobs] == [
-        ("mine", True), ("other", False)]
-    assert "enabled: false" in cli("import crontab - --user nobody-else", stdin="@daily x\n")[1]
-    assert "enabled" not in cli(f"import crontab - --user {me}", stdin="@daily x\n")[1]
+    assert [(job["id"], job.get("user")) for job in jobs] == [
+        ("mine", None), ("other", "nobody-else")]
+    assert "user: nobody-else" in cli("import crontab - --user nobody-else", stdin="@daily x\n")[1]
+    assert "user:" not in cli(f"import crontab - --user {me}", stdin="@daily x\n")[1]
 
 
 @pytest.mark.parametrize("path, system", [

@@ -87,14 +87,21 @@ def test_debians_system_crontab_is_carried_over_whole_for_root():
         "env": {"PATH": "/usr/local/sbin:/usr/local/bin:/sbin:/bin:/usr/sbin:/usr/bin"}}}
 
 
-def test_jobs_of_another_user_are_disabled_and_told_line_by_line():
+def test_jobs_of_another_user_name_it_and_are_told_line_by_line():
     lines = SYSTEM + "* * * * * www-data [ -x /usr/lib/php/sessionclean ]; /bin/php-clean\n"
     crontab, jobs = imported(lines, owner=None)
     assert len(crontab.notes) == 5 and crontab.complete
-    assert crontab.notes[0].startswith("tab:18: it is to run as root; that is not supported yet")
-    assert not any(job.enabled for job in jobs.values())
-    assert "\n  # line 23: it is to run as www-data; " in crontab.text
+    assert crontab.notes[0] == "tab:18: it runs as root, which takes a server that root runs"
+    assert all(job.enabled for job in jobs.values())
+    assert [job.user for job in jobs.values()] == ["root"] * 4 + ["www-data"]
+    assert "\n  # line 23: it runs as www-data, " in crontab.text
     assert jobs["php-clean"].command == "[ -x /usr/lib/php/sessionclean ]; /bin/php-clean"
+
+
+def test_root_is_told_nothing_of_the_users_of_its_jobs_and_has_none_itself():
+    crontab = read_crontab(SYSTEM + "* * * * * www-data /bin/true\n", "tab", None, "root")
+    assert [spec.get("user") for spec in crontab.jobs] == [None] * 4 + ["www-data"]
+    assert not crontab.notes
 
 
 USER = """\

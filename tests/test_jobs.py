@@ -301,7 +301,7 @@ def test_names_of_variables_keep_their_dashes_and_underscores():
     ('condition: ""',
      '4:14: condition: the command is empty; to do nothing write "true" or ":"'),
     ("shell: /bin/bash -eu",
-     "4:10: shell: write program and options as a list: [/bin/bash, -eu]"),
+     "4:10: shell: write program and options as a list: [/bin/bash, -eu, -c]"),
     ("shell: false", "4:10: shell: false is not a program; to do without a shell write the command "
                      "as a list"),
     ("directory: ~", '4:14: directory: ~ means null in YAML; write "~" in quotes for the home '
@@ -985,6 +985,8 @@ def test_a_host_that_was_set_to_its_default_was_set():
     ("store: {type: s3}", '1:15: store.type: "s3" is not supported yet'),
     ("store: {type: postgres}", '1:15: store.type: "postgres" is none of local, sqlite'),
     ("store: {type: sqlite}", "1:8: store: type: sqlite needs path:, the database file"),
+    ("store: {type: sqlite, path: /srv/runs}", "1:8: store: path: the name of a database file ends "
+     "in .db; write for example /srv/runs.db"),
     ("store: {bucket: x}", '1:9: "bucket" is not supported yet'),
     ("store: {path: ~/x}", '1:15: store.path: "~/x": the home folder depends on who reads this; '
                            'write the path from "/"'),
