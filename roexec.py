@@ -224,7 +224,10 @@ def parse_size(written):
     if not found:
         raise ValueError(f'"{text}" is not a size; write for example 512M, 1.5GiB or 4096')
     power = "KMGT".index(found[2]) + 1 if found[2] else 0
-    return int(float(found[1]) * (1000 if found[4] else 1024) ** power)
+    size = float(found[1]) * (1000 if found[4] else 1024) ** power
+    if size >= 1 << 63:                 # what no file and no limit of a system can be
+        raise ValueError(f'"{text[:40]}" is too large for a size')
+    return int(size)
 
 
 def format_size(number):

@@ -255,3 +255,9 @@ def test_values_are_equal_if_all_is():
 def test_the_errors_of_a_person_are_no_errors_of_the_program():
     assert issubclass(RoexecError, Exception) and not issubclass(RoexecError, ValueError)
     assert issubclass(roexec.YamlError, RoexecError) and issubclass(roexec.CronError, RoexecError)
+
+
+@pytest.mark.parametrize("written", ["9" * 400, 16 ** 300, "9999999999T", str(1 << 63)])
+def test_a_size_that_no_system_can_have_is_refused(written):
+    with pytest.raises(ValueError, match="too large for a size"):
+        roexec.parse_size(written)
