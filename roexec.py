@@ -4930,7 +4930,8 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             if isinstance(error, sqlite3.Error):
-                raise copy.failure(error) from None
+                at_fault = copy if isinstance(error, sqlite3.OperationalError) else self
+                raise at_fault.failure(error) from None
             raise
         finally:
             os.umask(before)
@@ -5021,11 +5022,9 @@ class Store:
                                   "store with --store")
             if version == 0:
                 db.execute("PRAGMA auto_vacuum = INCREMENTAL").close()      # before all else
-                db.execute("PRAGMA journal_mode = WAL").close()
             elif version < len(_MIGRATIONS):
-                copy = Store(f"{self.database}.version-{version}.db").connect("rwc")
-                with contextlib.closing(copy):
-                    db.backup(copy)
+                self.copy_to(f"{self.database}.version-{version}.db")
+            db.execute("PRAGMA journal_mode = WAL").close()
             for number, script in enumerate(_MIGRATIONS[version:], version + 1):
                 db.executescript(f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; "
                                  "COMMIT")
@@ -6134,6 +6133,47 @@ def logs_of_job(db, job_id):
                                       "log IS NOT NULL", (job_id,))))
 
 
+def jobs_with_logs(db):
+    """The ids under which runs with a log are recorded."""
+    return {row[0] for row in db.execute("SELECT DISTINCT job_id FROM runs WHERE log IS NOT NULL")}
+
+
+def lose_logs(db, job_id, logs, text):
+    """Say that logs of runs recorded under a job are gone, and why."""
+    _in_parts(db, "UPDATE runs SET log = NULL, log_gone = ? WHERE job_id = ? AND log IN ({})",
+              logs, text, job_id)
+
+
+def lost_runs_without_log(db, job_id, started):
+    """The ids of the lost runs of a job of which nobody could say where their log is, and that
+    started at an instant (UTC seconds), or some seconds earlier or later."""
+    return [row[0] for row in db.execute(
+        "SELECT id FROM runs WHERE job_id = ? AND log IS NULL AND log_gone IS NULL AND "
+        "+state = 'lost' AND started_at BETWEEN ? AND ?", (job_id, started - 5, started + 5))]
+
+
+def problems_of(db):
+    """What SQLite finds wrong with the database, in its words."""
+    import sqlite3
+    try:
+        found = [row[0] for row in db.execute("PRAGMA integrity_check(20)")]
+    except sqlite3.DatabaseError as error:
+        return [str(error)]
+    return [] if found == ["ok"] else found
+
+
+def schema_of(db):
+    """The definitions of all that is in the database."""
+    return {tuple(row) for row in db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master "
+                                             "WHERE name NOT LIKE 'sqlite_stat%'")}
+
+
+def count_rows(db):
+    """{"jobs": how many are registered, "runs": how many are recorded}."""
+    return {"jobs": len(job_ids(db)),
+            "runs": db.execute("SELECT COUNT(*) FROM runs").fetchone()[0]}
+
+
 def count_free(db):
     """(pages of the database that hold nothing, all pages, bytes of one)."""
     return tuple(db.execute(f"PRAGMA {name}").fetchone()[0]
@@ -6740,6 +6780,17 @@ def remove_log(folder, path):
 
 
 _LOG_PATH = Pattern(r"logs/[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[0-9A-Za-z:-]+\.log")
+
+
+def log_exists(folder, path):
+    """Whether a log is there, a path relative to the store's folder."""
+    return bool(_stored_files(os.path.join(folder, path)))
+
+
+def start_of_log(path):
+    """(the instant, UTC seconds; the id of the run or "") that the name of a log says."""
+    name = os.path.basename(path).removesuffix(".log")
+    return parse_instant(name[:19] + "Z", None), name[20:]
 
 
 def size_of_log(folder, path):
@@ -11649,6 +11700,316 @@ def keep_small(store, settings=None, **how):
         return upkeep
     finally:
         os.close(lock)
+
+
+# What a crash, or somebody, has left.
+
+class Trouble(Value):
+    """Something that was found wrong, in words; `kind` is mended, left (it does no harm, and goes
+    by itself) or wrong."""
+    __slots__ = ("kind", "text")
+
+
+def check_store(store, *, dry_run=False, progress=None):
+    """Look for what is wrong with a store, and mend what a crash has left -> [Trouble]."""
+    check = _Check(store, dry_run, progress or (lambda share, text: None))
+    lock = hold_upkeep(store)
+    try:
+        check.perform()
+    finally:
+        os.close(lock)
+    return check.troubles
+
+
+class _Check:
+    """What `check_store` does; in a dry run `mended` means that it could be."""
+
+    def __init__(self, store, dry_run, progress):
+        self.store, self.dry_run, self.progress = store, dry_run, progress
+        self.troubles = []
+
+    def find(self, kind, text):
+        self.troubles.append(Trouble(kind=kind, text=text))
+
+    def perform(self):
+        self.progress(None, "looking at the database")
+        with self.store.read() as db:
+            problems = problems_of(db)
+        if problems:
+            self.find("wrong", f"the database is damaged ({problems[0]}); stop the server and put "
+                      "the daily copy in its place: roexec maintenance restore "
+                      + self.store.file("backup/roexec.db"))
+            return
+        if not self.dry_run:
+            settle(self.store)
+        self._remove_unfinished()
+        self._look_at_journals()
+        with self.store.read() as db:
+            jobs = jobs_with_logs(db)
+        jobs = sorted(jobs.union(os.listdir(self.store.file("logs"))))
+        for number, job_id in enumerate(jobs):
+            self.progress(number / len(jobs), f"looking at the logs of {job_id}")
+            self._look_at_logs(job_id)
+
+    def _remove_unfinished(self):
+        import shutil
+        for name in ("restore.new", "backup/new.db"):
+            path = self.store.file(name)
+            if os.path.lexists(path):
+                self.find("mended", f"{path} was never finished; it is removed")
+                if not self.dry_run:
+                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+
+    def _look_at_journals(self):
+        with self.store.read() as db:
+            ours = get_meta(db, "store")
+        for name in sorted(os.listdir(self.store.file("active"))):
+            path = self.store.file(f"active/{name}")
+            journal = None if "." in name else Journal.glance(path)
+            if journal is not None and journal.header.get("store", ours) != ours:
+                self.find("wrong", f"{path} belongs to another store; if its run has ended, "
+                          f"remove it: rm {path}")
+
+    def _look_at_logs(self, job_id):
+        found, unfinished = list_logs(self.store.folder, job_id)
+        known = logs_that_are_known(self.store, job_id)
+        for path in unfinished:
+            self.find("mended", f"{self.store.file(path)} was never finished; it is removed")
+            if not self.dry_run:
+                os.unlink(self.store.file(path))
+        for path in sorted(found.keys() - known.keys()):
+            self._look_at_stray(job_id, path)
+        missing = [path for path, ended in known.items() if path not in found and ended is not None
+                   and not log_exists(self.store.folder, path)]
+        for path in missing:
+            self.find("mended", f"{self.store.file(path)} is not there; its run says so now")
+        if missing and not self.dry_run:
+            gone = f"by something else: it was not there on {format_instant(int(time.time()))}"
+            with self.store.write() as db:
+                lose_logs(db, job_id, missing, gone)
+
+    def _look_at_stray(self, job_id, path):
+        with contextlib.suppress(ValueError):
+            started, run_id = start_of_log(path)
+            with self.store.read() as db:
+                runs = lost_runs_without_log(db, job_id, started)
+            runs = [run for run in runs if not run_id or run == run_id]
+            if len(runs) == 1:
+                self.find("mended", f"{self.store.file(path)} is the log of run {runs[0]}, which "
+                          "was lost")
+                if not self.dry_run:
+                    with self.store.write() as db:
+                        set_log(db, runs[0], path)
+                return
+        self.find("left", f"{self.store.file(path)} is of no run; it goes when it is as old as "
+                  "log.keep")
+
+
+# A copy elsewhere, and back.
+
+_IN_ARCHIVE = Pattern(r"roexec\.db|jobs\.yml|logs/[A-Za-z0-9][A-Za-z0-9._-]{0,63}/"
+                      r"[0-9A-Za-z:-]+\.log(?:\.gz|\.parts/\d{15}(?:\.gz)?)?")
+_IN_A_PLAIN_TAR = Pattern(r"(|.*/)(?:backup/(roexec\.db)|(logs/.*))")
+
+
+def back_up(store, path, jobs, *, logs=False, progress):
+    """Write an archive of a store, as it is at one instant: the database, a job file (the text
+    `jobs`) and, where asked for, the logs; packed where its name ends in gz.
+
+    What had the name goes only when all is written. Raises RoexecError.
+    """
+    new = path + ".new"
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise RoexecError(f"{path} is no file; name one that can be replaced")
+    try:
+        with open(new, "wb", opener=open_private) as file:
+            store.copy_to(new + ".db", lambda done, total: progress(done / total, "copied"))
+            _write_archive(store, file, path.endswith("gz"), (new + ".db", jobs), logs, progress)
+        put_in_place(new, path)
+    except OSError as error:
+        raise RoexecError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        for name in (new, new + ".db"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+
+
+def _write_archive(store, file, is_packed, content, logs, progress):
+    import io
+    import tarfile
+    database, jobs = content
+    how = {"mode": "w:gz", "compresslevel": 5} if is_packed else {"mode": "w"}
+    with tarfile.open(fileobj=file, **how) as archive:
+        progress(None, "writing the database")
+        archive.add(database, "roexec.db")
+        info = tarfile.TarInfo("jobs.yml")
+        info.size, info.mtime, info.mode = len(jobs.encode()), int(time.time()), 0o600
+        archive.addfile(info, io.BytesIO(jobs.encode()))
+        folders = sorted(os.listdir(store.file("logs"))) if logs else []
+        for number, job_id in enumerate(folders):
+            progress(number / len(folders), f"writing the logs of {job_id}")
+            for log in list_logs(store.folder, job_id)[0].values():
+                for name in log.files:
+                    _add_log(archive, store, name)
+
+
+def _add_log(archive, store, name):
+    """Add a file of a log as long as it is now; it may have been packed, or removed, just now."""
+    for name in (name, name + ".gz"):
+        with contextlib.suppress(FileNotFoundError):
+            with open(store.file(name), "rb") as file:
+                return archive.addfile(archive.gettarinfo(arcname=name, fileobj=file), file)
+
+
+def restore(store, path, progress, dry_run=False):
+    """Put what a backup, a copy of the database or a plain tar of a store holds in the place of a
+    store -> ({"jobs", "runs"}: how many, the folder in which lies what was there, or None).
+
+    Nothing is changed before all is unpacked and found to be sound. Raises RoexecError.
+    """
+    import shutil
+    import tempfile
+    if dry_run:
+        with tempfile.TemporaryDirectory() as fresh:
+            _unpack(path, fresh, progress)
+            return _check_unpacked(path, Store(fresh)), None
+    lock = hold_server_lock(store)
+    try:
+        _refuse_live_runs(store)
+        fresh = store.file("restore.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.mkdir(fresh, 0o700)
+        try:
+            _unpack(path, fresh, progress)
+            progress(None, "looking at the database")
+            counts = _check_unpacked(path, Store(fresh))
+            old = _swap(store, fresh)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        store.create()
+        _forget_missing_logs(store)
+        return counts, old
+    except OSError as error:
+        raise RoexecError(f"cannot restore {path}: {error.strerror or error}") from None
+    finally:
+        os.close(lock)
+
+
+def _refuse_live_runs(store):
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(store.file("active"))):
+            if "." not in name and lock_is_held(store.file(f"active/{name}")):
+                raise RoexecError(f"run {name} is on; wait for it, or cancel it, before its store "
+                                  "is replaced")
+
+
+def _unpack(path, fresh, progress):
+    import tarfile
+    import zlib
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head == b"SQLite format 3\0":
+        source = Store(path)
+        source.database = path
+        return source.copy_to(os.path.join(fresh, "roexec.db"),
+                              lambda done, total: progress(done / total, "database copied"))
+    try:
+        size = os.stat(path).st_size
+        with tarfile.open(path, "r:*") as archive:
+            _unpack_members(archive, path, fresh, lambda: progress(
+                min(1.0, archive.offset / size) if head[:2] != b"\x1f\x8b" else None, "unpacking"))
+    except (tarfile.TarError, EOFError, zlib.error):
+        raise RoexecError(f"{path} is no backup, or a damaged one") from None
+    except OSError as error:
+        if error.errno is None:         # gzip.BadGzipFile, of a checksum
+            raise RoexecError(f"{path} is a damaged backup") from None
+        raise
+
+
+def _unpack_members(archive, path, fresh, progress):
+    """Unpack an archive: of ours nothing but what a backup has, of others the copy and the logs."""
+    import shutil
+    ours, prefixes, seen = None, set(), set()
+    for member in archive:
+        progress()
+        ours = member.name == "roexec.db" if ours is None else ours
+        name = member.name if ours else _name_in_store(member.name, prefixes)
+        if name is None:
+            continue
+        if not member.isreg() or not _IN_ARCHIVE.fullmatch(name) or name in seen:
+            if not ours and member.isdir():
+                continue
+            raise RoexecError(f'{path} holds "{printable(member.name)}", which is no file of a '
+                              "backup, or is there twice; nothing was restored")
+        seen.add(name)
+        target = os.path.join(fresh, name)
+        os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+        with open(target, "xb", opener=open_private) as file:
+            shutil.copyfileobj(archive.extractfile(member), file, 1 << 20)
+        os.utime(target, (member.mtime, member.mtime))
+    if "roexec.db" not in seen or len(prefixes) > 1:
+        raise RoexecError(f"{path} holds no backup of one store, nor a copy of its database "
+                          "(backup/roexec.db)")
+
+
+def _name_in_store(name, prefixes):
+    found = _IN_A_PLAIN_TAR.fullmatch(name)
+    if not found:
+        return None
+    prefixes.add(found[1])
+    return found[2] or found[3]
+
+
+def _check_unpacked(path, fresh):
+    """What is in an unpacked store; raises RoexecError where it is not as roexec makes it."""
+    import sqlite3
+    try:
+        fresh.create()
+        with Store(fresh.file("empty")).create().read() as db:
+            schema = schema_of(db)
+        with fresh.read() as db:
+            problems = problems_of(db)
+            if not problems and schema_of(db) != schema:
+                problems = ["it is not made by roexec alone"]
+            if not problems:
+                return count_rows(db)
+    except (RoexecError, sqlite3.Error) as error:
+        problems = [str(error)]
+    raise RoexecError(f"the database in {path} is not sound: {problems[0]}; nothing was restored")
+
+
+def _swap(store, fresh):
+    """Put a fresh store in the place of what is there -> the folder that has the latter, or None.
+
+    The database comes last, in one step, and its write-ahead log has left with the old one.
+    """
+    old = store.file(f"before-{format_instant(int(time.time()))}")
+    moved = [name for name in (store.database, store.database + "-wal", store.database + "-shm",
+                               store.file("active"))
+             if os.path.exists(name)]
+    if os.listdir(os.path.join(fresh, "logs")) and os.path.exists(store.file("logs")):
+        moved.append(store.file("logs"))
+    if moved:
+        os.mkdir(old, 0o700)
+    for path in moved:
+        os.rename(path, os.path.join(old, os.path.basename(path)))
+    if not os.path.exists(store.file("logs")):
+        os.rename(os.path.join(fresh, "logs"), store.file("logs"))
+    put_in_place(os.path.join(fresh, "roexec.db"), store.database)
+    return old if moved else None
+
+
+def _forget_missing_logs(store):
+    when = f"on {format_instant(int(time.time()))}, when a backup without it was restored"
+    with store.read() as db:
+        jobs = jobs_with_logs(db)
+    for job_id in jobs:
+        with store.read() as db:
+            missing = [path for path in logs_of_job(db, job_id)
+                       if not log_exists(store.folder, path)]
+        if missing:
+            with store.write() as db:
+                lose_logs(db, job_id, missing, when)
 
 
 # ==== 17 page =====================================================================================
@@ -18299,6 +18660,57 @@ def _cmd_maintenance_purge(session):
         " (dry run)\n" if options.dry_run else "\n"))
 
 
+def _cmd_maintenance_check(session):
+    store = session.store
+    with _Bar() as bar:
+        findings = check_store(store, dry_run=session.options.dry_run, progress=bar)
+    would = " (dry run)" * session.options.dry_run
+    session.give({"findings": [{"kind": found.kind, "text": found.text} for found in findings]},
+                 lambda style: "".join(f"{found.kind}: {printable(found.text)}{would}\n"
+                                       for found in findings) or "all is well\n")
+    return 1 if any(found.kind == "wrong" for found in findings) else 0
+
+
+def _only_file(session):
+    if len(session.options.ids) != 1:
+        raise Usage(f"name one file: roexec {session.command.example}")
+    return _absolute(session.options.ids[0])
+
+
+def _cmd_maintenance_backup(session):
+    path, store, options = _only_file(session), session.settled, session.options
+    with store.read() as db:
+        jobs, counts = exported_jobs(db, job_ids(db)), count_rows(db)
+    if not options.dry_run:
+        with _Bar() as bar:
+            back_up(store, path, job_to_yaml(jobs), logs=options.logs, progress=bar)
+    _tell_counts(session, f"{'would write ' * options.dry_run}{path}", counts)
+
+
+def _tell_counts(session, what, counts, **more):
+    jobs, runs = (f"{counts[name]} {name if counts[name] != 1 else name[:-1]}"
+                  for name in ("jobs", "runs"))
+    session.give({**counts, **more, "dry_run": session.options.dry_run},
+                 lambda style: f"{what}: {jobs}, {runs}"
+                 + (" (dry run)\n" if session.options.dry_run else "\n"))
+
+
+def _cmd_maintenance_restore(session):
+    path, store = _only_file(session), session.store
+    if not os.path.isfile(path):
+        raise RoexecError(f"there is no file {path}")
+    if store.exists and path == os.path.realpath(store.database):
+        raise Usage(f"{path} is the database of the store itself; name a backup")
+    with _Bar() as bar:
+        counts, old = restore(store, path, bar, session.options.dry_run)
+    if not session.options.dry_run:
+        with store.write() as db:
+            add_audit(db, session.caller.name, "restore", time.time(), detail=path)
+    _tell_counts(session, f"restored {store.path}", counts, before=old)
+    if old:
+        _say(f"what was there before lies in {old}; remove it when you need it no more")
+
+
 def _check_recorded(store, job_id):
     """Raise NoSuchJob where nothing is recorded under an id, and no job has it."""
     with store.read() as db:
@@ -18542,6 +18954,16 @@ _COMMANDS = (
             ("--older", "TIME", "those that ended longer ago than this", None),
             ("--keep", "N", "not the newest N of each job", None),
             ("--job", "JOB", "only those of this job", None), changes=True),
+    Command("maintenance check", _cmd_maintenance_check,
+            "look for damage in the store, and mend what a crash has left", "",
+            "maintenance check", changes=True),
+    Command("maintenance backup", _cmd_maintenance_backup,
+            "write the store into one archive, consistent while all goes on", "FILE [--logs]",
+            "maintenance backup /backup/roexec.tar.gz --logs",
+            ("--logs", None, "also the logs", False), changes=True),
+    Command("maintenance restore", _cmd_maintenance_restore,
+            "put a backup in the place of the store", "FILE",
+            "maintenance restore /backup/roexec.tar.gz", changes=True),
     Command("server", _cmd_server, "run jobs on schedule, and serve the HTTP API",
             "[--jobs PATH]", "server --jobs jobs.yml",
             ("--jobs", "PATH", "a job file or folder to follow; may be repeated", []),

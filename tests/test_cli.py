@@ -96,7 +96,8 @@ def a_server(store, answers=True):
 COMMANDS = {command.name: command for command in roexec.commands()}
 CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", "cancel", "retry",
             "server", "init", "install", "uninstall", "token create", "token rotate",
-            "token revoke", "maintenance purge"}
+            "token revoke", "maintenance purge", "maintenance check", "maintenance backup",
+            "maintenance restore"}
 
 
 def test_the_commands_are_those_of_the_design():
@@ -1639,3 +1640,50 @@ def test_the_log_of_a_run_that_is_removed_says_when_and_why(cli, jobs, store):
     run_id = record(store, log_gone="on 2025-08-01T00:00:00Z, since …")
     assert cli(f"logs {run_id}")[2] == (
         f"roexec: the log of run {run_id} was removed on 2025-08-01T00:00:00Z, since …\n")
+
+
+def test_a_backup_is_made_looked_at_and_restored(cli, jobs, store, tmp_path):
+    record(store)
+    assert cli("maintenance backup b.tar --dry-run")[1] == (
+        f"would write {tmp_path}/b.tar: 2 jobs, 1 run (dry run)\n")
+    assert not (tmp_path / "b.tar").exists()
+    assert cli("maintenance backup b.tar --logs")[:2] == (0, f"{tmp_path}/b.tar: 2 jobs, 1 run\n")
+    record(store)
+    assert cli("maintenance restore b.tar --dry-run")[1] == (
+        f"restored {store.path}: 2 jobs, 1 run (dry run)\n")
+    assert len(read_runs(store)) == 2
+    status, out, err = cli("maintenance restore b.tar")
+    assert (status, out) == (0, f"restored {store.path}: 2 jobs, 1 run\n")
+    assert f"what was there before lies in {store.folder}/before-" in err
+    assert len(read_runs(store)) == 1
+    assert json.loads(cli("maintenance restore b.tar --json --dry-run")[1]) == {
+        "jobs": 2, "runs": 1, "before": None, "dry_run": True}
+    assert cli("audit --json")[1].count('"restore"') == 1
+
+
+@pytest.mark.parametrize("line, error", [
+    ("maintenance backup", "name one file"), ("maintenance backup a b", "name one file"),
+    ("maintenance restore none.tar", "there is no file"),
+    ("maintenance restore jobs.yml", "is no backup, or a damaged one"),
+    ("maintenance restore store/roexec.db", "is the database of the store itself")])
+def test_a_backup_that_cannot_be_meant_is_refused(line, error, cli, jobs):
+    status, out, err = cli(line)
+    assert (out, error in err) == ("", True) and status in (1, 2), err
+
+
+def test_check_says_what_it_finds_and_mends_it(cli, jobs, store):
+    assert cli("maintenance check")[:2] == (0, "all is well\n")
+    record(store, log="logs/hello/2025-08-01T10:00:00.log")
+    text = f"{store.folder}/logs/hello/2025-08-01T10:00:00.log is not there; its run says so now"
+    assert cli("maintenance check --dry-run")[:2] == (0, f"mended: {text} (dry run)\n")
+    assert json.loads(cli("maintenance check --json")[1]) == {
+        "findings": [{"kind": "mended", "text": text}]}
+    assert cli("maintenance check")[:2] == (0, "all is well\n")
+
+
+def test_check_fails_where_a_person_is_needed(cli, jobs, store):
+    with open(store.database, "r+b") as file:
+        file.seek(8000)
+        file.write(b"x" * 20_000)
+    status, out, err = cli("maintenance check")
+    assert status == 1 and out.startswith("wrong: the database is damaged"), err

@@ -1,6 +1,12 @@
 """Upkeep: what goes with time and what stays, what a kill in the middle leaves, and the copies."""
+import io
 import os
+import resource
 import signal
+import sqlite3
+import subprocess
+import tarfile
+import threading
 import time
 
 import pytest
@@ -457,3 +463,422 @@ def test_a_purge_leaves_the_store_to_others_all_the_time(store):
     waits.sort()
     assert len(read_runs(store)) < 1500
     assert len(waits) > 50 and waits[len(waits) // 2] < 0.05, waits[-5:]
+
+
+# Check.
+
+def check(store, **how):
+    return [(found.kind, found.text.replace(store.folder + "/", ""))
+            for found in roexec.check_store(store, **how)]
+
+
+def test_there_is_nothing_to_say_of_a_store_that_is_well(store):
+    perform(store)
+    add(store, "packed", 2, log=True)
+    keep_small(store)
+    assert check(store) == []
+
+
+def test_a_log_that_somebody_removed_is_told_by_its_run(store):
+    add(store, "run", 1, log=True)
+    path = read_run(store, "run")["log"]
+    roexec.remove_log(store.folder, path)
+    assert check(store, dry_run=True) == [("mended", f"{path} is not there; its run says so now")]
+    assert read_run(store, "run")["log"] == path
+    assert check(store) == [("mended", f"{path} is not there; its run says so now")]
+    assert "was removed by something else: it was not there on 20" in why_no_log(
+        read_run(store, "run"))
+    assert check(store) == []
+
+
+def test_a_log_of_no_run_is_told_and_left(store):
+    add(store, "run", 1, log=True)
+    path = read_run(store, "run")["log"]
+    with store.write() as db:
+        remove_runs(db, ["run"])
+    assert check(store) == [("left", f"{path} is of no run; it goes when it is as old as log.keep")]
+    assert os.path.exists(store.file(path))
+
+
+def test_a_log_of_a_run_that_was_lost_with_its_journal_is_found(store):
+    at = time.time() - 100
+    path = write_log(store, "x", "lostrun", at)
+    with store.write() as db:
+        roexec.add_run(db, id="lostrun", job_id="x", trigger="manual", state="lost",
+                       reason="power", queued_at=at, started_at=at + 0.1, finished_at=at + 50)
+    assert check(store) == [("mended", f"{path} is the log of run lostrun, which was lost")]
+    assert read_run(store, "lostrun")["log"] == path and check(store) == []
+
+
+def test_what_was_never_finished_is_removed(store):
+    os.makedirs(store.file("logs/x"))
+    os.mkdir(store.file("restore.new"))
+    os.mkdir(store.file("backup"))
+    for name in ("logs/x/2025-01-01T00:00:00.log.gz.new", "backup/new.db", "restore.new/x"):
+        open(store.file(name), "w").close()
+    names = {"logs/x/2025-01-01T00:00:00.log.gz.new", "backup/new.db", "restore.new"}
+    assert set(check(store)) == {("mended", f"{name} was never finished; it is removed")
+                                 for name in names}
+    assert not any(os.path.exists(store.file(name)) for name in names)
+
+
+def test_a_journal_of_another_store_is_told(store, tmp_path):
+    other = roexec.Store(str(tmp_path / "other")).create()
+    journal = claimed(other, make_job())
+    path = f"active/{journal.run_id}"
+    os.rename(other.file(path), store.file(path))
+    with store.write() as db:
+        roexec.store_id(db)
+    assert [kind for kind, text in check(store) if text.startswith(path)] == ["wrong"]
+    journal.close()
+
+
+def test_a_run_that_is_on_is_nothing_wrong(store):
+    journal = claimed(store, make_job())
+    log = roexec.LogWriter(store.folder, "x", 1000, journal.run_id)
+    log.write("Starting run", 1000)
+    journal.note("supervisor", pid=os.getpid(), start=0, log=log.path)
+    assert check(store) == []
+    log.close(1000)
+    journal.close()
+
+
+def test_a_damaged_database_is_told_with_what_to_do(store):
+    fill(store, 3000, 10)
+    size = os.stat(store.database).st_size
+    with open(store.database, "r+b") as file:           # nobody else has it open
+        file.seek(size // 2)
+        file.write(b"x" * 40_000)
+    (kind, text), = check(store)
+    assert kind == "wrong" and "the database is damaged" in text
+    assert text.endswith("roexec maintenance restore backup/roexec.db")
+
+
+# Copies.
+
+def back_up(store, path, **how):
+    with store.read() as db:
+        jobs = roexec.exported_jobs(db, roexec.job_ids(db))
+    roexec.back_up(store, str(path), roexec.job_to_yaml(jobs), progress=lambda *_: None, **how)
+    return path
+
+
+def put_back(path, store, **how):
+    return roexec.restore(store, str(path), lambda *_: None, **how)
+
+
+def content(store):
+    """What one can see of a store: its runs, jobs and logs."""
+    with store.read() as db:
+        jobs = [(row["id"], row["spec"]) for row in roexec.list_jobs(db)]
+    runs = read_runs(store)
+    return jobs, runs, [read(store, row["id"]) for row in runs if row["log"]]
+
+
+@pytest.fixture
+def full(store):
+    """A store with jobs, runs, and logs of all kinds."""
+    apply(store, make_job(job_id="x", schedule="0 2 * * *"), make_job(job_id="y"))
+    for days in (3, 2, 0):
+        add(store, f"run{days}", days, log=True)
+    keep_small(store)
+    return store
+
+
+@pytest.mark.parametrize("name", ["b.tar", "b.tar.gz", "b.tgz"])
+def test_a_backup_comes_back_as_it_was(full, tmp_path, name):
+    path = back_up(full, tmp_path / name, logs=True)
+    assert path.stat().st_mode & 0o777 == 0o600 and sorted(os.listdir(tmp_path)) == [name, "store"]
+    with tarfile.open(path) as archive:
+        assert archive.getnames()[:2] == ["roexec.db", "jobs.yml"]
+        jobs = archive.extractfile("jobs.yml").read()
+    assert [job.id for job in roexec.read_job_file(jobs, "jobs.yml", "/").jobs] == ["x", "y"]
+    other = roexec.Store(str(tmp_path / "other"))
+    assert put_back(path, other) == ({"jobs": 2, "runs": 3}, None)
+    assert content(other) == content(full)
+    assert check(other) == []
+    with other.write() as db:                           # and it is one to work with
+        assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert db.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
+
+
+def test_a_backup_without_logs_says_so_of_each_run(full, tmp_path):
+    path = back_up(full, tmp_path / "b.tar")
+    other = roexec.Store(str(tmp_path / "other"))
+    put_back(path, other)
+    assert "when a backup without it was restored" in why_no_log(read_run(other, "run2"))
+
+
+def test_what_was_there_before_a_restore_stays_beside_it(full, tmp_path):
+    path = back_up(full, tmp_path / "b.tar", logs=True)
+    before = content(full)
+    add(full, "later", 0, log=True)
+    later = content(full)
+    _, old = put_back(path, full)
+    assert content(full) == before and check(full) == []
+    assert content(roexec.Store(old)) == later
+
+
+@pytest.mark.parametrize("packing", ["daily", "tar", "member"])
+def test_the_daily_copy_is_enough(full, tmp_path, packing):
+    Upkeep(full, None).copy()
+    before = content(full)
+    add(full, "later", 0)
+    path = full.file("backup/roexec.db")
+    other = full
+    if packing == "tar":                    # of the whole folder, as anybody would make it
+        path, other = tmp_path / "plain.tar.gz", roexec.Store(str(tmp_path / "other"))
+        subprocess.run(["tar", "czf", path, "-C", tmp_path, "store"], check=True)
+    elif packing == "member":
+        path, other = tmp_path / "plain.tar", roexec.Store(str(tmp_path / "other"))
+        subprocess.run(["tar", "cf", path, "-C", full.folder, "."], check=True)
+    put_back(path, other)
+    assert content(other) == before and check(other) == []
+
+
+def test_a_store_in_one_file_is_restored_too(full, tmp_path):
+    path = back_up(full, tmp_path / "b.tar", logs=True)
+    other = roexec.Store(str(tmp_path / "one.db"))
+    put_back(path, other)
+    assert content(other) == content(full)
+    put_back(path, other)
+    assert content(other) == content(full)
+
+
+def test_a_copy_is_of_one_instant_while_others_write(store, tmp_path):
+    fill(store, 5000, 10)
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            with store.write() as db:
+                number = roexec.get_meta(db, "a", 0) + 1
+                roexec.set_meta(db, "a", number)
+                db.execute("UPDATE runs SET priority = ?", (number,))
+            store.checkpoint(1)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = []
+        for _ in range(3):
+            store.copy_to(str(tmp_path / "copy.db"), lambda *_: time.sleep(0.02))
+            copy = roexec.Store(str(tmp_path / "copy.db"))
+            with copy.read() as db:
+                assert roexec.problems_of(db) == []
+                priorities = {row[0] for row in db.execute("SELECT priority FROM runs")}
+                assert priorities == {roexec.get_meta(db, "a", 0)}
+                seen += priorities
+    finally:
+        stop.set()
+        writer.join()
+    assert sorted(set(seen)) == seen
+
+
+def test_a_long_look_at_the_database_holds_up_no_writer(store):
+    store.keep_open()
+    with store.read() as db:
+        roexec.get_meta(db, "x")
+        for number in range(50):
+            with store.write() as writing:
+                roexec.set_meta(writing, "x", os.urandom(100_000))
+            began = time.monotonic()
+            store.checkpoint(1)
+            assert time.monotonic() - began < 1
+    store.checkpoint(1)
+    assert os.stat(store.database + "-wal").st_size == 0
+    store.close()
+
+
+def archive_of(path, *members):
+    """A tar of (name, content or TarInfo)."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(data, bytes):
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+            else:
+                info.type, info.linkname = data
+                archive.addfile(info)
+    return path
+
+
+LINK, HARD, FIFO, DEVICE = (tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "roexec.db"), (
+    tarfile.FIFOTYPE, ""), (tarfile.CHRTYPE, "")
+
+
+@pytest.mark.parametrize("name, data", [
+    ("../evil", b"x"), ("/etc/evil", b"x"), ("logs/../../evil", b"x"), ("logs/x/evil", b"x"),
+    ("logs/x/2025-01-01T00:00:00.log", LINK), ("logs/x/2025-01-01T00:00:00.log", HARD),
+    ("jobs.yml", FIFO), ("jobs.yml", DEVICE), ("roexec.db", b"x"), ("roexec.db-wal", b"x"),
+    ("./jobs.yml", b"x"), ("logs", LINK), ("logs/x", (tarfile.DIRTYPE, "")),
+    ("logs/x/2025-01-01T00:00:00.log.parts/1", b"x"), ("active/x", b"x"), ("wake", FIFO)])
+def test_an_archive_with_anything_else_is_refused(full, tmp_path, name, data):
+    Upkeep(full, None).copy()
+    with open(full.file("backup/roexec.db"), "rb") as file:
+        path = archive_of(tmp_path / "b.tar", ("roexec.db", file.read()), (name, data))
+    before = content(full)
+    with pytest.raises(RoexecError, match="which is no file of a backup"):
+        put_back(path, full)
+    assert content(full) == before and not os.path.exists(full.file("restore.new"))
+    assert not os.path.exists(tmp_path / "evil")
+
+
+def evil_database(full, tmp_path):
+    Upkeep(full, None).copy()
+    db = sqlite3.connect(full.file("backup/roexec.db"))
+    db.execute("CREATE TRIGGER evil AFTER INSERT ON runs BEGIN DELETE FROM runs; END")
+    db.commit()
+    db.close()
+    return full.file("backup/roexec.db")
+
+
+def database_of_something_else(full, tmp_path):
+    db = sqlite3.connect(tmp_path / "other.db")
+    db.execute("CREATE TABLE x (y)")
+    db.commit()
+    db.close()
+    return tmp_path / "other.db"
+
+
+def damaged_database(full, tmp_path):
+    fill(full, 1000, 10)
+    Upkeep(full, None).copy()
+    with open(full.file("backup/roexec.db"), "r+b") as file:
+        file.seek(100_000)
+        file.write(b"x" * 30_000)
+    return full.file("backup/roexec.db")
+
+
+def newer_database(full, tmp_path):
+    Upkeep(full, None).copy()
+    db = sqlite3.connect(full.file("backup/roexec.db"))
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    return full.file("backup/roexec.db")
+
+
+def cut_archive(full, tmp_path):
+    path = back_up(full, tmp_path / "b.tar.gz", logs=True)
+    os.truncate(path, os.stat(path).st_size // 2)
+    return path
+
+
+def changed_archive(full, tmp_path):
+    path = back_up(full, tmp_path / "b.tar.gz", logs=True)
+    with open(path, "r+b") as file:
+        file.seek(os.stat(path).st_size // 2)
+        file.write(b"changed")
+    return path
+
+
+def text(full, tmp_path):
+    (tmp_path / "text").write_text("no archive\n" * 1000)
+    return tmp_path / "text"
+
+
+def empty_archive(full, tmp_path):
+    return archive_of(tmp_path / "b.tar", ("readme", b"x"))
+
+
+@pytest.mark.parametrize("make", [evil_database, database_of_something_else, damaged_database,
+                                  newer_database, cut_archive, changed_archive, text,
+                                  empty_archive])
+def test_what_is_not_sound_is_refused_and_nothing_changes(full, tmp_path, make):
+    path = make(full, tmp_path)
+    before = content(full)
+    for how in ({}, {"dry_run": True}):
+        with pytest.raises(RoexecError) as caught:
+            put_back(path, full, **how)
+        assert str(path) in str(caught.value), caught.value
+    assert content(full) == before and not os.path.exists(full.file("restore.new"))
+
+
+def test_nothing_is_restored_under_a_server_or_a_run(full, tmp_path, start):
+    path = back_up(full, tmp_path / "b.tar")
+    server = start()
+    with pytest.raises(RoexecError, match="works on the store"):
+        put_back(path, full)
+    server.stop()
+    journal = claimed(full, make_job())
+    with pytest.raises(RoexecError, match=f"run {journal.run_id} is on; wait for it"):
+        put_back(path, full)
+    journal.close()
+
+
+def test_a_dry_run_of_a_restore_looks_and_changes_nothing(full, tmp_path):
+    path, other = back_up(full, tmp_path / "b.tar"), roexec.Store(str(tmp_path / "other"))
+    assert put_back(path, other, dry_run=True) == ({"jobs": 2, "runs": 3}, None)
+    assert not os.path.exists(other.folder)
+
+
+def test_an_earlier_backup_stays_until_the_next_is_whole(full, tmp_path, monkeypatch):
+    path = back_up(full, tmp_path / "b.tar")
+    before = path.read_bytes()
+    monkeypatch.setattr(roexec.os, "fsync", lambda number: (_ for _ in ()).throw(
+        OSError(28, "No space left on device")))
+    with pytest.raises(RoexecError, match=f"cannot write {path}: No space left on device"):
+        back_up(full, path)
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["b.tar", "store"]
+
+
+@pytest.mark.parametrize("function", ["backup", "copy"])
+def test_a_full_disk_is_said_and_leaves_nothing_behind(store, tmp_path, function):
+    fill(store, 2000, 10)
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        here = roexec.Store(store.path)
+        try:
+            back_up(here, tmp_path / "b.tar") if function == "backup" else Upkeep(
+                here, None).copy()
+        except RoexecError as error:
+            (tmp_path / "said").write_text(str(error))
+            return 3
+    assert end_of(in_child(limited)) == 3
+    assert "disk" in (tmp_path / "said").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["said", "store"]
+    assert not os.path.exists(store.file("backup/new.db")) and check(store) == []
+
+
+def test_a_backup_goes_nowhere_but_into_a_file(full, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo", "/dev/null"):
+        with pytest.raises(RoexecError, match="is no file"):
+            back_up(full, path)
+    with pytest.raises(RoexecError, match="cannot write .*/none/b.tar: "):
+        back_up(full, tmp_path / "none/b.tar")
+
+
+def test_a_kill_in_the_middle_of_a_backup_leaves_the_earlier_one(full, tmp_path):
+    path = back_up(full, tmp_path / "b.tar", logs=True)
+    number, before = 0, path.read_bytes()
+    while killed_at(number, lambda: back_up(roexec.Store(full.path), path, logs=True) and None):
+        with tarfile.open(path) as archive:
+            assert archive.getnames() and check(full) == []
+        if number == 0:
+            assert path.read_bytes() == before
+        number += 1
+    assert number >= 2
+
+
+def test_a_kill_in_the_middle_of_a_restore_loses_nothing(full, tmp_path):
+    path = back_up(full, tmp_path / "b.tar", logs=True)
+    wanted = content(full)
+    add(full, "later", 0, log=True)
+    later, number = content(full), 0
+    while killed_at(number, lambda: put_back(path, roexec.Store(full.path)) and None):
+        number += 1
+        if full.exists and content(full) not in (later, wanted):
+            assert [row["id"] for row in read_runs(full)] in (
+                [row["id"] for row in wanted[1]], [row["id"] for row in later[1]])
+        olds = [name for name in os.listdir(full.folder) if name.startswith("before-")]
+        kept = [name for name in olds if roexec.Store(full.file(name)).exists]
+        assert full.exists or kept
+        time.sleep(1.1 - time.time() % 1 if olds else 0)        # names are told by the second
+        put_back(path, full)
+        assert content(full) == wanted and check(full) == []
+        time.sleep(1.01 - time.time() % 1)
+        add(full, "later", 0, log=True)
+    assert number > 4
