@@ -5988,7 +5988,7 @@ def list_tokens(db, after="", limit=-1):
 def note_token_uses(db, uses):
     """Keep when tokens were used last: {name: UTC seconds}."""
     db.executemany("UPDATE tokens SET used_at = ? WHERE name = ?",
-                   [(instant, name) for name, instant in uses.items()])
+                   [(instant, name) for name, instant in list(uses.items())])
 
 
 # Who has changed what, and when.
@@ -14301,14 +14301,16 @@ class Failures:
 
     def __init__(self):
         self.known = {}                 # {peer: (how many, monotonic seconds of the last one)}
+        self.mutex = threading.Lock()
 
     def note(self, peer, now):
         """Note a failure -> the seconds after which it is to be answered."""
-        count, last = self.known.pop(peer, (0, now))
-        count = max(0, count - int((now - last) / _FORGOTTEN)) + 1
-        if len(self.known) >= _MOST_PEERS:
-            del self.known[next(iter(self.known))]      # the one that has failed longest ago
-        self.known[peer] = count, now
+        with self.mutex:
+            count, last = self.known.pop(peer, (0, now))
+            count = max(0, count - int((now - last) / _FORGOTTEN)) + 1
+            if len(self.known) >= _MOST_PEERS:
+                del self.known[next(iter(self.known))]      # the one that has failed longest ago
+            self.known[peer] = count, now
         return min(_SLOWEST, 0.05 * 2 ** min(count, 10))
 
 

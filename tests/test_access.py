@@ -3,6 +3,8 @@ import contextlib
 import http.client
 import json
 import os
+import random
+import re
 import shutil
 import socket
 import ssl
@@ -405,3 +407,32 @@ def test_an_answer_names_no_route_and_no_job_to_a_stranger(run_server):
             connection.request(method, path)
             found.add(json.dumps(json.loads(connection.getresponse().read())))
     assert len(found) == 1
+
+
+def test_a_head_of_random_bytes_is_read_strictly_or_refused():
+    chance = random.Random(7)
+    parts = [b"GET", b"POST", b" ", b"/", b"/api/v1/jobs/a%20b?c=d", b"%", b"HTTP/1.1", b"HTTP/1.0",
+             b"\r\n", b"\n", b"\r", b"\0", b"\t", b":", b"Host: localhost", b"Host:", b"a", b"\xff",
+             b"Content-Length: 1", b"Content-Length: 0x1", b"Transfer-Encoding: chunked", b",", b"="]
+    good = [b"GET", b" ", b"/api/v1/jobs/a%20b?c=d", b" ", b"HTTP/1.1", b"\r\n", b"Host: localhost",
+            b"\r\n", b"Content-Length: 1", b"\r\n", b"Accept: a"]
+    accepted = 0
+    for _ in range(20_000):
+        head = list(good)
+        for _ in range(chance.randrange(3)):
+            at = chance.randrange(len(head) + 1)
+            head[at:at + chance.randrange(2)] = [chance.choice(parts)]
+        head = b"".join(head).partition(b"\r\n\r\n")[0]
+        try:
+            request = roexec.parse_head(head)
+        except roexec.Refusal as refusal:
+            assert refusal.status in (400, 411, 413, 431, 505)
+            continue
+        accepted += 1
+        lines = head.split(b"\r\n")
+        assert re.fullmatch(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]", lines[0]), head
+        assert all(re.fullmatch(rb"[%\w-]+:[^\r\n\0]*", line) for line in lines[1:]), head
+        names = [line.partition(b":")[0].lower() for line in lines[1:]]
+        assert names.count(b"host") <= 1 and names.count(b"content-length") <= 1, head
+        assert b"transfer-encoding" not in names and request.length in range(1 << 20), head
+    assert 1000 < accepted < 19_000
