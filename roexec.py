@@ -10258,7 +10258,24 @@ def lose_without_journal(db, store):
     """End the running rows that have no journal: a power cut took it, or somebody removed it."""
     for row in active_runs(db):
         if row["state"] == "running" and not os.path.exists(store.file(f"active/{row['id']}")):
-            _lose(db, row, "its journal is gone")
+            again = _make_again(db, store.file("active"), row)
+            if again is None:
+                _lose(db, row, "its journal is gone")
+            else:
+                again.close()           # it is found at the next look
+
+
+def _make_again(db, folder, row):
+    """The journal that a power cut has taken or spoilt, as the row of its run tells: as far as one
+    can know, an attempt was on. None where there was no power cut, or the job is gone."""
+    job = None if row["boot"] == boot_id() else _job_of(db, row, get_settings(db) or {})
+    if job is None:
+        return None
+    journal = _make_journal(db, folder, row, job, row["started_at"], boot=row["boot"])
+    journal.note("starting", what="attempt", at=row["started_at"])
+    if row["cancel"]:
+        journal.cancel(row["cancel"])
+    return journal
 
 
 def tell_cancels(db, store):
@@ -10315,9 +10332,14 @@ def sort_journals(db, journals, say):
         elif progress.finished or not ahead:
             journal.taken = take_in(db, journal)
             done.append(journal)
-        elif not journal.header:        # as a power cut leaves it
-            _lose(db, row, "its journal cannot be read")
-            done.append(journal)
+        elif not journal.header:
+            again = _make_again(db, os.path.dirname(journal.path), row)
+            if again is None:
+                _lose(db, row, "its journal cannot be read")
+                done.append(journal)
+            else:
+                journal.close()
+                unfinished.append(again)
         else:
             if row["cancel"] and journal.cancelled() is None:
                 journal.cancel(row["cancel"])       # whoever asked for it could not tell

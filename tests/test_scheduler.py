@@ -685,6 +685,45 @@ def test_a_running_row_whose_journal_is_gone_or_unreadable_is_lost(store, start,
     assert "Traceback" not in server.said and not os.path.exists(store.file("active/abcdefghij"))
 
 
+@pytest.mark.parametrize("content", [b"", bytes(9000), b'{"run": "x', None])
+@pytest.mark.parametrize("if_lost, cancelled, expected", [
+    ("rerun", False, ("succeeded", None)), ("fail", False, ("lost", "power")),
+    ("rerun", True, ("cancelled", "user"))])
+def test_a_run_whose_journal_a_power_cut_has_taken_goes_on_as_its_row_tells(
+        if_lost, cancelled, expected, content, store, start, marks):
+    job = make_job(f"echo $ROEXEC_ATTEMPT $GIVEN $ROEXEC_SLOT >> {marks.path}", if_lost=if_lost,
+                   backoff=0.01, hooks={"on_failure": f"echo lost >> {marks.path}"})
+    apply(store, job)
+    with store.write() as db:
+        roexec.add_run(db, id="abcdefghij", job_id="x", trigger="schedule", state="running",
+                       slot=1754013600, env='{"GIVEN": "yes"}', queued_at=time.time(),
+                       started_at=time.time() - 7200, boot="another boot")
+        if cancelled:
+            roexec.ask_to_cancel(db, "abcdefghij", "user")
+    if content is not None:
+        with open(store.file("active/abcdefghij"), "wb") as file:
+            file.write(content)
+    server = start()
+    run = await_state(store, "abcdefghij", *roexec.FINAL_STATES)
+    server.stop()
+    assert (run["state"], run["reason"]) == expected
+    assert marks() == {"succeeded": ["2 yes 2025-08-01T02:00:00Z"], "lost": ["lost"],
+                       "cancelled": []}[run["state"]]
+    assert "Traceback" not in server.said and os.listdir(store.file("active")) == []
+
+
+def test_a_journal_that_somebody_has_removed_is_not_made_again(store, start, marks):
+    job = make_job(f"echo ran >> {marks.path}; sleep 600", if_lost="rerun", backoff=0.01)
+    apply(store, job)
+    server = start()
+    run_id = ask(store, job)
+    wait_for(marks)
+    os.unlink(store.file(f"active/{run_id}"))
+    run = await_state(store, run_id, "lost")
+    assert run["reason"] == "supervisor" and marks() == ["ran"]
+    server.stop()
+
+
 def test_files_of_journals_that_come_and_go_disturb_nobody(store, monkeypatch):
     listdir = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: [*listdir(path), "gone.new", "gone"])
