@@ -12076,20 +12076,20 @@ _STYLE = """
 :root {
   --bg: #faf9f7; --panel: #fff; --line: #e3e1dc; --text: #22262b; --quiet: #5f656d;
   --link: #1b5cab; --hover: #f1efeb; --ok: #2e7d54; --bad: #c2382f; --late: #9a5b00;
-  --lost: #7b46b0; --on: #2468c4; --off: #82888f; --skip: #a9aeb4; --mark: #ffe58a;
-  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  color-scheme: light dark;
+  --lost: #7b46b0; --on: #2468c4; --off: #6b7178; --mark: #ffe58a;
+  --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  --state: var(--off); color-scheme: light dark;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --bg: #15171a; --panel: #1b1e22; --line: #2d3136; --text: #e2e4e7; --quiet: #9da3ab;
     --link: #86b6f5; --hover: #22262b; --ok: #58b583; --bad: #ee7d73; --late: #dba04e;
-    --lost: #bd98e8; --on: #6ea6ef; --off: #868c94; --skip: #5d636b; --mark: #6b5a12;
+    --lost: #bd98e8; --on: #6ea6ef; --off: #868c94; --mark: #6b5a12;
   }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text); accent-color: var(--ok);
-  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+  font: 14px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 4px; }
@@ -12144,7 +12144,7 @@ button:disabled { cursor: default; }
 button.main:enabled { background: var(--ok); border-color: var(--ok); color: var(--bg); }
 button.danger { color: var(--bad); }
 button.sure:enabled { background: var(--bad); border-color: var(--bad); color: var(--bg); }
-input, textarea { border-color: var(--skip); width: 100%; }
+input, textarea { border-color: var(--off); width: 100%; }
 input[type=checkbox] { width: auto; margin: 0; }
 ::placeholder { opacity: 1; }
 label { display: block; margin: 10px 0; }
@@ -12159,10 +12159,10 @@ label select { display: block; width: 100%; }
 .count { font-weight: 400; }
 .head { justify-content: space-between; min-height: 34px; }
 
-.badge { font-size: 12.5px; font-weight: 500; color: var(--state, var(--quiet)); }
+.badge { font-size: 12.5px; font-weight: 500; color: var(--state); }
 h1 .badge { font-size: 14px; margin-left: 4px; }
 .badge::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 6px;
-  border-radius: 50%; background: var(--state, var(--off)); }
+  border-radius: 50%; background: var(--state); }
 .succeeded, .added { --state: var(--ok); } .failed, .removed { --state: var(--bad); }
 .timed_out, .paused { --state: var(--late); } .lost { --state: var(--lost); }
 .running, .changed { --state: var(--on); }
@@ -12201,11 +12201,11 @@ h1 .badge { font-size: 14px; margin-left: 4px; }
 .job .row { grid-template-columns: minmax(14em, 1.4fr) 8em minmax(10em, 1fr) 6em minmax(0, 2fr); }
 
 .bars { display: flex; gap: 2px; height: 28px; align-items: flex-end; justify-content: flex-end; }
-.bars a { width: 6px; border-radius: 1px; background: var(--state, var(--off));
+.bars a { width: 6px; border-radius: 1px; background: var(--state);
   height: calc(var(--high) * 100%); }
-.bars a:hover { outline: 2px solid var(--state, var(--off)); }
+.bars a:hover { outline: 2px solid var(--state); }
 .bars .succeeded { opacity: .5; }
-.bars .skipped { background: none; border: 1px solid var(--skip); }
+.bars .skipped { background: none; border: 1px solid var(--off); }
 
 .facts { display: grid; gap: 14px 24px;
   grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
@@ -12221,7 +12221,7 @@ h1 .badge { font-size: 14px; margin-left: 4px; }
 .plot .top { top: 0; right: 0; } .plot .from { left: 0; bottom: -20px; }
 .plot .to { right: 0; bottom: -20px; }
 .plot a { position: absolute; width: 8px; height: 8px; margin: -4px; border-radius: 50%;
-  background: var(--state, var(--off)); opacity: .75; }
+  background: var(--state); opacity: .75; }
 .code { margin: 0; padding: 12px 16px; overflow: auto; max-height: 24em; }
 .code span { display: block; } .plus { color: var(--ok); } .minus { color: var(--bad); }
 .scroll { overflow-x: auto; }
@@ -12230,9 +12230,9 @@ th, td { text-align: right; padding: 4px 24px 4px 0; white-space: nowrap; font-w
 
 .timeline .row, .scale { display: grid; grid-template-columns: 14em minmax(0, 1fr); gap: 16px; }
 .timeline .rows { --row: 40px; }
-.track { height: 32px; cursor: pointer; }
+.track { height: 32px; cursor: pointer; outline-offset: -2px; }
 .track svg { width: 100%; height: 32px; display: block; }
-.track path { fill: var(--state, var(--off)); fill-opacity: .85; }
+.track path { fill: var(--state); fill-opacity: .85; }
 .track .skipped { fill: none; stroke: var(--off); stroke-width: 1px;
   vector-effect: non-scaling-stroke; }
 .track .slot { fill: var(--off); }
@@ -12247,13 +12247,13 @@ th, td { text-align: right; padding: 4px 24px 4px 0; white-space: nowrap; font-w
 
 .graph { margin: 20px 0 0; padding: 2px 2px 10px; }
 .graph > div { position: relative; }
-.graph path { fill: none; stroke: var(--skip); stroke-width: 1.5; }
+.graph path { fill: none; stroke: var(--off); stroke-width: 1.5; }
 .step { position: absolute; width: 160px; height: 40px; padding: 3px 10px; color: inherit;
   display: grid;
   line-height: 1.25; grid-template-columns: 16px minmax(0, 1fr); align-items: center;
   font-size: 13px; }
 .step[aria-current] { border-color: var(--link); box-shadow: 0 0 0 1px var(--link); }
-.step i { width: 9px; height: 9px; border-radius: 50%; background: var(--state, var(--skip)); }
+.step i { width: 9px; height: 9px; border-radius: 50%; background: var(--state); }
 .step .quiet { grid-column: 2; font-size: 11.5px; }
 
 .log { margin-top: 24px; }
@@ -12488,7 +12488,7 @@ const exactly = (instant) => instant ? timeOf(instant, moment(seconds(instant)))
 class Failure extends Error {
   constructor(status, error) {
     super(error.message || "the server answers " + status);
-    Object.assign(this, {status, code: error.code, errors: error.errors || []});
+    Object.assign(this, {status, errors: error.errors || []});
   }
 }
 
@@ -13044,8 +13044,8 @@ function timeline(_, query) {
     const said = await doing(ask(jobPath(job.id) + "/why"
       + parameters({at: instantOf(item && item.count < 2 ? item.slot : at)})));
     if (said && mine === chosen) {
-      told = [head, said.answers.map((answer) => answer.why.map((why) =>
-        h("p.why", why.text)))];
+      told = [head, said.answers.map((answer) => answer.why.map(({text}) => h("p", text.replace(
+        /\d{4}-\d\d-\d\dT[\d:.]+Z/g, (instant) => moment(seconds(instant))))))];
       draw();
     }
   }
@@ -13146,14 +13146,13 @@ function hourMarks(from, to) {
 // Job: its definition, its history, its controls.
 
 function job(id, query) {
-  let found = null, trouble = null, runs = [], cursor = "", slots = [], loading = false;
+  let found = null, trouble = null, runs = [], cursor = "", slots = [], file, loading = false;
   const rows = new Rows("Runs of " + id, runRow);
 
   async function load() {
     try {
-      found = await ask(jobPath(id));
-      const coming = found.schedule.length ? await ask(jobPath(id) + "/next?count=8") : null;
-      slots = coming ? coming.slots : [];
+      [found, {slots}, file] = await Promise.all([ask(jobPath(id)),
+        ask(jobPath(id) + "/next?count=8"), can("job:write") && exported(id)]);
       trouble = null;
     } catch (error) {
       trouble = error;
@@ -13215,7 +13214,7 @@ function job(id, query) {
           : h("p.quiet", "No schedule."))),
       h("h2", "Definition"),
       h("pre.code", {tabindex: 0, "aria-label": "Definition"},
-        found.yaml || JSON.stringify(found.spec, null, 2)),
+        file || JSON.stringify(found.spec, null, 2)),
       h("h2", "History"),
       !runs.length && h("p.quiet", "It never ran."),
       kept(rows.node));
@@ -13241,6 +13240,8 @@ function job(id, query) {
   return {title: id, render, took, tookJob: (other) => { if (other === id) refresh(); },
     placed: () => placed(true), scrolled: () => placed(false)};
 }
+
+const exported = async (id) => (await send("export" + parameters({jobs: id}))).text();
 
 function runRow(run) {
   return [
@@ -13809,8 +13810,8 @@ function files(_, query) {
   const put = (value) => { area.value = text = value; checked = null; changed(); };
 
   async function begin(id) {
-    const exported = await doing(send("export" + parameters({jobs: id})));
-    if (exported) put(await exported.text());
+    const file = await doing(exported(id));
+    if (file) put(file);
   }
 
   async function submit(dry) {
