@@ -13974,6 +13974,7 @@ def _source(text):
 # no sockets. Whatever a client does, it can hold a thread or memory for a bounded time and size.
 
 OPEN = "open"                   # the scope of a route that anybody may use
+PAGE = "page"                   # that of what anybody's browser may get, by a name of ours
 ANY = "any"                     # that of one for whoever is known, with whatever scopes
 
 _MOST_HEAD = 16 << 10           # bytes of a request before its body
@@ -14223,7 +14224,9 @@ def gate(scope, request, place):
     without a route."""
     host = (request.header("host") or "").lower()
     _check_origin(request, host, place)
-    if scope == OPEN:
+    if scope == PAGE:
+        _check_name(host, place)
+    if scope in (OPEN, PAGE):
         return Caller(name="anybody", scopes=())
     if "authorization" in request.headers:
         caller = _bearer(request, host, place)
@@ -14246,12 +14249,10 @@ def _check_origin(request, host, place):
                           "not this server")
 
 
-def _check_name(request, host, place):
+def _check_name(host, place):
     """Where a browser adds what lets a request pass by itself, any page can make it ask, also for a
     name that was made to mean this host. So such a request must be for a name of ours."""
     name = _HOST_NAME_ALONE.match(host)[0]
-    if request.header("sec-fetch-site") not in (None, "same-origin", "none"):
-        raise Refusal(403, "foreign_origin", "a page of another site asks")
     if name not in _LOOPBACK_NAMES and _packed(name) != place.address \
             and not {name, host} & set(place.hosts):
         raise _foreign_host(name, place)
@@ -14261,6 +14262,11 @@ def _foreign_host(name, place):
     return Refusal(421, "foreign_host", f'this server is not called "{name}"; ask it as '
                    f'localhost:{place.port}, or write server: {{hosts: ["{name}"]}} into its '
                    "configuration")
+
+
+def _is_own_site(request):
+    """Whether no page of another site has made a browser ask."""
+    return request.header("sec-fetch-site") in (None, "same-origin", "none")
 
 
 _HOST_NAME_ALONE = Pattern(r"\[.*\]|[^:]*")
@@ -14278,14 +14284,13 @@ def _owner(request, host, place):
     """The Caller of a request without credentials: a local user, where nothing is doubtful."""
     proxied = any(name in _OF_PROXIES or name.startswith("x-forwarded-")
                   for name in request.headers)
-    site = request.header("sec-fetch-site") in (None, "same-origin", "none")
-    user = None if proxied or not site else place.owner()
+    user = place.owner() if _is_own_site(request) and not proxied else None
     if user is None:
         raise _no_token("a token is needed: Authorization: Bearer TOKEN; roexec token create makes "
                         "one")
     name = _HOST_NAME_ALONE.match(host)[0]
     if name not in _LOOPBACK_NAMES:
-        _check_name(request, host, place)
+        _check_name(host, place)
         raise _no_token(f"without a token ask localhost:{place.port}")
     if host not in (name, f"{name}:{place.port}"):
         raise _foreign_host(host, place)
@@ -14303,7 +14308,9 @@ def _bearer(request, host, place):
     kind, _, text = request.header("authorization").partition(" ")
     name, text = None, text.strip(" ")
     if kind.lower() == "basic":
-        _check_name(request, host, place)
+        if not _is_own_site(request):
+            raise Refusal(403, "foreign_origin", "a page of another site asks")
+        _check_name(host, place)
         with contextlib.suppress(ValueError):
             name, _, text = base64.b64decode(text, validate=True).decode().partition(":")
     elif kind.lower() != "bearer":
@@ -15748,7 +15755,7 @@ class Route(Value):
 
 ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
                for method, path, scope, handler in (
-    ("GET", "/", OPEN, _get_page),
+    ("GET", "/", PAGE, _get_page),
     ("GET", "/api/v1/health", OPEN, _get_health),
     ("GET", "/api/v1/jobs", "job:read", _get_jobs),
     ("GET", "/api/v1/jobs/{}", "job:read", _get_job),
@@ -15782,7 +15789,7 @@ ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
 def check_routes(routes):
     """Raise ValueError for a route that does not say who may use it."""
     for route in routes:
-        if route.scope not in (OPEN, ANY, *SCOPES):
+        if route.scope not in (OPEN, PAGE, ANY, *SCOPES):
             raise ValueError(f"{route.method} {route.path} has no scope")
 
 

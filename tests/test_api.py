@@ -537,6 +537,9 @@ def test_a_store_that_cannot_be_read_is_not_healthy_and_not_named_to_strangers(e
     assert error("/health") == (503, "unavailable", "the store cannot be read")
 
 
+NOBODYS = roexec.OPEN, roexec.PAGE
+
+
 def place_of(port=8080, owner=lambda: None, tokens=(), hosts=()):
     """A place on 127.0.0.1; tokens are {text: row}."""
     return Place(port=port, address=b"\x7f\0\0\1", hosts=hosts, owner=owner,
@@ -550,7 +553,7 @@ def refusal_of(scope, headers, owned=True, port=8080):
         caller = gate(scope, request, place_of(port, lambda: "me" if owned else None))
     except Refusal as refusal:
         return refusal.status, refusal.code
-    assert all(caller.may(each) is (scope != roexec.OPEN) for each in roexec.SCOPES)
+    assert all(caller.may(each) is (scope not in NOBODYS) for each in roexec.SCOPES)
 
 
 @pytest.mark.parametrize("headers, expected", [
@@ -585,6 +588,9 @@ def test_the_owner_passes_the_gate_where_nothing_is_doubtful(headers, expected):
     assert without_route == stranger
     anybody = (refusal_of(roexec.OPEN, given, owned=False) or (None,))[0]
     assert anybody == (403 if expected == 403 else None)
+    page = (refusal_of(roexec.PAGE, given, owned=False) or (None,))[0]
+    other_port = given.get("host") == "localhost:8081"      # that of a tunnel
+    assert page == (None if expected == 401 or other_port else expected)
 
 
 @needs_tables
@@ -813,7 +819,7 @@ def test_the_whole_table_is_closed_to_whoever_has_no_token(closed, store, monkey
                         f"Bearer {valid}, Bearer {valid}"):
         given = {} if credentials is None else {"Authorization": credentials}
         for (method, path, scope), status in walk(closed, **given).items():
-            assert (status == 401) is (scope != roexec.OPEN), (credentials, method, path, status)
+            assert (status == 401) is (scope not in NOBODYS), (credentials, method, path, status)
     assert status_of(closed, "GET", "/nowhere") == status_of(closed, "BREW", "/api/v1/jobs") == 401
     assert status_of(closed, "OPTIONS", "/api/v1/jobs") == 401
 
@@ -828,7 +834,7 @@ def test_the_whole_table_asks_for_its_scopes(scopes, pattern, closed, store):
         db.execute("INSERT INTO tokens VALUES ('ci', ?, ?, ?, 0, NULL, NULL)",
                    (roexec._token_digest(text), ",".join(scopes), pattern))
     for (method, path, scope), status in walk(closed, Authorization=f"Bearer {text}").items():
-        allowed = scope in (roexec.OPEN, roexec.ANY) or caller.may(scope)
+        allowed = scope in (*NOBODYS, roexec.ANY) or caller.may(scope)
         assert status not in (401, 421) and status < 500
         assert (status != 403) is allowed, (method, path, status)
 
@@ -846,6 +852,14 @@ def test_a_bearer_may_use_any_name_of_the_host_and_basic_a_known_one(host, beare
     given["Authorization"] = basic("ci", text)
     assert status_of(closed, "GET", "/api/v1/jobs", **given) == with_basic
     assert status_of(closed, "GET", "/api/v1/health", Host=host) == 200
+
+
+def test_the_page_is_got_by_a_name_of_the_server_alone_and_also_by_a_link(closed):
+    for host, expected in (("localhost", 200), ("127.0.0.1:99", 200), ("CI.example", 200),
+                           ("evil.example", 421), ("127.0.0.2", 421)):
+        assert status_of(closed, "GET", "/", Host=host) == expected
+        assert status_of(closed, "GET", "/", Host=host, Sec_Fetch_Site="cross-site") == expected
+    assert status_of(closed, "GET", "/", Origin="http://evil.example") == 403
 
 
 @pytest.mark.parametrize("host, origin, expected", [
