@@ -134,6 +134,17 @@ def _escape(char):
         char, f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}")
 
 
+def listed(texts):
+    """`a, b, c and d`, shortened where they are many."""
+    texts = texts if len(texts) < 8 else [*texts[:2], "…", texts[-1]]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
+
+
+def ordinal(number):
+    """`1st`, `22nd`, `13th`; of a number from 0 to 99."""
+    return str(number) + {1: "st", 2: "nd", 3: "rd"}.get(number % 10 * (number // 10 != 1), "th")
+
+
 # Durations and sizes.
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -1046,10 +1057,8 @@ _LARGEST_SHIFT = 3 * 3600                       # a larger change is a correctio
 
 
 def _change_near(chunk, zone, likely):
-    """(instant, offset before, offset after) of a change in the chunk, or an instant before it.
-
-    `likely` is another change, since most come at the same time of the week.
-    """
+    """(instant, offset before, offset after) of a change in the chunk, or an instant before it;
+    `likely` is another change, since most come at the same time of the week."""
     def offset(second):
         return datetime.datetime.fromtimestamp(second, zone).utcoffset()
 
@@ -1179,9 +1188,8 @@ class Cron:
             return None
         begin, _, offset, floor = self._stretch(slot, self.zone or zone)
         local = self._times.nearest(floor, 1)
-        if slot != begin or local >= begin + offset:
-            return None
-        return time.strftime("%H:%M:%S", time.gmtime(local)).removesuffix(":00")
+        late = slot == begin and local < begin + offset
+        return time.strftime("%H:%M:%S", time.gmtime(local)).removesuffix(":00") if late else None
 
     def fires_in(self, zone):
         """Whether it ever fires in that zone: a gap can swallow each time of `*/5 2 * 3 sun#2`."""
@@ -1255,41 +1263,41 @@ def _clock(times):
     each_hour, scattered = len(minutes) * len(seconds), len(_runs(hours, str, "")) > 1
     few = each_hour * len(hours) <= 4 or each_hour == 1 and scattered
     if few and (len(hours) < 3 or hours != [*range(0, 24, 24 // len(hours))]):
-        return "at " + _listed([f"{hour:02}:{minute:02}" + f":{second:02}" * (seconds != [0])
+        return "at " + listed([f"{hour:02}:{minute:02}" + f":{second:02}" * (seconds != [0])
                                 for hour in hours for minute in minutes for second in seconds])
     parts = []
-    units = (seconds, 60, "second"), (minutes, 60, "minute"), (hours, 24, "hour")
-    for numbers, size, unit in units:
+    for numbers, size, unit in zip((seconds, minutes, hours), (60, 60, 24),
+                                   ("second", "minute", "hour")):
         step, runs = size // len(numbers), _runs(numbers, str, " to ")
         if len(numbers) == size:
             parts.append(f"every {unit}" if not parts else
                          f"of every {unit}" * parts[-1].startswith("at"))
         elif len(numbers) > 1 and numbers == [*range(0, size, step)]:
-            parts.append(f"of every {_ordinal(step)} {unit}" if parts else f"every {step} {unit}s")
+            parts.append(f"of every {ordinal(step)} {unit}" if parts else f"every {step} {unit}s")
         elif unit == "hour" and len(runs) == 1:
             parts.append("every hour " * (not parts) + f"from {hours[0]:02}:{minutes[0]:02} "
                          f"to {hours[-1]:02}:{minutes[-1]:02}")
         elif parts or numbers != [0]:
-            parts.append(f"at {unit}{'s' * (len(numbers) > 1)} {_listed(runs)}")
+            parts.append(f"at {unit}{'s' * (len(numbers) > 1)} {listed(runs)}")
     return " ".join(filter(None, parts))
 
 
 def _days(times):
     """`on weekdays`, `on the 1st and 15th of January`; empty for every day."""
-    months = _listed(_runs(_members(times.months), lambda month: _MONTHS[month - 1], " to "))
+    months = listed(_runs(_members(times.months), lambda month: _MONTHS[month - 1], " to "))
     of, within = f" of {months}", f" in {months}"
     if times.months == _span(1, 12):
         of, within = " of the month", ""
     every_date, every_weekday = times.dates == _span(1, 31), times.weekdays == _span(0, 6)
     if every_date and every_weekday or not times.both and (every_date or every_weekday):
         return within and "every day" + within
-    dates = _runs(_members(times.dates), _ordinal, " to ") + [*map(_spoken, times.date_rules)]
-    dates = f"the {_listed(dates)}{of}"
+    dates = _runs(_members(times.dates), ordinal, " to ") + [*map(_spoken, times.date_rules)]
+    dates = f"the {listed(dates)}{of}"
     weekdays = _runs(sorted((day - 1) % 7 for day in _members(times.weekdays)),
                      lambda day: _WEEKDAYS[(day + 1) % 7] + "s", " to ")
     weekdays = {"Mondays to Fridays": ["weekdays"], "Saturdays to Sundays": ["weekends"]}.get(
         "".join(weekdays), weekdays) + [f"the {_spoken(rule)}" for rule in times.weekday_rules]
-    weekdays = _listed(weekdays) + (of if times.weekday_rules else within)
+    weekdays = listed(weekdays) + (of if times.weekday_rules else within)
     if every_date or every_weekday:
         return f"on {weekdays if every_date else dates}"
     return f"on {weekdays} that are {dates}" if times.both else f"on {dates} and on {weekdays}"
@@ -1298,20 +1306,10 @@ def _days(times):
 def _spoken(rule):
     kind, number, week = rule
     if kind == "weekday":
-        return f"{_ordinal(week) if week else 'last'} {_WEEKDAYS[number]}"
+        return f"{ordinal(week) if week else 'last'} {_WEEKDAYS[number]}"
     if kind == "last":
-        return f"{_ordinal(number + 1)}-last day" if number else "last day"
-    return f"weekday nearest the {_ordinal(number)}" if number else "last weekday"
-
-
-def _listed(texts):
-    """`a, b, c and d`, shortened where they are many."""
-    texts = texts if len(texts) < 8 else [*texts[:2], "…", texts[-1]]
-    return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
-
-
-def _ordinal(number):
-    return str(number) + {1: "st", 2: "nd", 3: "rd"}.get(number % 10 * (number // 10 != 1), "th")
+        return f"{ordinal(number + 1)}-last day" if number else "last day"
+    return f"weekday nearest the {ordinal(number)}" if number else "last weekday"
 
 
 # ==== 4 jobs (pure) ===============================================================================
@@ -19068,7 +19066,7 @@ def _no_command(words):
     family = [command.name for command in _COMMANDS if command.name.startswith(f"{first} ")]
     if family:
         return (f'there is no command "{printable(name)}"; there {"are" if family[1:] else "is"} '
-                + " and ".join(filter(None, (", ".join(family[:-1]), family[-1]))))
+                + listed(family))
     near = nearest(first, {command.name.split()[0] for command in _COMMANDS})
     return f'there is no command "{printable(first)}"' + (near or "; see roexec --help")
 
