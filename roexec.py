@@ -9999,6 +9999,16 @@ def effective_job(db, job_id, settings=None):
     return job_in_effect(get_job(db, job_id), settings.get("defaults"))
 
 
+def job_to_retry(db, run, settings=None):
+    """The Job that a retry of a run would run, as `effective_job`; raises RoexecError for none."""
+    if run["state"] not in FINAL_STATES:
+        raise RoexecError(f"run {run['id']} has not ended yet: it is {run['state']}")
+    if run["name"] is not None:
+        raise RoexecError(f"run {run['id']} is of a command that is not registered; write "
+                          "roexec run --name NAME -- COMMAND again")
+    return effective_job(db, run["job_id"], settings)
+
+
 def job_in_effect(row, defaults):
     """The Job of a row, with defaults (a spec, or None) folded in."""
     return effective(Job(json.loads(row["spec"])), defaults)
@@ -14893,13 +14903,9 @@ def _post_retry(request, store):
     given = _body_object(request, ("env",))
     with store.read() as db:
         run = _asked_run(db, request)
-        if run["state"] not in FINAL_STATES:
-            raise Refusal(409, "state", f"run {run['id']} has not ended yet: it is {run['state']}")
-        if run["name"] is not None:
-            raise Refusal(409, "state", f"run {run['id']} is of a command that is not registered")
         try:
-            job = effective_job(db, run["job_id"])
-        except NoSuchJob as error:
+            job = job_to_retry(db, run)
+        except RoexecError as error:
             raise Refusal(409, "state", str(error)) from None
     env = {**json.loads(run["env"] or "{}"), **_given_env(given, job, request.caller)}
     return _start(request, store, job, given, trigger="retry", env=env, retry_of=run["id"])
@@ -16598,7 +16604,7 @@ def _check_disk(examined):
     found = os.statvfs(folder)
     free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
     room = f"{format_size(free)} of {format_size(total)}"
-    mend = "make room there"
+    mend = "make room there, or write roexec maintenance purge --older 30d"
     if free < max(_LEAST_FREE, min(total // 100, _ENOUGH_FREE)):
         yield _wrong(f"only {room} are free on the disk of {folder}", mend)
     else:
@@ -17926,8 +17932,8 @@ def _cmd_export(session):
 def _cmd_edit(session):
     job_id = session.id()
     with session.store.read() as db:
-        row = get_job(db, job_id)
-    draft = _Draft(row)
+        row, exported = get_job(db, job_id), job_to_yaml(exported_jobs(db, [job_id]))
+    draft = _Draft(row, exported)
     if not draft.edit():
         return session.report([(job_id, "unchanged")])
     if not session.options.json:
@@ -17939,14 +17945,13 @@ def _cmd_edit(session):
 
 class _Draft:
     """A job that is being edited: the file that it is described in, where that is still there, else
-    its description as a file of its own. `jobs` are those of the text once it has been edited."""
+    its export. `jobs` are those of the text once it has been edited."""
 
-    def __init__(self, row):
+    def __init__(self, row, exported):
         self.id, self.jobs, source = row["id"], [], row["source"]
         self.path = source if source and os.path.exists(source) else None
         if self.path is None:
-            job = Job.from_spec(json.loads(row["spec"]))
-            self.text = job_to_yaml([effective(job, {"directory": "~"})])
+            self.text = exported
         elif os.access(self.path, os.W_OK):
             self.text = _read_bytes(self.path).decode("utf-8", "replace")
         else:
@@ -18487,12 +18492,7 @@ def _cmd_retry(session):
     store, target = session.settled, session.id()
     with store.read() as db:
         run = find_run(db, target)
-        if run["state"] not in FINAL_STATES:
-            raise RoexecError(f"run {run['id']} has not ended yet: it is {run['state']}")
-        if run["name"] is not None:
-            raise RoexecError(f"run {run['id']} is of a command that is not registered; write "
-                              "roexec run --name NAME -- COMMAND again")
-        job = effective_job(db, run["job_id"], session.settings)
+        job = job_to_retry(db, run, session.settings)
     if session.options.dry_run:
         return _would_run(session, job.command, job.id)
     how = {"env": json.loads(run["env"] or "{}"), "retry_of": run["id"], "trigger": "retry",
