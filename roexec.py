@@ -3959,6 +3959,23 @@ def run_payload(row, attempts):
         "node": row["node"], "log": row["log"]}
 
 
+def log_line_payload(run, line):
+    """A line of a log as an export gives it, of the row of the run and a LogLine."""
+    text = line.line.decode(errors="replace")
+    payload = {"time": line.time, "job": run["job_id"], "run": run["id"], "step": run["step"],
+               "attempt": line.attempt, "stream": line.stream, "line": text,
+               "partial": line.partial}
+    if text.encode() != line.line:
+        payload["base64"] = base64.b64encode(line.line).decode()
+    return payload
+
+
+def log_line_bytes(run, line):
+    """A line of a log among those of other runs: behind its instant the job and the run."""
+    job = run["job_id"] + (f"/{run['step']}" if run["step"] else "")
+    return b"".join((line.stored[:20], f" {job} {run['id']}".encode(), line.stored[20:], b"\n"))
+
+
 def why_no_log(row):
     """Why there is no log of a run, in words, of its row."""
     if row["log_gone"]:
@@ -6131,6 +6148,24 @@ def logs_of_job(db, job_id):
                                       "log IS NOT NULL", (job_id,))))
 
 
+def logged_runs(db, since=None, job_id=None):
+    """The seqs of the runs, steps too, that may have logged something since an instant (UTC
+    seconds), of a job or of all, in order of their start."""
+    chosen, values = ("", ()) if job_id is None else ("AND job_id = ?", (job_id,))
+    every = [f"SELECT started_at, seq FROM runs WHERE {which} {chosen}" for which in (
+        "log IS NOT NULL AND finished_at >= ?", "state = 'running'")]
+    rows = db.execute(" UNION ALL ".join(every) + " ORDER BY started_at, seq",
+                      (-math.inf if since is None else since, *values, *values))
+    return array.array("q", (seq for _, seq in rows))
+
+
+def runs_by_seq(db, seqs):
+    """Rows of runs, in the order of their seqs as given."""
+    rows = {row["seq"]: row for row in _in_parts(
+        db, "SELECT * FROM runs WHERE seq IN ({})", list(seqs))}
+    return [rows[seq] for seq in seqs if seq in rows]
+
+
 def jobs_with_logs(db):
     """The ids under which runs with a log are recorded."""
     return {row[0] for row in db.execute("SELECT DISTINCT job_id FROM runs WHERE log IS NOT NULL")}
@@ -6637,6 +6672,43 @@ def line_payload(line):
     if "\ufffd" in payload["line"]:
         payload["base64"] = base64.b64encode(text).decode()
     return payload
+
+
+_LOG_LINE = Pattern(rb"(?s)(.{20}) \[(OUT|ERR|INFO|ERROR)(~?)\] (.*)")
+_ATTEMPT_LINE = Pattern(rb"Attempt (\d+)")
+
+
+class LogLine(Value):
+    """A line of a log, `stored` (bytes, without newline): its `time` (text), `stream` (out, err,
+    info or error), `line` (bytes), whether it is `partial`, and the `attempt` it belongs to."""
+    __slots__ = ("stored", "time", "stream", "line", "partial", "attempt")
+
+
+def read_lines(path, since=None, pattern=None):
+    """Yield the LogLines of a log whose instant is not before `since` (UTC seconds) and in whose
+    text a compiled pattern (of bytes) finds something. Raises OSError."""
+    first, attempt, stamp = b"" if since is None else _instant_bytes(since), None, b""
+    for lines in follow(path):
+        for stored in lines.data.removesuffix(b"\n").split(b"\n"):
+            found = _LOG_LINE.fullmatch(stored)     # else a killed writer has left a part of it
+            stamp, tag, piece, line = found.groups() if found else (stamp, b"INFO", b"", stored)
+            number = tag == b"INFO" and _ATTEMPT_LINE.fullmatch(line)
+            attempt = int(number[1]) if number else attempt
+            if stamp >= first and (pattern is None or pattern.search(line)):
+                yield LogLine(stored=stored, time=stamp.decode(errors="replace"), line=line,
+                              stream=tag.decode().lower(), partial=bool(piece), attempt=attempt)
+
+
+def _instant_bytes(since):
+    return format_instant(int(since)).encode()
+
+
+def matching_lines(data, since=None, pattern=None):
+    """Those of whole lines of a log (bytes) that `read_lines` would yield."""
+    first = b"" if since is None else _instant_bytes(since)
+    return b"".join(stored + b"\n" for stored in data.removesuffix(b"\n").split(b"\n")
+                    if stored >= first and (
+                        pattern is None or pattern.search(stored[stored.find(b"] ") + 2:])))
 
 
 def newest_lines(path, size):
@@ -11730,6 +11802,22 @@ def keep_small(store, settings=None, **how):
         return upkeep
     finally:
         os.close(lock)
+
+
+# The logs of many runs.
+
+def each_log(store, since=None, job_id=None):
+    """Yield (row, path of the log) of the runs, steps too, that have logged something since an
+    instant (UTC seconds), of a job or of all, in order of their start."""
+    with store.read() as db:
+        seqs = logged_runs(db, since, job_id)
+    for start in range(0, len(seqs), _PAGE):
+        with store.read() as db:
+            rows = runs_by_seq(db, seqs[start:start + _PAGE])
+        for row in rows:
+            log = row["log"] or live_log(store, row["id"])
+            if log and log_exists(store.folder, log):       # it may have been removed just now
+                yield row, store.file(log)
 
 
 # What a crash, or somebody, has left.
@@ -18358,10 +18446,15 @@ class _Watch:
 
 
 def _cmd_logs(session):
-    options, target = session.options, session.id()
+    options = session.options
     if options.stream not in (None, "out", "err"):
         raise Usage(f'there is no stream "{printable(options.stream)}"; write out or err')
-    watch = _Watch(session.settled, target)
+    chosen = {"since": options.since and _since(options.since), "pattern": _searched(options.grep)}
+    if not (options.id or options.ids) and (options.job or options.since or options.grep):
+        return _print_logs(session, chosen)
+    if options.job:
+        raise Usage("--job is for the logs of many runs; name a run or a job, or write --job")
+    watch = _Watch(session.settled, session.id())
     while True:
         over, log = watch.ended(), watch.log()
         if over or log is not None or not options.follow:
@@ -18370,12 +18463,19 @@ def _cmd_logs(session):
     if log is None:
         raise RoexecError(why_no_log(watch.run))
     try:
-        _print_log(session.store.file(log), options, watch.ended)
+        _print_log(session.store.file(log), options, watch.ended, chosen)
     except FileNotFoundError:
         raise RoexecError("the log of this run is not there (any more)") from None
 
 
-def _print_log(path, options, ended):
+def _searched(text):
+    try:
+        return None if text is None else re.compile(text.encode())
+    except re.error as error:
+        raise Usage(f"--grep {printable(text)}: {error}") from None
+
+
+def _print_log(path, options, ended, chosen):
     offset = 0
     if options.tail is not None:
         with StoredLog(path) as log:
@@ -18383,11 +18483,68 @@ def _print_log(path, options, ended):
     ended = ended if options.follow else lambda: True
     sys.stdout.flush()
     for lines in follow(path, ended, offset=offset, wait=time.sleep):
-        data = select_lines(lines.data, options.raw, options.stream)
+        data = select_lines(matching_lines(lines.data, **chosen), options.raw, options.stream)
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         if lines.is_gap and not data:
             _say(f"{lines.end - lines.begin} bytes of the log were removed here")
+
+
+def _print_logs(session, chosen):
+    """Print what many runs have logged, in order of their start."""
+    options = session.options
+    if options.follow:
+        raise Usage("-f follows one run; name it")
+    printed = (select_lines(line.stored + b"\n", True, options.stream)
+               if options.raw or options.stream else log_line_bytes(row, line)
+               for row, line in _lines_of(session, options.job, **chosen))
+    if options.tail is not None:
+        printed = collections.deque(printed, max(0, options.tail))
+    sys.stdout.flush()
+    for data in printed:
+        sys.stdout.buffer.write(data)
+
+
+def _lines_of(session, job_id, since=None, pattern=None):
+    """An iterator of (row, LogLine) of what the runs of a job, or of all, have logged."""
+    store = session.settled
+    if job_id is not None:
+        _check_recorded(store, job_id)
+    return ((row, line) for row, path in each_log(store, since, job_id)
+            for line in read_lines(path, since, pattern))
+
+
+_EXPORTS = {"json": ("[\n", ",\n", "\n]\n"), "ndjson": ("", "\n", "\n"), "text": None}
+
+
+def _cmd_logs_export(session):
+    options = session.options
+    kind = options.format or "json"
+    if kind not in _EXPORTS:
+        raise Usage(f'there is no format "{printable(kind)}"; write json, ndjson or text')
+    lines = _lines_of(session, options.job, options.since and _since(options.since))
+    if kind == "text":
+        for row, line in lines:
+            sys.stdout.buffer.write(log_line_bytes(row, line))
+        return 0
+    begin, between, end = _EXPORTS[kind]
+    write, joint = sys.stdout.write, begin
+    try:
+        for row, line in lines:
+            write(joint + json.dumps(log_line_payload(row, line)))
+            joint = between
+    except (RoexecError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        write(joint + json.dumps({"error": _failure_of(error)}) + end)
+        return 1
+    write(end if joint == between else f"{begin}]\n" if begin else "")
+
+
+def _failure_of(error):
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or "it was interrupted"
 
 
 def _cmd_wait(session):
@@ -18927,12 +19084,22 @@ _COMMANDS = (
             ("--steps", None, "also the steps of pipelines", False)),
     Command("show", _cmd_show, "show a job or a run in full", "JOB | RUN | latest", "show latest",
             _WITH_ID),
-    Command("logs", _cmd_logs, "print the log of a run", "RUN | JOB | latest",
-            "logs backup-db --follow", _WITH_ID,
+    Command("logs", _cmd_logs, "print the log of a run, or what many have logged",
+            "RUN | JOB | latest | [--job JOB] [--since TIME] [--grep REGEX]",
+            "logs --since 1h --grep 'no such file'", _WITH_ID,
             ("-f --follow", None, "go on until the run ends", False),
             ("--tail", "N", "only the last N lines", None),
             ("--raw", None, "the output as it was, without stamps", False),
-            ("--stream", "out|err", "only this stream, without stamps", None)),
+            ("--stream", "out|err", "only this stream, without stamps", None),
+            ("--since", "TIME", "only lines since: 2h, or an instant", None),
+            ("--grep", "REGEX", "only lines in which this regular expression is found", None),
+            ("--job", "JOB", "of all runs of this job", None)),
+    Command("logs export", _cmd_logs_export, "print what runs have logged, for other programs",
+            "[--format json|ndjson|text] [--since TIME] [--job JOB]",
+            "logs export --format json --since 24h > logs.json",
+            ("--format", "FORMAT", "json (a list, streamed), ndjson or text (json)", None),
+            ("--since", "TIME", "only lines since: 24h, or an instant", None),
+            ("--job", "JOB", "only those of this job", None)),
     Command("next", _cmd_next, "list the next times at which jobs are due", "[JOB]",
             "next backup-db --count 5", _WITH_ID,
             ("--count", "N", "how many (10)", None),
@@ -19054,7 +19221,7 @@ def _split(words):
             before.append(rest.pop(0))
     if not rest:
         raise Usage("a command is missing; see roexec --help")
-    for length in (1, 2):
+    for length in (2, 1):               # `logs export` is not `logs` of a run
         for command in _COMMANDS:
             if command.name == " ".join(rest[:length]):
                 return command, before + rest[length:], behind

@@ -103,7 +103,7 @@ CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", 
 def test_the_commands_are_those_of_the_design():
     assert set(COMMANDS) == CHANGING | {
         "completion", "doctor", "export", "import crontab", "list jobs", "list runs", "show",
-        "logs", "next", "why", "status", "wait", "token list", "audit"}
+        "logs", "logs export", "next", "why", "status", "wait", "token list", "audit"}
     assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
 
 
@@ -1687,3 +1687,96 @@ def test_check_fails_where_a_person_is_needed(cli, jobs, store):
         file.write(b"x" * 20_000)
     status, out, err = cli("maintenance check")
     assert status == 1 and out.startswith("wrong: the database is damaged"), err
+
+
+# The logs of many runs.
+
+@pytest.fixture
+def three_logs(cli, jobs, store):
+    """Three runs with logs, of an hour, of two and of three ago, the last one's packed, one on."""
+    made = {}
+    for hours, job_id, text in ((3, "hello", b"old\n"), (2, "backup", b"bad \xff\nend"),
+                                (1, "hello", b"new\nerror 42\n")):
+        at = time.time() - hours * 3600
+        made[hours] = record(store, job_id, at=at)
+        log = roexec.LogWriter(store.folder, job_id, at, made[hours])
+        log.write("Attempt 1", at)
+        log.output("err" if hours == 2 else "out", text, at)
+        log.close(at)
+        with store.write() as db:
+            roexec.set_log(db, made[hours], log.path)
+    with store.read() as db:
+        roexec.pack_log(store.folder, roexec.get_run(db, made[3])["log"], 1 << 30)
+    return made
+
+
+def exported(cli, line):
+    status, out, err = cli(f"logs export {line}")
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+def test_an_export_has_each_line_of_each_run_in_order_of_their_starts(cli, three_logs):
+    found = exported(cli, "")
+    assert [(line["run"], line["stream"], line["line"]) for line in found] == [
+        (three_logs[3], "info", "Attempt 1"), (three_logs[3], "out", "old"),
+        (three_logs[2], "info", "Attempt 1"), (three_logs[2], "err", "bad \ufffd"),
+        (three_logs[2], "err", "end"),
+        (three_logs[1], "info", "Attempt 1"), (three_logs[1], "out", "new"),
+        (three_logs[1], "out", "error 42")]
+    assert set(found[0]) == {"time", "job", "run", "step", "attempt", "stream", "line", "partial"}
+    assert found[3]["base64"] == "YmFkIP8=" and "base64" not in found[4]
+    assert [line["partial"] for line in found] == [False] * 4 + [True] + [False] * 3
+    assert {line["attempt"] for line in found} == {1}
+    lines = cli("logs export --format ndjson")[1].splitlines()
+    assert list(map(json.loads, lines)) == found
+
+
+@pytest.mark.parametrize("line, runs", [
+    ("--since 90m", [1, 1, 1]), ("--job backup", [2, 2, 2]), ("--since 150m --job hello", [1, 1, 1]),
+    ("--since 10m", [])])
+def test_an_export_of_some(cli, three_logs, line, runs):
+    assert [found["run"] for found in exported(cli, line)] == [three_logs[hours] for hours in runs]
+
+
+def test_an_export_as_text_has_the_job_and_the_run_in_each_line(cli, three_logs):
+    lines = cli("logs export --format text --job hello")[1].splitlines()
+    assert re.fullmatch(rf"20\S+Z hello {three_logs[3]} \[INFO\] Attempt 1", lines[0]), lines
+    assert cli("logs --job hello")[1].splitlines() == lines
+
+
+def test_an_export_that_fails_is_closed_all_the_same(cli, three_logs, store):
+    with store.read() as db:
+        path = store.file(roexec.get_run(db, three_logs[3])["log"]) + ".gz"
+    with open(path, "ab") as file:
+        file.write(b"junk")
+    status, out, _ = cli("logs export")
+    assert status == 1
+    assert json.loads(out) == [{"error": f"{path}: the packed log is damaged"}]
+    assert json.loads(cli("logs export --format ndjson")[1]) == json.loads(out)[0]
+    assert json.loads(cli("logs export --since 150m")[1])[-1]["line"] == "error 42"
+
+
+def test_an_export_of_nothing_is_an_empty_list(cli, jobs):
+    assert cli("logs export")[:2] == (0, "[\n]\n")
+    assert cli("logs export --format ndjson")[:2] == (0, "")
+
+
+@pytest.mark.parametrize("line, texts", [
+    ("logs --grep error", ["error 42"]), ("logs --grep e[nr] --stream err", ["end"]),
+    ("logs --since 90m --raw", ["new", "error 42"]), ("logs --job hello --grep ^.l", ["old"]),
+    ("logs --since 90m --tail 1", ["error 42"]), ("logs hello --grep new", ["new"]),
+    ("logs backup --since 1m", []), ("logs hello --raw --grep 4", ["error 42"])])
+def test_logs_are_searched(cli, three_logs, line, texts):
+    out = cli(line)[1]
+    assert [text.rpartition("] ")[2] for text in out.splitlines()] == texts
+
+
+@pytest.mark.parametrize("line, error", [
+    ("logs --grep (", "--grep (: missing )"), ("logs --since soon", "neither a duration"),
+    ("logs --job hello -f", "-f follows one run"), ("logs hello --job hello", "--job is for"),
+    ("logs --job none", 'there is no job "none"'), ("logs export --job none", "no job \"none\""),
+    ("logs export --format xml", 'there is no format "xml"'), ("logs", "say which one")])
+def test_a_search_that_cannot_be_meant_is_refused(cli, jobs, line, error):
+    status, out, err = cli(line)
+    assert (out, error in err, status > 0) == ("", True, True), err

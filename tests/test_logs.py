@@ -4,6 +4,7 @@ import errno
 import gzip
 import os
 import random
+import re
 import resource
 import stat
 import tracemalloc
@@ -698,3 +699,26 @@ def test_nothing_but_a_log_is_removed(tmp_path, path):
         (tmp_path / name).touch()
     assert roexec.remove_log(str(tmp_path), path) == 0
     assert (tmp_path / "y.log").exists() and (tmp_path / "logs/x/y.log.gz").exists()
+
+
+# Lines.
+
+def test_the_attempt_of_a_line_is_told_and_a_part_of_a_line_is_read_too(tmp_path):
+    path = tmp_path / "x.log"
+    path.write_bytes(lines(b"[INFO] Starting run", b"[INFO] Attempt 1", b"[OUT] Attempt 7",
+                           b"[ERROR] Attempt 1 failed, exit=1", b"[INFO] Attempt 2",
+                           b"[ERR~] a\rb") + b"2025-08-01T0")
+    found = list(roexec.read_lines(path))
+    assert [(line.stream, line.attempt, line.partial) for line in found] == [
+        ("info", None, False), ("info", 1, False), ("out", 1, False), ("error", 1, False),
+        ("info", 2, False), ("err", 2, True), ("info", 2, False)]
+    assert found[5].line == b"a\rb" and found[6].line == b"2025-08-01T0"
+    assert found[6].time == STAMP.decode()
+
+
+def test_lines_are_chosen_by_instant_and_text():
+    data = (b"2025-08-01T02:00:00Z [OUT] old\n2025-08-01T02:00:05Z [OUT] OUT of it\n"
+            b"2025-08-01T02:00:06Z [ERR] new\n")
+    assert roexec.matching_lines(data) == data
+    assert roexec.matching_lines(data, AT + 5.5) == data[31:]
+    assert roexec.matching_lines(data, None, re.compile(b"^OUT")) == data[31:68]
