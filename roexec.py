@@ -1331,6 +1331,8 @@ _MERGED = ("env", "params", "hooks", "limits", "log", "history")    # key by key
 _HOOK_KINDS = ("command", "webhook", "mail", "ping", "run")          # a hook has one of them
 _NO_DEFAULT = dict.fromkeys(("id", "name", "command", "pipeline", "schedule"),
                             '"{}" is not possible in defaults; write it in each job')
+_ELSEWHERE = {"depends_on": "; it belongs to the steps of a pipeline: write both below pipeline:",
+              "job": "; a step of a pipeline can run another job"}
 _OTHER_WORDS = {"cron": "schedule", "environment": "env", "cmd": "command", "script": "command",
                 "cwd": "directory", "workdir": "directory", "tz": "timezone"}
 _MEANT = {"true": "true", "yes": "true", "on": "true", "y": "true",
@@ -1483,6 +1485,8 @@ def _known(value, place, names, later, what):
 
 def _unknown(written, names, later, what):
     other = _OTHER_WORDS.get(written)
+    if what == "a job" and written in _ELSEWHERE:
+        return f'unknown key "{written}" in a job{_ELSEWHERE[written]}'
     hint = f'; did you mean "{other}"?' if other in names else nearest(written, [*names, *later])
     if not hint and len(names) < 10:
         hint = f"; it may have {', '.join(names)}"
@@ -2100,13 +2104,197 @@ def _make_hook(value):
     return tuple(map(Hook, entries))
 
 
+# Parameters.
+
+_PARAM_TYPES = {"text": Pattern(r"(?s).*"), "integer": Pattern(r"[-+]?[0-9]+"),
+                "number": Pattern(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"),
+                "boolean": Pattern(r"true|false")}
+
+
+class Param(_Record):
+    """A value that may be given to a run: its default (None: it has to be given), its type, the
+    allowed values (any, without some), and whether it is secret."""
+    KEYS = {
+        "default": (_text, None, None),
+        "type": (_one_of(*_PARAM_TYPES), None, "text"),
+        "values": (_list_of(_text), _several, ()),
+        "secret": (_switch, None, False),
+        "description": (_text, None, None),
+    }
+    NAME, MAY_BE_EMPTY = "a parameter", True
+
+    @classmethod
+    def read(cls, value, place):
+        if value is None:
+            raise ValueError('no value; write "" for an empty one, or {} for one that a start has '
+                             "to give")
+        nested = isinstance(value, (dict, list))
+        return super().read(value, place) if nested else _text(value, place)
+
+    @classmethod
+    def check(cls, spec):
+        param = cls(spec)
+        if param.secret and param.default:
+            raise ValueError("a secret has no default, which the store would keep; let a start "
+                             "give it")
+        problem = param.default is not None and param.problem(param.default)
+        if problem:
+            raise ValueError(f"its default {problem}")
+
+    def problem(self, value):
+        """Why a text cannot be its value, as the end of a sentence that does not quote a secret;
+        None if it can."""
+        shown = "" if self.secret else f' (it is "{value}")'
+        if self.values and value not in self.values:
+            return f"is none of {', '.join(self.values)}{shown}"
+        if not _PARAM_TYPES[self.type].fullmatch(value):
+            article = "an" if self.type == "integer" else "a"
+            return f"is not {article} {self.type}{shown}"
+        return None
+
+
+def _params(value, place):
+    if not isinstance(value, dict):
+        raise ValueError(f'{place.shown(value)} stands where "NAME: default" lines are wanted')
+    params = {}
+    for key, item in value.items():
+        name = key if type(key) is str else place.key(key).written(key)
+        there = place.item(key, name)
+        there.read(_param_name, name)
+        params[name] = there.read(Param.read, item)
+    return params
+
+
+def _param_name(value, place):
+    name = _own_variable(value, place)
+    if not (name.isascii() and name.isidentifier()):
+        raise ValueError(f'"{name}" cannot be a parameter; its name has letters, digits and _')
+    return name
+
+
+def _make_params(spec):
+    return {name: Param(value if isinstance(value, dict) else {"default": value})
+            for name, value in spec.items()}
+
+
+# Steps: what is written below `pipeline`.
+
+_STEP_KEYS = ("id", "name", "description", "timezone", "command", "shell", "directory", "user",
+              "group", "nice", "umask", "stdin", "env", "env_from", "inherit_env", "timeout",
+              "total_timeout", "grace", "leftovers", "if_lost", "retries", "backoff", "retry_on",
+              "success", "condition", "limits", "hooks")
+# What a step takes over from its pipeline, and which defaults of jobs are those of steps.
+_INHERITED = ("timezone", "shell", "directory", "user", "group", "nice", "umask", "env", "env_from",
+              "inherit_env", "params", "log")
+_DEFAULTS_OF_STEPS = ("timeout", "total_timeout", "grace", "leftovers", "if_lost", "retries",
+                      "backoff", "retry_on", "success", "limits")
+_OF_COMMANDS = ("command", "stdin", "success", "limits", "leftovers", "if_lost")
+_OF_PIPELINES = ("parallel", "fail_fast")
+_OF_JOB_STEPS = ("id", "name", "description", "job", "depends_on", "condition", "timeout", "env",
+                 "hooks")
+
+
+def _steps(value, place):
+    if not isinstance(value, list) or not value:
+        raise ValueError("a pipeline is a list of steps; write for example "
+                         "- {id: build, command: make}")
+    specs = [place.item(index).read(_step, item) for index, item in enumerate(value)]
+    places = [place.item(index) for index in range(len(value))]
+    lines = {}
+    for spec, there in zip(specs, places):
+        if spec and spec.get("id") is not None:
+            if spec["id"] in lines:
+                there.item("id", "id").problem(
+                    f'"{spec["id"]}" is taken by the step in line {lines[spec["id"]]}'
+                    if lines[spec["id"]] else f'two steps are called "{spec["id"]}"')
+            lines[spec["id"]] = there.note and there.note.line
+    for spec, there, item in zip(specs, places, value):
+        _check_dependencies(spec, there, item, lines)
+    if not place.reading.problems:
+        _check_order(specs, place)
+    return specs
+
+
+def _step(value, place):
+    """The spec of a step: a reader."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place.shown(value)} is no step; write id:, command: and depends_on:")
+    allowed = {}
+    for key, item in value.items():
+        name = str(key).replace("-", "_")
+        if name in Job.KEYS and name not in _STEP_KEYS:
+            place.key(key).problem(f'"{name}" is not possible in a step; write it beside pipeline:')
+        else:
+            allowed[key] = item
+    spec = _merged({}, _read_keys(allowed, place, Step, "a step"), Step)
+    missing = [name for name in ("id", "command") if value.get(name) is None]
+    if "job" in spec and "command" in missing:
+        missing.remove("command")
+        for name in [name for name in spec if name not in _OF_JOB_STEPS]:
+            place.item(name, name).problem(
+                "it is not possible in a step that runs a job; write it in that job")
+    if "job" in spec and "command" in spec:
+        place.problem("a step has either a command or a job; remove one of them")
+    for name in missing:
+        place.problem({"id": "a step needs an id; write for example id: build",
+                       "command": "a step needs a command, or job: and the id of one"}[name])
+    return spec
+
+
+def _depends_on(value, place):
+    if not isinstance(value, dict):
+        return _list_of(_id)(value, place)
+    return {key: place.item(key, str(key)).read(_one_of("succeeded", "failed", "finished"), item)
+            for key, item in value.items()}
+
+
+def _make_dependencies(value):
+    return value if isinstance(value, dict) else dict.fromkeys(_several(value), "succeeded")
+
+
+def _check_dependencies(spec, place, value, ids):
+    """Each step that is depended on has to be another one of `ids`."""
+    if spec is None:
+        return
+    key = "depends_on" if "depends_on" in value else "depends-on"
+    there = place.item(key, "depends_on")
+    for number, name in enumerate(_make_dependencies(spec.get("depends_on") or {})):
+        if name in ids and name != spec.get("id"):
+            continue
+        where = there.item(number) if isinstance(value[key], list) else there
+        where = there.key(name, there.path) if isinstance(value[key], dict) else where
+        if name in ids:
+            where.problem("a step cannot depend on itself")
+        elif name is not None:
+            where.problem(f'there is no step "{name}"{nearest(name, ids)}')
+
+
+def _check_order(specs, place):
+    """No step may depend on itself through others."""
+    cycle = _cycle({spec["id"]: list(_make_dependencies(spec.get("depends_on") or {}))
+                    for spec in specs})
+    if cycle:
+        place.problem(f"these steps wait for one another: {' -> '.join(cycle)}")
+
+
+def _cycle(edges):
+    """The first cycle in {node: [nodes that it needs]}, its first node again at the end; or []."""
+    import graphlib
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+        return []
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]
+
+
 # Jobs.
 
 class Job(_Record):
     """A job, made of a spec that has been checked (job_from_mapping and read_job_file do that).
 
-    Durations are seconds; `hooks` is {name: tuple of Hooks}; a command is a str for the shell, or
-    a tuple to be executed as it is.
+    Durations are seconds; `hooks` is {name: tuple of Hooks}, `params` {name: Param}; a command is a
+    str for the shell, or a tuple to be executed as it is. `pipeline` has the specs of steps, which
+    `steps` makes.
     """
     KEYS = {
         "id": (_id, None, None),
@@ -2148,8 +2336,11 @@ class Job(_Record):
         "hooks": (None, _make_hooks, {}),               # _read_hooks reads them in all spellings
         "log": (LogLimits.read, LogLimits, LogLimits()),
         "history": (HistoryLimits.read, HistoryLimits, HistoryLimits()),
+        "params": (_params, _make_params, {}),
+        "parallel": (_number_from(1, _MOST), None, None),
+        "fail_fast": (_switch, None, False),
+        "pipeline": (_steps, tuple, ()),
     }
-    LATER = ("params", "pipeline", "parallel", "depends_on")
     spec = _crons = None
 
     def __init__(self, spec):
@@ -2182,15 +2373,41 @@ class Job(_Record):
         """(start, end) in seconds UTC, both inclusive; None where the window is open."""
         return _window_span(self.window, self.zone(default_zone)) if self.window else (None, None)
 
+    def steps(self):
+        """{id: Step} of its pipeline, in order, with what they take over from it."""
+        below = {name: self.spec[name] for name in _INHERITED if name in self.spec}
+        return {spec["id"]: Step(_merged(below, spec, Step)) for spec in self.pipeline}
 
-_JOB_NAMES = dict.fromkeys((*Job.KEYS, *_HOOK_KEYS))
+    def problems_of(self, given):
+        """Sentences about its params, where {name: value} is given to a run; None is a value that
+        is kept elsewhere."""
+        problems = []
+        for name, param in self.params.items():
+            value = given.get(name, param.default)
+            if value is None and name not in given:
+                problems.append(f"the parameter {name} has no default; give it with --env "
+                                f"{name}={'' if param.secret else 'VALUE'}".rstrip("="))
+            problem = value is not None and param.problem(value)
+            if problem:
+                problems.append(f"the parameter {name} {problem}")
+        return problems
+
+
+class Step(Job):
+    """A step of a pipeline: a job that runs a command, or as `job` the one with that id;
+    `depends_on` is {step: succeeded, failed or finished}."""
+    KEYS = {**{name: Job.KEYS[name] for name in (*_STEP_KEYS, "params", "log")},
+            "depends_on": (_depends_on, _make_dependencies, {}),
+            "job": (_id, None, None)}
+
+
 # Readers of what a command line gives as it stands; for others its text is YAML.
 _AS_TEXT = (_id, _line, _text, _command, _timezone, _directory, _umask, Job.KEYS["schedule"][0])
 
 
 def effective(job, defaults):
     """The job with the configuration's defaults (a spec, or None) below it."""
-    return Job(_merged(defaults, job.spec)) if defaults else job
+    return Job(_with_defaults(defaults, job.spec)) if defaults else job
 
 
 def effective_command(spec, settings):
@@ -2199,25 +2416,37 @@ def effective_command(spec, settings):
                                  if settings.get(name)})
 
 
-def _merged(below, above):
+def _with_defaults(defaults, spec):
+    """The spec of a job with defaults below it; those of commands go to the steps of a pipeline."""
+    if not spec.get("pipeline"):
+        return _merged(defaults, spec)
+    below = {name: value for name, value in defaults.items() if name in _DEFAULTS_OF_STEPS}
+    steps = [_merged(below, step, Step) if step and "job" not in step else step
+             for step in spec["pipeline"]]
+    rest = {name: value for name, value in defaults.items() if name not in _DEFAULTS_OF_STEPS}
+    return _merged(rest, {**spec, "pipeline": steps})
+
+
+def _merged(below, above, kind=Job):
     """The spec of two, of which the second is stronger, in the order of KEYS."""
     spec = {**below, **above}
     for name in _MERGED:
         if isinstance(below.get(name), dict) and isinstance(above.get(name), dict):
             spec[name] = {**below[name], **above[name]}
-    return {name: spec[name] for name in Job.KEYS if name in spec}
+    return {name: spec[name] for name in kind.KEYS if name in spec}
 
 
-def _read_keys(value, place):
-    """The spec of the keys of a job, or of defaults."""
+def _read_keys(value, place, kind=Job, what="a job"):
+    """The spec of the keys of a job, or of defaults, or of a step."""
     spec, hooks = {}, _read_hooks(value, place)
     if hooks != {}:
         spec["hooks"] = hooks
-    for name, item, there, _ in _known(value, place, _JOB_NAMES, Job.LATER, "a job"):
+    names = dict.fromkeys((*kind.KEYS, *_HOOK_KEYS))
+    for name, item, there, _ in _known(value, place, names, kind.LATER, what):
         if name not in _HOOK_KEYS:
             found = None
             if item is not None or name == "directory":         # whose reader looks for ~
-                found = there.read(Job.KEYS[name][0], item)
+                found = there.read(kind.KEYS[name][0], item)
             if found is not None or item is None:
                 spec[name] = found
     return spec
@@ -2245,20 +2474,34 @@ def _read_job(value, place, defaults, named=None):
             place.item("id", "id").problem(
                 f'"{own["id"]}" stands below the id "{named[0]}"; remove one')
         own["id"] = named[1].read(_id, named[0])
-    spec = _merged(defaults, own)
+    spec = _with_defaults(defaults, own)
     if spec.get("directory") is None and place.reading.folder is not None:
         spec = _merged(spec, {"directory": place.reading.folder})
-    if all(str(key).replace("-", "_") in _JOB_NAMES for key in value):  # else it was one of those
-        _check_needed(value, place, spec, named)
+    if all(str(key).replace("-", "_") in (*Job.KEYS, *_HOOK_KEYS) for key in value):
+        _check_needed(value, place, spec, named)        # else one of these may be what is needed
     return spec
 
 
 def _check_needed(value, place, spec, named):
     if spec.get("id") is None and value.get("id") is None and named is None:
         place.problem("a job needs an id; write for example id: backup")
-    if spec.get("command") is None and value.get("command") is None:
-        the_job = f'job "{spec["id"]}"' if spec.get("id") else "job"
+    the_job = f'job "{spec["id"]}"' if spec.get("id") else "job"
+    if value.get("pipeline") is not None:
+        for key in value:
+            if key.replace("-", "_") in _OF_COMMANDS:
+                place.key(key).problem(f'"{key}" beside pipeline: means nothing; write it in the '
+                                       "steps")
+    elif value.get("command") is None:
         place.problem(f"the {the_job} has no command; write command: and what to run")
+    else:
+        for key in value:
+            if key.replace("-", "_") in _OF_PIPELINES:
+                place.key(key).problem(f'"{key}" is for jobs with a pipeline; remove it')
+    missing = [name for name, param in (spec.get("params") or {}).items()
+               if isinstance(param, dict) and param.get("default") is None]
+    if missing and spec.get("schedule"):
+        place.item("params", "params").problem(
+            f"{missing[0]} has no default, and a schedule gives none; write one")
 
 
 def _check_schedule(place, spec, zone_name):
@@ -2275,15 +2518,32 @@ def _check_schedule(place, spec, zone_name):
 
 
 def check_references(job, ids):
-    """A sentence for each job that hooks of this one run and that is not among the ids."""
-    problems = []
-    for name, value in (job.spec.get("hooks") or {}).items():
-        for entry in value if isinstance(value, list) else [value]:
-            run = entry.get("run") if isinstance(entry, dict) else None
-            if run is not None and run not in ids:
-                problems.append(f'hooks.{name} of job "{job.id}" runs the job "{run}", which does '
-                                f"not exist{nearest(run, ids)}")
-    return problems
+    """A sentence for each job that a job runs, in hooks or steps, and that is not among the ids."""
+    named = _jobs_in_hooks(job, f'of job "{job.id}"')
+    for step in job.steps().values():
+        named += _jobs_in_hooks(step, f'of step "{step.id}" of job "{job.id}"')
+        if step.job is not None:
+            named.append((f'step "{step.id}" of job "{job.id}"', step.job))
+    return [f'{who} runs the job "{other}", which does not exist{nearest(other, ids)}'
+            for who, other in named if other not in ids]
+
+
+def _jobs_in_hooks(job, of):
+    return [(f"hooks.{name} {of}", hook.run) for name, hooks in job.hooks.items()
+            for hook in hooks if hook.run is not None]
+
+
+def check_starts(jobs):
+    """A sentence about a pipeline of {id: Job} that would start itself, through its steps and
+    those of others; None if there is none."""
+    edges = {}
+    for job in jobs.values():
+        if job.pipeline:
+            steps = job.steps().values()
+            edges[job.id] = [step.job for step in steps if step.job is not None] + [
+                other for step in steps for _, other in _jobs_in_hooks(step, "")]
+    cycle = _cycle(edges)
+    return f'the job "{cycle[0]}" would start itself: {" -> ".join(cycle)}' if cycle else None
 
 
 # Job files.
@@ -2388,16 +2648,17 @@ def _parts(value, place):
     mappings = [(value, place)]
     if isinstance(value, list):
         mappings = [(item, place.item(index)) for index, item in enumerate(value)]
-        if any(isinstance(item, dict) and _is_like_a_job(item) for item in value):
+        dicts = [item for item in value if isinstance(item, dict)]
+        if any(map(_is_like_a_job, dicts)) and not any("defaults" in item for item in dicts):
             return {"jobs": (value, place)}
-    elif isinstance(value, dict) and _is_like_a_job(value) and "pipeline" not in value:
+    elif isinstance(value, dict) and "pipeline" not in value and _is_like_a_job(value):
         raise ValueError("this looks like a job; put it below job:, or into a list below jobs:")
     if not mappings or not all(isinstance(item, dict) for item, _ in mappings):
         raise ValueError(f"{place.shown(value)} is no job file; begin with jobs:")
     parts = {}
     for item, there in mappings:
         _add_parts(item, there, parts)
-    if not {"jobs", "job"} & parts.keys() and not place.reading.problems:
+    if not {"jobs", "job", "pipeline"} & parts.keys() and not place.reading.problems:
         raise ValueError("there are no jobs; write them below jobs:")
     return parts
 
@@ -2407,17 +2668,19 @@ def _is_like_a_job(value):
 
 
 def _add_parts(value, place, parts):
-    if "pipeline" in value:
-        place.key("pipeline").problem('"pipeline" is not supported yet')
-        return
-    for name, item, there, key in _known(value, place, ("jobs", "job", "pipeline", "defaults"), (),
-                                         "a job file"):
-        other = "job" if name == "jobs" else "jobs"
+    kinds = ("jobs", "job", "pipeline")
+    if "pipeline" in value and not {"jobs", "job"} & value.keys():      # the job stands right here
+        whole = {key: item for key, item in value.items() if key != "defaults"}
+        value = {"pipeline": whole, **{key: value[key] for key in value if key == "defaults"}}
+    for name, item, there, key in _known(value, place, (*kinds, "defaults"), (), "a job file"):
+        other = next((kind for kind in kinds if kind in parts), None)
         if name in parts:
             place.key(key).problem(f'"{name}" is written a second time')
-        elif name != "defaults" and other in parts:
+        elif name != "defaults" and other is not None:
             place.key(key).problem(f'a file has one of jobs, job and pipeline, and "{other}" '
                                    "stands before this")
+        elif name == "pipeline":
+            parts[name] = item, place
         else:
             parts[name] = item, _Place(there.reading, "", there.note)
 
@@ -2426,6 +2689,11 @@ def _jobs_in(parts):
     """(value, place, (id, its place) where the id is a key, else None) of each job of a file."""
     if "job" in parts:
         yield (*parts["job"], None)
+    if "pipeline" in parts:
+        value, place = parts["pipeline"]
+        stem = os.path.splitext(os.path.basename(place.reading.file))[0]
+        named = isinstance(value, dict) and value.get("id") is None and valid_id(stem)
+        yield value, place, (stem, place) if named else None
     jobs, place = parts.get("jobs", ([], None))
     if isinstance(jobs, dict):
         for key, item in jobs.items():
@@ -3331,19 +3599,20 @@ def overlap_action(job, trigger, active, wait=False):
     return "skip", (running or waiting)[0]
 
 
-def admit(queued, running, limits, max_concurrent, paused=()):
+def admit(queued, running, limits, max_concurrent, paused=(), apart=0):
     """Which of the queued runs get a place now, in the order in which they start.
 
     `queued` are rows in order of their insertion, `running` is {job id: number of running runs},
     `limits` {job id: max_concurrent}, 0 or None is no limit; `paused` job ids keep theirs waiting.
+    A run that a step of a pipeline waits for takes no global place, as `apart` of those running do.
     """
     counts, free = dict(running), math.inf
     if max_concurrent:
-        free = max_concurrent - sum(counts.values())
+        free = max_concurrent - sum(counts.values()) + apart
     admitted = []
     for run in sorted(queued, key=_start_order):
-        if free < 1:
-            break
+        if free < 1 and run["parent"] is None:
+            continue
         job_id, limit = run["job_id"], limits.get(run["job_id"])
         if run["trigger"] == "catch_up":
             limit = 1                   # they wait for one another, whatever the job's limit
@@ -3352,7 +3621,7 @@ def admit(queued, running, limits, max_concurrent, paused=()):
         if limit and counts.get(job_id, 0) >= limit:
             continue
         counts[job_id] = counts.get(job_id, 0) + 1
-        free -= 1
+        free -= run["parent"] is None
         admitted.append(run)
     return admitted
 
@@ -3431,7 +3700,8 @@ class _Rehearsal:
         if action != "skip":
             self.seq += 1
             row = {"job_id": job.id, "slot": slot_row.slot, "trigger": slot_row.trigger,
-                   "state": "queued", "queued_at": now, "priority": job.priority, "seq": self.seq}
+                   "state": "queued", "queued_at": now, "priority": job.priority, "seq": self.seq,
+                   "parent": None}
             active.append(row)
             self.queued.append(row)
         return Foreseen(job=job, slot=slot_row.slot, start=now, action=action,
@@ -3465,9 +3735,10 @@ def busiest_minutes(foreseen, most=5):
 
 class Ended(Value):
     """How a command ended. `timeout` is "timeout" or "total_timeout" where one passed; `lost` is
-    true if nobody saw the end, `memory` where it exceeded its limit; `error` says in words why it
-    could not be started; `matched` are the patterns of PATTERNS that its output has matched."""
-    __slots__ = ("exit_code", "signal", "timeout", "lost", "memory", "error", "matched")
+    true if nobody saw the end, `memory` where it exceeded its limit, `outputs` where what it hands
+    on is not as it has to be; `error` says in words why it could not be started, or what is wrong;
+    `matched` are the patterns of PATTERNS that its output has matched."""
+    __slots__ = ("exit_code", "signal", "timeout", "lost", "memory", "outputs", "error", "matched")
 
 
 PATTERNS = ("success.output", "success.no_output", "retry_on.output")
@@ -3490,6 +3761,8 @@ def outcome(job, ended):
         return "failed", "memory"
     if ended.signal:
         return "failed", "signal"
+    if ended.outputs:
+        return "failed", "outputs"
     if ended.error is not None or ended.exit_code not in job.success.exit_codes:
         return "failed", "start" if ended.exit_code in (126, 127) else "exit"
     matched = ended.matched or ()
@@ -3534,6 +3807,100 @@ def backoff_delay(backoff, number, chance=0.5):
         return min(delay * (1 + (backoff.jitter or 0) * (2 * chance - 1)), longest)
     except OverflowError:
         return longest if backoff.delay else 0
+
+
+# Steps of pipelines.
+
+_SATISFYING = {"succeeded": ("succeeded",), "failed": ("failed", "timed_out", "lost"),
+               "finished": FINAL_STATES}
+
+
+class StepOrder:
+    """Which steps of a pipeline are ready, as others end.
+
+    `wanted` is {step: {step that it depends on: succeeded, failed or finished}} in the order of
+    the file; `states` are the final ones so far. Each step costs its dependencies once.
+    """
+
+    def __init__(self, wanted):
+        self.wanted, self.states = wanted, {}
+        self._open = {step: len(needs) for step, needs in wanted.items()}
+        self._dependents = {step: [] for step in wanted}
+        for step, needs in wanted.items():
+            for need in needs:
+                self._dependents[need].append(step)
+        self._places = {step: place for place, step in enumerate(wanted)}
+        self._steps = list(wanted)
+        self._ready = [place for step, place in self._places.items() if not wanted[step]]
+
+    @property
+    def is_over(self):
+        """Whether each step has ended."""
+        return len(self.states) == len(self.wanted)
+
+    def take(self):
+        """The first step, in the order of the file, that is ready and was not taken; or None."""
+        while self._ready:
+            step = self._steps[heapq.heappop(self._ready)]
+            if step not in self.states:
+                return step
+        return None
+
+    def end(self, step, state):
+        """Note that a step has ended -> the steps that can no longer become ready, in the order in
+        which that is known: these are skipped now, and have ended too."""
+        skipped, ended = [], [(step, state)]
+        while ended:
+            step, state = ended.pop()
+            if step in self.states:
+                continue
+            self.states[step] = state
+            for other in self._dependents[step]:
+                if other in self.states:
+                    continue
+                if state not in _SATISFYING[self.wanted[other][step]]:
+                    skipped.append(other)
+                    ended.append((other, "skipped"))
+                self._open[other] -= 1
+                if not self._open[other]:
+                    heapq.heappush(self._ready, self._places[other])
+        return list(dict.fromkeys(skipped))
+
+    def dependents(self, steps):
+        """{step} of these and all that depend on them, directly or not."""
+        found, ahead = set(), list(steps)
+        while ahead:
+            step = ahead.pop()
+            if step not in found:
+                found.add(step)
+                ahead += self._dependents[step]
+        return found
+
+    def needs(self, step):
+        """{step} of those that a step depends on, directly or not."""
+        found, ahead = set(), list(self.wanted[step])
+        while ahead:
+            need = ahead.pop()
+            if need not in found:
+                found.add(need)
+                ahead += self.wanted[need]
+        return found
+
+
+def survives_failure(needs):
+    """Whether a step with these dependencies also runs under `fail_fast`: it waits for more than
+    success."""
+    return any(wanted != "succeeded" for wanted in needs.values())
+
+
+def steps_to_repeat(order, ends, first=None):
+    """{step} that a retry repeats: those that did not succeed, and what depends on them; with
+    `first` that one too. `ends` is {step: (state, reason)} of an earlier run; one that its own
+    condition has skipped needs no other try."""
+    good = {step for step, end in ends.items()
+            if end[0] == "succeeded" or end == ("skipped", "condition")}
+    again = [step for step in order.wanted if step not in good or step == first]
+    return order.dependents(again)
 
 
 # Why.
@@ -4736,17 +5103,22 @@ CREATE TABLE runs (
     "trigger" TEXT NOT NULL, slot INTEGER, last_slot INTEGER, count INTEGER NOT NULL DEFAULT 1,
     state TEXT NOT NULL, reason TEXT, message TEXT,
     cancel TEXT,                        -- the reason of a cancel that was asked for
-    cause TEXT,                         -- RUN/N: the N-th notice of that run has asked for it
+    cause TEXT,                         -- RUN/N: the N-th notice of that run has asked for it,
+                                        -- RUN/job: that run is a step that waits for it
     owner TEXT,                         -- the process that alone may start it, if one may
     env TEXT, priority INTEGER NOT NULL DEFAULT 0, queued_at REAL NOT NULL, started_at REAL,
     finished_at REAL, exit_code INTEGER, signal TEXT,
     boot TEXT,                          -- the boot in which it began to run
     node TEXT, log TEXT,
-    log_gone TEXT);                     -- when and why its log was removed
-CREATE UNIQUE INDEX runs_slot ON runs (job_id, slot) WHERE slot IS NOT NULL AND parent IS NULL;
+    log_gone TEXT,                      -- when and why its log was removed
+    outputs TEXT,                       -- what a step hands on, as JSON
+    taken TEXT,                         -- {step: run} that a retry has taken over, as JSON
+    work TEXT);                         -- the scratch folder of a pipeline, below work/
+CREATE UNIQUE INDEX runs_slot ON runs (job_id, slot) WHERE slot IS NOT NULL AND step IS NULL;
 CREATE INDEX runs_job ON runs (job_id, seq);
 CREATE INDEX runs_state ON runs (state, seq);
-CREATE INDEX runs_active ON runs (job_id, seq) WHERE state IN ('queued', 'running');
+CREATE INDEX runs_active ON runs (job_id, seq)
+    WHERE state IN ('queued', 'running') AND step IS NULL;
 CREATE UNIQUE INDEX runs_cause ON runs (cause) WHERE cause IS NOT NULL;
 CREATE INDEX runs_parent ON runs (parent) WHERE parent IS NOT NULL;
 CREATE INDEX runs_logs ON runs (finished_at) WHERE log IS NOT NULL;
@@ -4816,7 +5188,7 @@ class Store:
         self.say = say or (lambda text: None)
         self.kept = None                # where `keep_open` was called
         self.told_of_log = False        # that the write-ahead log cannot be read
-        self.memo = None                # the Memo of a server
+        self.memo, self.given = None, {}    # the Memo of a server; {run id: secrets}, only here
 
     @property
     def exists(self):
@@ -5288,7 +5660,7 @@ _JOBS = """
 SELECT jobs.*, last.id AS last_id, last.state AS last_state, last.started_at AS last_started_at,
        last.finished_at AS last_finished_at,
        (SELECT MAX(state) FROM runs INDEXED BY runs_active WHERE job_id = jobs.id AND
-        state IN ('queued', 'running') AND parent IS NULL) AS active
+        state IN ('queued', 'running') AND step IS NULL) AS active
 FROM jobs LEFT JOIN runs AS last ON last.id = jobs.last_run
 """
 
@@ -5359,9 +5731,23 @@ def plan_apply(db, sources, prune=False):
             changes += [Change(id=job_id, change="removed", source=source)
                         for job_id, row in sorted(known.items())
                         if row["source"] == source and job_id not in given]
+    cycle = _would_start_itself(known, changes)
     if problems:
         raise Taken("\n".join(problems))
+    if cycle:
+        raise RoexecError(cycle)
     return changes
+
+
+def _would_start_itself(known, changes):
+    """A sentence about a pipeline that would start itself once changes are made, or None."""
+    jobs = {job_id: Job(json.loads(row["spec"])) for job_id, row in known.items()
+            if '"pipeline"' in row["spec"]}
+    for change in changes:
+        jobs.pop(change.id, None)
+        if change.job is not None:
+            jobs[change.id] = change.job
+    return check_starts(jobs)
 
 
 class Taken(RoexecError):
@@ -5506,7 +5892,7 @@ def finish_run(db, run_id, state, attempts, reason=None, **columns):
     _count_end(db, get_run(db, run_id), attempts)
     if state != "skipped":
         db.execute("UPDATE jobs SET last_run = ? WHERE id = (SELECT job_id FROM runs WHERE "
-                   "id = ? AND parent IS NULL)", (run_id, run_id))
+                   "id = ? AND step IS NULL)", (run_id, run_id))
 
 
 _ATTEMPT = ("number", "started_at", "finished_at", "exit_code", "signal", "cpu_seconds",
@@ -5529,6 +5915,11 @@ def skip_slots(db, job_id, row, now):
         db, id=new_run_id(), job_id=job_id, trigger=row.trigger, slot=row.slot,
         last_slot=row.last_slot, count=row.count, state="skipped", reason=row.reason,
         message=row.message, queued_at=now, finished_at=now)
+
+
+def set_work(db, run_id, name):
+    """Say what the scratch folder of a pipeline is called."""
+    db.execute("UPDATE runs SET work = ? WHERE id = ?", (name, run_id))
 
 
 def set_log(db, run_id, path):
@@ -5568,29 +5959,56 @@ def active_runs(db, job_id=None):
     """Rows of the queued and running runs that are no steps, of one job or of all, oldest first."""
     chosen, values = ("", ()) if job_id is None else ("AND job_id = ?", (job_id,))
     return db.execute("SELECT * FROM runs INDEXED BY runs_active WHERE state IN ('queued', "
-                      f"'running') AND parent IS NULL {chosen} ORDER BY seq", values).fetchall()
+                      f"'running') AND step IS NULL {chosen} ORDER BY seq", values).fetchall()
 
 
 def queued_runs(db):
     """Rows of the queued runs that are no steps, oldest first."""
-    return db.execute("SELECT * FROM runs WHERE state = 'queued' AND parent IS NULL "
-                      "ORDER BY seq").fetchall()
+    return db.execute("SELECT * FROM runs INDEXED BY runs_active WHERE state IN ('queued', "
+                      "'running') AND step IS NULL AND state = 'queued' ORDER BY seq").fetchall()
 
 
 def count_queued(db):
-    """How many runs are queued."""
-    return db.execute("SELECT COUNT(*) FROM runs WHERE state = 'queued'").fetchone()[0]
+    """How many runs are queued; steps are not counted."""
+    return db.execute("SELECT COUNT(*) FROM runs INDEXED BY runs_active WHERE state IN ('queued', "
+                      "'running') AND step IS NULL AND state = 'queued'").fetchone()[0]
 
 
 def count_running(db, state="running"):
     """{job id: how many of its runs are running, or in another state}."""
     return dict(map(tuple, db.execute("SELECT job_id, COUNT(*) FROM runs WHERE state = ? AND "
-                                      "parent IS NULL GROUP BY job_id", (state,))))
+                                      "step IS NULL GROUP BY job_id", (state,))))
+
+
+def count_apart(db):
+    """How many running runs take no global place, since a step of a pipeline waits for them."""
+    return db.execute("SELECT COUNT(*) FROM runs INDEXED BY runs_active WHERE state IN ('queued', "
+                      "'running') AND step IS NULL AND state = 'running' AND parent IS NOT NULL"
+                      ).fetchone()[0]
+
+
+# Steps: runs with a parent and a step. A run of another job that a step asks for has a parent only.
+
+def step_rows(db, run_id):
+    """Rows of the steps of a run in order; one that was repeated in the same run comes again."""
+    return db.execute("SELECT * FROM runs WHERE parent = ? AND step IS NOT NULL ORDER BY seq",
+                      (run_id,)).fetchall()
+
+
+def remove_steps(db, run_id):
+    """Remove the rows of steps that were never begun, of a run that did not come to them."""
+    db.execute("DELETE FROM runs WHERE parent = ? AND step IS NOT NULL AND state = 'queued'",
+               (run_id,))
+
+
+def run_of_cause(db, cause):
+    """The row of the run that something has asked for, or None."""
+    return db.execute("SELECT * FROM runs WHERE cause = ?", (cause,)).fetchone()
 
 
 def slot_is_known(db, job_id, slot):
     """Whether there is a row for a slot of a job already."""
-    return db.execute("SELECT 1 FROM runs WHERE job_id = ? AND slot = ? AND parent IS NULL",
+    return db.execute("SELECT 1 FROM runs WHERE job_id = ? AND slot = ? AND step IS NULL",
                       (job_id, slot)).fetchone() is not None
 
 
@@ -5598,11 +6016,12 @@ def chain_length(db, cause):
     """How many runs hooks have started one after the other, up to the one with this `cause`."""
     length = 0
     while cause is not None:
-        row = db.execute("SELECT id FROM runs WHERE cause = ?", (cause,)).fetchone()
-        if row is None:
+        if run_of_cause(db, cause) is None:
             break
         length += 1
         row = find_run_row(db, cause.partition("/")[0])
+        if row and row["step"]:
+            row = find_run_row(db, row["parent"])
         cause = row and row["cause"]
     return length
 
@@ -5612,7 +6031,7 @@ def find_run(db, target):
     `latest`, or the beginning of a run's id, 4 characters at least. Raises RoexecError."""
     row = find_run_row(db, target)
     if row is None and target == "latest":
-        row = db.execute("SELECT * FROM runs WHERE parent IS NULL "
+        row = db.execute("SELECT * FROM runs WHERE step IS NULL "
                          "ORDER BY seq DESC LIMIT 1").fetchone()
         if row is None:
             raise NoSuchRun("there are no runs yet")
@@ -5622,7 +6041,7 @@ def find_run(db, target):
 def newest_run(db, job_id):
     """The row of a job's active run, else of its newest, of one that was not skipped if there is
     any; None without runs."""
-    newest = "SELECT * FROM runs WHERE job_id = ? AND parent IS NULL {} ORDER BY seq DESC LIMIT 1"
+    newest = "SELECT * FROM runs WHERE job_id = ? AND step IS NULL {} ORDER BY seq DESC LIMIT 1"
     return next(iter(active_runs(db, job_id)), None) or db.execute(
         newest.format("AND state != 'skipped'"), (job_id,)).fetchone() or db.execute(
         newest.format(""), (job_id,)).fetchone()
@@ -5657,7 +6076,7 @@ def run_filter(states=None, job_id=None, since=None, until=None, steps=False, *,
                triggers=None, job_ids=None):
     """The conditions of `list_runs`; `since` and `until` (UTC seconds) mean `queued_at`. With a
     `parent` they are the steps of that run; `job_ids` are those of which runs are wanted at all."""
-    where = [] if steps or parent is not None else [("parent IS NULL",)]
+    where = [] if steps or parent is not None else [("step IS NULL",)]
     if parent is not None:
         where.append(("parent = ?", parent))
     if triggers:
@@ -5701,13 +6120,13 @@ def newest_slot_row(db, job_id, until=None):
     if until is None:
         return db.execute("SELECT * FROM runs WHERE job_id = ? AND slot IS NOT NULL "
                           "ORDER BY seq DESC LIMIT 1", (job_id,)).fetchone()
-    return db.execute("SELECT * FROM runs WHERE job_id = ? AND slot <= ? AND parent IS NULL "
+    return db.execute("SELECT * FROM runs WHERE job_id = ? AND slot <= ? AND step IS NULL "
                       "ORDER BY slot DESC LIMIT 1", (job_id, until)).fetchone()
 
 
 def runs_on_at(db, job_id, instant):
     """Rows of the runs of a job that were queued or running at an instant, oldest first."""
-    return db.execute("SELECT * FROM runs WHERE job_id = ? AND parent IS NULL AND state != "
+    return db.execute("SELECT * FROM runs WHERE job_id = ? AND step IS NULL AND state != "
                       "'skipped' AND queued_at <= ? AND (finished_at IS NULL OR finished_at > ?) "
                       "ORDER BY seq", (job_id, instant, instant)).fetchall()
 
@@ -6057,7 +6476,7 @@ def ended_runs(db, after, limit, job_id=None, until=None):
         chosen, values = "AND job_id = ? AND seq <= ?", [job_id, until or 1 << 62]
     return db.execute(
         "SELECT seq, id, job_id, queued_at, COALESCE(last_slot, finished_at) AS ended FROM runs "
-        f"WHERE parent IS NULL AND seq > ? {chosen} ORDER BY seq LIMIT ?",
+        f"WHERE step IS NULL AND seq > ? {chosen} ORDER BY seq LIMIT ?",
         (after, *values, limit)).fetchall()
 
 
@@ -6068,7 +6487,7 @@ def newest_seq(db):
 
 def seq_beyond(db, job_id, number):
     """The seq of the first run of a job, no step, beyond its newest `number`; 0 without one."""
-    row = db.execute("SELECT seq FROM runs WHERE job_id = ? AND parent IS NULL ORDER BY seq DESC "
+    row = db.execute("SELECT seq FROM runs WHERE job_id = ? AND step IS NULL ORDER BY seq DESC "
                      "LIMIT 1 OFFSET ?", (job_id, number)).fetchone()
     return row[0] if row else 0
 
@@ -6084,7 +6503,7 @@ def crowded_jobs(db, number, job_id=None):
 def kept_runs(db, job_id):
     """The ids of the runs of a job that stay whatever their age: the newest, the newest that was
     not skipped, the newest that failed, and the one that has ended last."""
-    newest = "SELECT id FROM runs WHERE job_id = ? AND parent IS NULL {} ORDER BY seq DESC LIMIT 1"
+    newest = "SELECT id FROM runs WHERE job_id = ? AND step IS NULL {} ORDER BY seq DESC LIMIT 1"
     rows = [db.execute(newest.format(which), (job_id,)).fetchone() for which in (
         "", "AND state != 'skipped'", "AND +state IN ('failed', 'timed_out', 'lost')")]
     rows.append(db.execute("SELECT last_run FROM jobs WHERE id = ?", (job_id,)).fetchone())
@@ -6095,7 +6514,8 @@ def with_steps(db, ids):
     """Ids of runs, and of all their steps."""
     found, ids = list(ids), list(ids)
     while ids:
-        ids = [row[0] for row in _in_parts(db, "SELECT id FROM runs WHERE parent IN ({})", ids)]
+        ids = [row[0] for row in _in_parts(
+            db, "SELECT id FROM runs WHERE parent IN ({}) AND step IS NOT NULL", ids)]
         found += ids
     return found
 
@@ -6123,10 +6543,10 @@ def remove_runs(db, ids, dry_run=False):
 
 
 def old_logs(db, before, after, limit):
-    """Rows (seq, id, job_id, parent, finished_at, log) of runs with a log that ended before an
+    """Rows (seq, id, job_id, step, finished_at, log) of runs with a log that ended before an
     instant, from the oldest; `after` is (finished_at, seq) of the last one seen."""
     return db.execute(
-        "SELECT seq, id, job_id, parent, finished_at, log FROM runs WHERE log IS NOT NULL AND "
+        "SELECT seq, id, job_id, step, finished_at, log FROM runs WHERE log IS NOT NULL AND "
         "finished_at < ? AND (finished_at, seq) > (?, ?) ORDER BY finished_at, seq LIMIT ?",
         (before, *after, limit)).fetchall()
 
@@ -6240,7 +6660,8 @@ _OUTPUT_LINE = Pattern(rb"(?m)^.{20} \[(OUT|ERR)(~?)\] (.*\n?)")
 
 
 class LogWriter:
-    """Writes the log of a run, `<folder>/logs/<job id>/<start>.log`, as fast as output comes.
+    """Writes the log of a run, `<folder>/logs/<job id>/<start>.log`, as fast as output comes; that
+    of a step is `<start>-<step>.log`.
 
     Instants are seconds. With `path` it goes on with that log, relative to `folder`, at its end.
     Raises OSError where the log cannot be made, but not for a full or failing disk: then lines are
@@ -6249,10 +6670,10 @@ class LogWriter:
     beyond `most` bytes the first quarter and the newest lines are kept.
     """
 
-    def __init__(self, folder, job_id, started, run_id, *, path=None,
+    def __init__(self, folder, job_id, started, run_id, *, step=None, path=None,
                  most=float("inf")):
         self.path, self.lost = path, 0
-        self._folder, self._paths = folder, _log_paths(job_id, started, run_id)
+        self._folder, self._paths = folder, _log_paths(job_id, started, run_id, step)
         self._descriptor, self._begin, self._size = None, 0, 0     # begin: offset of the last part
         self._most_in_part = most / 4
         self._stream, self._kept = "out", b""
@@ -6396,8 +6817,9 @@ class LogWriter:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
 
-def _log_paths(job_id, started, run_id):
+def _log_paths(job_id, started, run_id, step):
     start = f"logs/{job_id}/{format_instant(int(started)).rstrip('Z')}"
+    start += f"-{step}" if step else ""
     return f"{start}.log", f"{start}-{run_id}.log"
 
 
@@ -8448,8 +8870,9 @@ _ROOM = 8192
 class Journal:
     """`active/<run id>`: a header line, then an event a line, as JSON; locked while looked after.
 
-    `header` has run, job, spec, trigger, slot, env, boot, store and queued_at. Lines are written at
-    an own offset into room that is reserved: O_APPEND would write behind that room.
+    `header` has run, job, spec, trigger, slot, env, boot and store; that of a step also parent and
+    step, and its file is `active/<parent>.<run id>`. Lines are written at an own offset into room
+    that is reserved: O_APPEND would write behind that room.
     """
 
     def __init__(self, path, descriptor, data=None):
@@ -8457,13 +8880,14 @@ class Journal:
         data = _read_all(descriptor) if data is None else data
         complete = data[:data.rfind(b"\n") + 1]
         self.header, *self.events = _parsed(complete.split(b"\n")) or [{}]
-        self.run_id, self._end = os.path.basename(path), len(complete)
+        self.name, self._end = os.path.basename(path), len(complete)
+        self.run_id = self.header.get("run", self.name)
         self.taken = None               # the row of the run, where this has been taken in
 
     @classmethod
     def create(cls, folder, header):
         """A new, locked journal in a folder, whole from the instant at which it has its name."""
-        path = os.path.join(folder, header["run"])
+        path = os.path.join(folder, journal_name(header["run"], header.get("parent")))
         descriptor = open_private(path + ".new", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -8509,6 +8933,11 @@ class Journal:
                 os.pwrite(self.descriptor, bytes(_ROOM), self._end)
         return values
 
+    @property
+    def job(self):
+        """The Job, or Step, that is carried out."""
+        return (Step if self.header.get("parent") else Job)(self.header["spec"])
+
     def cancelled(self):
         """(reason, seconds of grace or None) of a cancel that was asked for, else None."""
         try:
@@ -8539,12 +8968,30 @@ class Journal:
         """Give the lock back."""
         os.close(self.descriptor)
 
+    def steps(self):
+        """[(step, run id)] of a pipeline: of each pass over its steps, in order."""
+        runs = list((self.header.get("steps") or {}).items())
+        for event in self.events:
+            if event["event"] == "pass":
+                runs += event["steps"].items()
+        return runs
+
+    def path_of(self, run_id):
+        """Where the journal of a step of this pipeline lies."""
+        return os.path.join(os.path.dirname(self.path), journal_name(run_id, self.run_id))
+
     def remove(self):
         """Remove the files of the journal, unless another one has its name by now."""
         if is_at(self.descriptor, self.path):
-            for path in (self.path, self.path + ".cancel"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            for path in (*(self.path_of(run_id) for _, run_id in self.steps()), self.path):
+                for suffix in ("", ".cancel", ".result"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path + suffix)
+
+
+def journal_name(run_id, parent=None):
+    """The name of the file of a run's journal: one of a step goes with that of its pipeline."""
+    return f"{parent}.{run_id}" if parent else run_id
 
 
 def _read_all(descriptor):
@@ -8573,10 +9020,12 @@ class Progress:
 
     `attempts` are rows as the store has them; `open` is the process (a dict with what, pid, start,
     and the keeper and the cgroups of its supervisor) that may be alive, or None; `done` are the
-    names of what was begun; `supervisor`, `retry`, `outcome` and `finished` are events, or None.
+    names of what was begun; `supervisor`, `retry`, `outcome` and `finished` are events, or None;
+    `outputs` is what a step hands on.
     """
 
     def __init__(self, events=()):
+        self.outputs = {}
         self.supervisor = self.log = self.open = self.retry = self.outcome = self.finished = None
         self.attempts, self.done = [], []
         for event in events:
@@ -8605,6 +9054,16 @@ class Progress:
         if self.open and self.open["what"] == "attempt":
             self.attempts[-1].update(event, finished_at=event["at"])
         self.open = None
+
+    def _request(self, event):          # of a step that runs a job: it has no process
+        self.done.append("attempt")
+        self.attempts.append({"number": 1, "started_at": event["at"]})
+
+    def _answered(self, event):
+        self.attempts[-1].update(event, finished_at=event["at"])
+
+    def _outputs(self, event):
+        self.outputs = event["values"]
 
     def _retry(self, event):
         self.retry = event
@@ -8760,7 +9219,7 @@ def clean_environment(uid):
 
 
 _OF_A_RUN = ["ROEXEC_" + name for name in (
-    "JOB_ID RUN_ID ATTEMPT SLOT TRIGGER LOG STATUS REASON EXIT_CODE OUTPUT WORKDIR").split()]
+    "JOB_ID RUN_ID STEP ATTEMPT SLOT TRIGGER LOG STATUS REASON EXIT_CODE OUTPUT WORKDIR").split()]
 
 
 def job_environment(job, uid, base=None, variables=()):
@@ -8774,6 +9233,8 @@ def job_environment(job, uid, base=None, variables=()):
         environment.update((name, os.environ[name]) for name in names if name in os.environ)
     environment.update(variables)
     environment.update(job.env)
+    environment.update((name, param.default) for name, param in job.params.items()
+                       if param.default is not None)
     return environment
 
 
@@ -8783,15 +9244,18 @@ def job_folder(job, environment):
     return home + folder[1:] if folder == "~" or folder.startswith("~/") else folder
 
 
-def _run_environment(environment, header):
+def _run_environment(environment, header, given):
     """The environment of a run: that of its job, and what the run adds."""
-    environment.update(header.get("env") or {})
+    environment.update(header.get("outputs") or {})
+    environment.update(given)
     for name in _OF_A_RUN:              # a run within a run has its own
         environment.pop(name, None)
     environment.update(ROEXEC_JOB_ID=header["job"], ROEXEC_RUN_ID=header["run"],
                        ROEXEC_TRIGGER=header["trigger"])
-    if header.get("slot") is not None:
-        environment["ROEXEC_SLOT"] = format_instant(header["slot"])
+    for name in ("slot", "step"):
+        if header.get(name) is not None:
+            environment[f"ROEXEC_{name.upper()}"] = format_instant(header[name]) \
+                if name == "slot" else header[name]
     return environment
 
 
@@ -8965,7 +9429,7 @@ class Signals:
         os.close(self._writer)
 
 
-def _milliseconds(seconds):
+def milliseconds(seconds):
     """What poll(2) takes: an int of C, where a negative one would mean for ever."""
     return min(max(0, math.ceil(min(seconds, LONGEST) * 1000)), (1 << 31) - 1)
 
@@ -9038,7 +9502,7 @@ class RunningCommand:
         if not busy or len(self.console.backlog) < most_waiting:
             for descriptor in self.streams:
                 poller.register(descriptor, select.POLLIN)
-        for descriptor, _ in poller.poll(_milliseconds(seconds)):
+        for descriptor, _ in poller.poll(milliseconds(seconds)):
             if descriptor == self.signals.descriptor:
                 self.signals.drain()
             elif descriptor in self.streams:
@@ -9354,15 +9818,20 @@ class _Execution:
     `folder` is the store's. In the foreground there is a `console`; `base` is the caller's
     environment where the run has that, with the caller's folder and standard input. `tell()` says
     that the journal has a notice that should not wait for the end; `keep_orphans` gives a keeper.
+    `given` are secrets, {name: text}, which have a null in the header's `env`.
     """
 
     def __init__(self, journal, folder, signals, console=None, base=None, *, tell=None,
-                 keeper=None):
+                 keeper=None, given=None):
         self.journal, self.folder, self.header = journal, folder, journal.header
         self.keeper, self.cgroups = keeper, None
         self.signals, self.console, self.base, self.tell = signals, console, base, tell
-        self.job, self.progress = Job(journal.header["spec"]), Progress(journal.events)
-        self.log, self.setup, self.masks, self.last_output = None, Setup(), Masks(()), 0.0
+        self.job, self.progress = journal.job, Progress(journal.events)
+        self.secrets = given or {}
+        self.given = {**{name: value for name, value in (self.header.get("env") or {}).items()
+                         if value is not None}, **self.secrets}
+        self.log, self.setup, self.last_output = None, Setup(), 0.0
+        self.masks = Masks(self.secrets.values())
         self.problem = None             # why no command may be started at all
 
     def note(self, event, **values):
@@ -9373,6 +9842,19 @@ class _Execution:
         """Write a line of roexec's own into the log, if there is one."""
         if self.log is not None:
             self.log.write(self.masks.text(text), time.time(), level)
+
+    def check_given(self):
+        """The outcome if values are missing that had to be given to the run, else None."""
+        for name, value in (self.header.get("env") or {}).items():
+            if value is None and name not in self.secrets:
+                text = (f"the value of {name} was given when the run was asked for, and is kept "
+                        "nowhere; ask for the run again")
+                self.info(text, "ERROR")
+                return {"state": "failed", "reason": "secret", "message": text}
+        problems = self.job.problems_of(self.given)
+        for text in problems:
+            self.info(text, "ERROR")
+        return problems and {"state": "failed", "reason": "start", "message": problems[0]} or None
 
     # What `RunningCommand` asks of its sink.
 
@@ -9430,15 +9912,19 @@ class _Execution:
             if self.console.terminal and ended.signal == "SIGINT":
                 self.signals.asked = signal.SIGINT          # Ctrl-C reached the command itself
         if attempt:
-            ended = ended.changed(matched=self._matched(began))
+            ended = self.examined(ended.changed(matched=self._matched(began)))
         if self.console is not None and self.console.status:
             self.console.status.clear()
         self._tell_of(running)
         self.note("ended", exit_code=ended.exit_code, signal=ended.signal, timeout=ended.timeout,
-                  memory=ended.memory, matched=ended.matched,
-                  cpu_seconds=round(running.cpu_seconds, 6),
+                  memory=ended.memory, matched=ended.matched, outputs=ended.outputs,
+                  error=ended.error, cpu_seconds=round(running.cpu_seconds, 6),
                   max_rss_bytes=running.max_rss_bytes or None,
                   output_bytes=running.output_bytes)
+        return ended
+
+    def examined(self, ended):
+        """How an attempt has ended, by what else there is to look at."""
         return ended
 
     def _matched(self, began):
@@ -9536,7 +10022,7 @@ class _Execution:
             data = self.job.stdin.encode()
         if data is None:
             return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        return _file_of(data)
+        return file_of(data)
 
     def _total_left(self):
         """Seconds until the `total_timeout`, which counts from the first attempt; None without."""
@@ -9554,7 +10040,7 @@ def _printed_lines(path, offset):
             if text.endswith(b"\n"):
                 yield text
                 text = b""
-            begun[stream] = text[-_MOST_FOR_HOOKS:]
+            begun[stream] = text[-MOST_FOR_HOOKS:]
     yield from filter(None, begun.values())
 
 
@@ -9565,7 +10051,7 @@ class _Collector:
         self.data = bytearray()
 
     def output(self, stream, data):
-        if stream == "out" and len(self.data) <= _MOST_FOR_HOOKS:       # more is refused
+        if stream == "out" and len(self.data) <= MOST_FOR_HOOKS:       # more is refused
             self.data += data
         return b""
 
@@ -9589,7 +10075,7 @@ class _Hooks(_Execution):
         """Run the hooks of a name in order -> whether all of them succeeded."""
         succeeded = True
         for index, hook in enumerate(self.job.hooks.get(name, ())):
-            data = self._printed() if name != "pre_run" else None
+            data = self.printed() if name != "pre_run" else None
             if hook.condition and \
                     self._run(name + " condition", hook.condition, 60).exit_code != 0:
                 continue
@@ -9608,7 +10094,7 @@ class _Hooks(_Execution):
         target = f" {hook.target}" if hook.kind == "run" else ""
         self.info(f"Hook {name}: {hook.kind}{target}")
         self.note("notice", hook=name, index=index)
-        if self.tell is not None and name in LIVE_HOOKS:
+        if self.tell is not None and (self.header.get("parent") or name in LIVE_HOOKS):
             self.tell()
 
     def _tell_hooks(self, state, reason, exit_code):
@@ -9626,13 +10112,13 @@ class _Hooks(_Execution):
             self._hooks("on_failure")
         self._hooks("post_run")
 
-    def _printed(self):
+    def printed(self):
         """What the run has printed: the newest MiB, without stamps."""
         self.log.flush(time.time())
         if self.log.path is None:
             return b""
         return select_lines(
-            newest_lines(os.path.join(self.folder, self.log.path), _MOST_FOR_HOOKS), raw=True)
+            newest_lines(os.path.join(self.folder, self.log.path), MOST_FOR_HOOKS), raw=True)
 
 
 class Supervision(_Hooks):
@@ -9646,7 +10132,7 @@ class Supervision(_Hooks):
         try:
             self._perform()
         except Exception as error:      # of this host, or ours: it must not be tried for ever
-            self._end_remnants()
+            self.end_remnants()
             if self.progress.outcome is None:
                 self.note("outcome", state="lost", reason="supervisor",
                           message=f"its supervisor failed: {error}")
@@ -9661,14 +10147,14 @@ class Supervision(_Hooks):
         self._prepare()
         if self.header.get("only"):
             if earlier is None:
-                self._resolve()
+                self.resolve()
                 self._tell_hooks("skipped", "missed", None)
                 self._hooks(self.header["only"])
         elif self.progress.outcome is None:
-            self.note("outcome", **self._outcome(number))
+            self.note("outcome", **self.decide(number))
             self._end_hooks(self.progress.outcome)
         else:
-            self._end_remnants()        # of a hook: those that were not begun are lost
+            self.end_remnants()        # of a hook: those that were not begun are lost
         self.log.close(time.time())
         self.note("finished", log=self.log.path)
 
@@ -9679,23 +10165,24 @@ class Supervision(_Hooks):
             self.setup = setup_of(self.job)
         except ValueError as error:
             self.problem = f"as the job says: {error}"
-        self._make_environment({})
+        self.make_environment({})
 
-    def _make_environment(self, variables):
+    def make_environment(self, variables):
         uid = os.geteuid() if self.setup.uid is None else self.setup.uid
         self.environment = _run_environment(
-            job_environment(self.job, uid, self.base, variables), self.header)
+            job_environment(self.job, uid, self.base, variables), self.header, self.given)
         self.environment["ROEXEC_LOG"] = os.path.join(self.folder, self.log.path or "")
         self.environment["ROEXEC_ATTEMPT"] = str(len(self.progress.attempts))
 
-    def _resolve(self):
+    def resolve(self):
         """Get the variables of `env_from` -> the outcome if that is not possible, else None."""
         if self.problem is not None:
             self.info(f"Cannot start {self.problem}", "ERROR")
             return {"state": "failed", "reason": "start",
                     "message": f"cannot start {self.problem}"}
-        if not self.job.env_from:
-            return None
+        problem = self.check_given()
+        if problem is not None or not self.job.env_from:
+            return problem
         try:
             variables, secrets = resolve_environment(
                 self.job.env_from, vault=self.header.get("vault"),
@@ -9705,8 +10192,8 @@ class Supervision(_Hooks):
         except RoexecError as error:
             self.info(str(error), "ERROR")
             return {"state": "failed", "reason": "secret", "message": str(error)}
-        self.masks = Masks(secrets)
-        self._make_environment(variables)
+        self.masks = Masks({*secrets, *self.secrets.values()})
+        self.make_environment(variables)
         return None
 
     def _capture(self, command):
@@ -9721,43 +10208,48 @@ class Supervision(_Hooks):
         earlier = self.progress.log
         started = max(time.time(), self.header.get("not_before") or 0)
         self.log = LogWriter(self.folder, self.header["job"], started, self.header["run"],
-                             path=earlier, most=self.job.log.max_size)
+                             step=self.header.get("step"), path=earlier,
+                             most=self.job.log.max_size)
         self.log.write("Going on after the loss of a supervisor" if earlier else "Starting run",
                        started)
         return self.log.path
 
     # The order of things (SEMANTICS, "The life of a run").
 
-    def _outcome(self, number):
+    def decide(self, number):
         """The values of the event `outcome`, where `number` attempts were begun before."""
-        lost = self.progress.open is not None \
-            and not self.progress.open["what"].startswith(("on_retry", "env_from")) \
-            or self.header["boot"] != boot_id() \
-            or number == 0 and (bool(self.progress.done) or self._belongs_to_another())
-        self._end_remnants()
+        lost = self.is_lost(number)
+        self.end_remnants()
         if self.journal.cancelled() is not None or self.is_cancelled():
-            return self._cancelled()
-        problem = self._resolve()
+            return self.cancelled()
+        problem = self.resolve()
         if self.is_cancelled():
-            return self._cancelled()
+            return self.cancelled()
         if lost and (number == 0 or problem is not None):
             return self._decided(Ended(lost=True))
         if problem is not None:
             return problem
         if number == 0:
-            return self._before_attempts() or self._attempt_until_done(0)
+            return self.before_attempts() or self.attempt_until_done(0)
         ended = Ended(lost=True) if lost else Ended(
             **{name: self.progress.attempts[-1].get(name) for name in Ended.__slots__})
         delay = self._delay_before_next(ended, number)
         if delay is None:
             return self._decided(ended)
-        return self._attempt_until_done(number, delay)
+        return self.attempt_until_done(number, delay)
+
+    def is_lost(self, number):
+        """Whether nobody knows how far the run has come, whose supervisor was lost."""
+        return (self.progress.open is not None
+                and not self.progress.open["what"].startswith(("on_retry", "env_from"))
+                or self.header["boot"] != boot_id()
+                or number == 0 and (bool(self.progress.done) or self._belongs_to_another()))
 
     def _belongs_to_another(self):
         """Whether only a process that has ended could start the run, with its environment."""
         return self.header.get("owner") not in (None, own_identity())
 
-    def _end_remnants(self):
+    def end_remnants(self):
         """Kill what a lost supervisor has left of this run."""
         left = self.progress.open
         if left is None:
@@ -9769,7 +10261,7 @@ class Supervision(_Hooks):
         self.note("ended", lost=True)
         self.info("Lost: its supervisor was killed", "ERROR")
 
-    def _before_attempts(self):
+    def before_attempts(self):
         """Condition and `pre_run`; the outcome if one of them forbids the run."""
         late = time.time() - self.header["claimed_at"]
         if late > max(ON_TIME, self.job.catch_up_window):
@@ -9778,7 +10270,7 @@ class Supervision(_Hooks):
         if self.job.condition:
             ended = self._run("condition", self.job.condition, 60)
             if self.is_cancelled():
-                return self._cancelled()
+                return self.cancelled()
             if ended.timeout or ended.signal or ended.exit_code in (126, 127):
                 return self._final("failed", "condition", ended)
             if ended.exit_code:
@@ -9786,7 +10278,7 @@ class Supervision(_Hooks):
                         f"the condition ended with {ended.exit_code}"}
         if not self._hooks("pre_run"):
             return {"state": "failed", "reason": "pre_run", "message": "the hook pre_run failed"}
-        return self._cancelled() if self.is_cancelled() else None
+        return self.cancelled() if self.is_cancelled() else None
 
     def _await_instant(self):
         """Wait for the instant of a slot: a scheduler has prepared its start a little earlier."""
@@ -9794,25 +10286,28 @@ class Supervision(_Hooks):
         if 0 < early < 1 and (early < 0.003 or self._pause(early - 0.002)):
             time.sleep(max(0, self.header["not_before"] - time.time()))
 
-    def _attempt_until_done(self, number, delay=0):
+    def attempt_until_done(self, number, delay=0):
         while True:
             if delay and not self._pause(delay):
-                return self._cancelled()
+                return self.cancelled()
             number += 1
-            ended = self._attempt(number)
+            ended = self.attempt(number)
             if self.is_cancelled():
-                return self._cancelled()
+                return self.cancelled()
             delay = self._delay_before_next(ended, number)
             if delay is None:
                 return self._decided(ended)
 
-    def _attempt(self, number):
+    def attempt(self, number):
+        self.begin_attempt(number)
+        self.info(f"Running {command_text(self.job.command)}")
+        return self._run("attempt", self.job.command, self.job.timeout)
+
+    def begin_attempt(self, number):
         self.environment["ROEXEC_ATTEMPT"] = str(number)
         for name in ("ROEXEC_STATUS", "ROEXEC_REASON", "ROEXEC_EXIT_CODE"):
             self.environment.pop(name, None)            # what on_retry was told
         self.info(f"Attempt {number}")
-        self.info(f"Running {command_text(self.job.command)}")
-        return self._run("attempt", self.job.command, self.job.timeout)
 
     def _delay_before_next(self, ended, number):
         """Seconds until the next attempt, or None. Says so, and runs `on_retry`."""
@@ -9840,7 +10335,7 @@ class Supervision(_Hooks):
         poller = select.poll()
         poller.register(self.signals.descriptor, select.POLLIN)
         while not self.is_cancelled() and time.monotonic() < deadline:
-            poller.poll(_milliseconds(deadline - time.monotonic()))
+            poller.poll(milliseconds(deadline - time.monotonic()))
             self.signals.drain()
         return not self.is_cancelled()
 
@@ -9861,14 +10356,14 @@ class Supervision(_Hooks):
         return {"state": state, "reason": reason, "message": ended.error,
                 "exit_code": ended.exit_code, "signal": ended.signal}
 
-    def _cancelled(self):
+    def cancelled(self):
         reason, _ = self.journal.cancelled() or (
             "user" if self.console is not None else "shutdown", None)
         self.info(f"Run {self.journal.run_id} cancelled, reason={reason}")
         return {"state": "cancelled", "reason": reason}
 
 
-_MOST_FOR_HOOKS = 1 << 20
+MOST_FOR_HOOKS = 1 << 20
 _PIECE_WAITS = 0.2      # seconds for the rest of a line
 
 
@@ -9885,7 +10380,7 @@ def _ending(ended):
     return f"signal={ended.signal}" if ended.signal else f"exit={ended.exit_code}"
 
 
-def _file_of(data):
+def file_of(data):
     """A descriptor that reads as the data, and belongs to no name."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("stdin")
@@ -9932,22 +10427,23 @@ def fork(function):
     return pid
 
 
-def serve_runs(channel, folder, keeper=None):
-    """The body of a supervisor: take runs from the server, one at a time, until it goes away.
+def serve_runs(channel, folder, perform, *, keeper=None, console=None):
+    """The body of a supervisor: take runs from their owner, one at a time, until it goes away.
 
-    `channel` is a SOCK_SEQPACKET socket: a run id comes with its locked journal; the answer is
-    "done" or, where it ends now, "last", the run id, and the traceback of what went wrong here;
-    "notice" in between says that the journal asks for one.
+    `channel` is a SOCK_SEQPACKET socket: the name of a journal comes with the journal, locked, and
+    with what was given in memory alone; the answer is "done" or, where it ends now, "last", the
+    name, and the traceback of what went wrong here; "notice" in between says that a journal asks
+    for one. `perform` carries a run out, with what `_Execution` is made with.
     """
     signals = Signals()
     try:
         while True:
             signals.asked = None
-            run_id, descriptor = receive_descriptor(channel)
-            if run_id is None:
+            journal, given = _receive_run(channel, folder)
+            if journal is None:
                 return
-            journal = Journal(os.path.join(folder, "active", run_id), descriptor)
-            answer = _supervise(journal, folder, signals, channel, keeper)
+            answer = _supervise(perform, channel, journal, folder, signals, console=console,
+                                keeper=keeper, given=given)
             os.chdir("/")
             journal.close()
             # A SIGTERM for that run may still be on its way; or daemons were left.
@@ -9961,14 +10457,14 @@ def serve_runs(channel, folder, keeper=None):
         channel.close()
 
 
-def _supervise(journal, folder, signals, channel, keeper):
+def _supervise(perform, channel, journal, *execution, **more):
     try:
-        Supervision(journal, folder, signals, keeper=keeper,
-                    tell=lambda: _answer(channel, f"notice {journal.run_id}")).perform()
-        return journal.run_id
+        perform(journal, *execution, tell=lambda name=journal.name: _answer(
+            channel, f"notice {name}"), **more)
+        return journal.name
     except Exception:
         import traceback
-        return f"{journal.run_id} {traceback.format_exc()}"
+        return f"{journal.name} {traceback.format_exc()}"
 
 
 def _answer(channel, text):
@@ -9993,31 +10489,177 @@ def has_children():
         return False
 
 
-def send_descriptor(channel, text, descriptor):
-    """Send a text and an open file over a Unix socket (SCM_RIGHTS)."""
+def send_run(channel, journal, given=None):
+    """Hand a run to the supervisor at the other end; `given` is not to be written anywhere."""
+    if not given:
+        return send_descriptor(channel, journal.name, journal.descriptor)
+    memory = file_of(json.dumps(given).encode())
+    try:
+        send_descriptor(channel, journal.name, journal.descriptor, memory)
+    finally:
+        os.close(memory)
+
+
+def _receive_run(channel, folder):
+    """(journal, what was given) that `send_run` has sent; (None, None) where nobody is there."""
+    name, descriptor, *memory = receive_descriptors(channel)
+    if name is None:
+        return None, None
+    given = {}
+    for other in memory:
+        with open(other, "rb") as file:
+            given = json.loads(file.read())
+    return Journal(os.path.join(folder, "active", name), descriptor), given
+
+
+def send_descriptor(channel, text, *descriptors):
+    """Send a text and open files over a Unix socket (SCM_RIGHTS)."""
     channel.sendmsg([text.encode()], [
-        (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))])
+        (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
 
 
-def receive_descriptor(channel):
-    """(text, descriptor) of what was sent; (None, None) where the other side has gone away.
+def receive_descriptors(channel):
+    """(text, descriptor, …) of what was sent; (None, None) where the other side has gone away.
 
     The flag MSG_CMSG_CLOEXEC is why `socket.recv_fds` will not do: a command would inherit the
     lock. Raises RoexecError for a text without its file.
     """
     try:
         data, ancillary, _, _ = channel.recvmsg(
-            4096, socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            4096, socket.CMSG_SPACE(8), getattr(socket, "MSG_CMSG_CLOEXEC", 0))
     except ConnectionError:
         data = b""
     if not data:
         return None, None
     descriptors = array.array("i")
     for _, _, content in ancillary:
-        descriptors.frombytes(content[:4])
+        descriptors.frombytes(content[:len(content) // 4 * 4])
     if not descriptors:
         raise RoexecError(f"the message {data!r} came without its file")
-    return data.decode(), descriptors[0]
+    return (data.decode(), *descriptors)
+
+
+STALL = 0.005           # seconds without an end after which one more supervisor is worth its fork
+_AT_LEAST = 3           # supervisors that a herd may have without waiting for that
+_IDLE = 5.0             # seconds until a supervisor that nobody needs ends
+
+
+class _Supervisor:
+    """A supervisor as its owner knows it; `run` is the name of its journal, None without one."""
+    __slots__ = ("channel", "run", "since", "is_new")
+
+    def __init__(self, channel):
+        self.channel, self.run, self.is_new = channel, None, True
+        self.since = time.monotonic()   # when it was asked for, or has become idle
+
+
+class Supervisors:
+    """The supervisors that runs are handed to: one is kept ready, and a herd gets more as long as
+    none comes back by itself. `waiting` are journals of runs that wait for one.
+
+    `folder` is the store's; `fork(channel)` has a process made that serves runs on that socket, and
+    raises OSError where it cannot. `given` has by the name of a journal what is kept in memory
+    alone: the secrets that were given to its run.
+    """
+
+    def __init__(self, folder, fork, poller, say):
+        self.folder, self.make, self.poller, self.say = folder, fork, poller, say
+        self.given = {}
+        self.all, self.idle, self.forking = {}, [], 0       # all: {descriptor: _Supervisor}
+        self.waiting = collections.deque()
+        self.stalled = False            # runs waited, and nobody came back
+        self.telling = []               # names of journals that ask for notices
+
+    def close(self):
+        """Leave the supervisors to themselves: each ends when its run has."""
+        for supervisor in self.all.values():
+            supervisor.channel.close()
+        for journal in self.waiting:
+            journal.close()             # whoever comes next starts it, if that is in time
+
+    def take_telling(self):
+        """The names of journals that have asked for notices since the last time."""
+        told, self.telling = self.telling, []
+        return told
+
+    def are_busy(self):
+        """Whether any run is on, or waits for a supervisor."""
+        return bool(self.waiting) or any(supervisor.run for supervisor in self.all.values())
+
+    def runs(self):
+        """The names of the journals that are in their hands, or wait for them."""
+        return {supervisor.run for supervisor in self.all.values()} | {
+            journal.name for journal in self.waiting}
+
+    def fork(self):
+        """Have one more made."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.make(theirs)
+        except OSError:                 # too many processes, or the launcher has ended
+            ours.close()
+            return
+        finally:
+            theirs.close()
+        self.all[ours.fileno()] = _Supervisor(ours)
+        self.poller.register(ours, select.POLLIN)
+        self.forking += 1
+
+    def hear(self, descriptor):
+        """Take a message of a supervisor -> [the journal that it has given back]."""
+        supervisor = self.all[descriptor]
+        try:
+            word, _, text = supervisor.channel.recv(LONGEST_ANSWER).decode().partition(" ")
+        except ConnectionError:         # it was killed before it had read what was sent to it
+            word = text = ""
+        if word == "notice":
+            self.telling.append(text)
+            return []
+        run, supervisor.run = supervisor.run, None
+        if supervisor.is_new:
+            supervisor.is_new = False
+            self.forking -= 1
+        if word in ("ready", "done"):
+            supervisor.since = time.monotonic()
+            self.idle.append(supervisor)
+        elif word == "":
+            self._forget(supervisor)
+        journal = run and Journal.find(os.path.join(self.folder, "active", run))
+        if "Traceback" in text:
+            self.say(f"A supervisor has failed, run {text}", "ERROR")
+            if journal and not Progress(journal.events).finished:
+                journal.close()         # tried again at the next look, not for ever at once
+                return []
+        return [journal] if journal else []
+
+    def _forget(self, supervisor):
+        self.poller.unregister(supervisor.channel)
+        del self.all[supervisor.channel.fileno()]
+        supervisor.channel.close()
+        if supervisor in self.idle:
+            self.idle.remove(supervisor)
+
+    def hand_over(self):
+        """Give runs that wait to supervisors that do not; see to it that there are enough."""
+        while self.waiting and self.idle:
+            supervisor, journal = self.idle.pop(), self.waiting.popleft()
+            try:
+                send_run(supervisor.channel, journal, self.given.get(journal.name))
+            except OSError:             # it has ended: seen by the poll
+                self.waiting.appendleft(journal)
+                continue
+            self.given.pop(journal.name, None)
+            supervisor.run = journal.name
+            journal.close()             # the lock has gone with it
+        if self.forking or self.idle:
+            return
+        if not self.waiting or len(self.all) < _AT_LEAST or self.stalled:
+            self.fork()
+
+    def rest(self):
+        """Let supervisors end that nobody has needed for a while, but one."""
+        while len(self.idle) > 1 and time.monotonic() - self.idle[0].since > _IDLE:
+            self._forget(self.idle[0])
 
 
 # A command that is not recorded.
@@ -10043,13 +10685,645 @@ def exec_here(words):
 
 # ==== 14 pipelines ================================================================================
 # A run that has steps: its supervisor starts a run for each step that is ready, as a server starts
-# the runs of jobs, and goes on from their ends. Which steps are ready is decided in policy.
+# the runs of jobs, and goes on from their ends. Which steps are ready is decided in policy. It
+# never opens the store: the journals of steps stay beside its own until it has finished, so that
+# whoever finds that later goes on from there. A step that was started is not started again, unless
+# it says so; that it is about to be is on the disk before.
+
+def perform_run(journal, folder, signals, **how):
+    """Carry out a run, whatever it is, from its journal; `how` is what Supervision is made with."""
+    kind = _StepRun if journal.header.get("parent") else \
+        _PipelineRun if journal.header["spec"].get("pipeline") else Supervision
+    kind(journal, folder, signals, **how).perform()
+
+
+def step_end(journal):
+    """How the step of a journal has ended, None if it has not: the values of its outcome, and as
+    `outputs` what it hands on, `at` when it ended."""
+    progress = Progress(journal.events)
+    if progress.finished is None:
+        return None
+    outputs = progress.outputs if progress.outcome["state"] == "succeeded" else {}
+    return {**progress.outcome, "at": progress.finished["at"], "outputs": outputs}
+
+
+def step_ends(journal):
+    """{run id: end} of the steps of a pipeline that have ended, by its journal and theirs."""
+    ends = {event["run"]: {**event, "outputs": {}} for event in journal.events
+            if event["event"] == "over"}
+    for _, run_id in journal.steps():
+        of_step = None if run_id in ends else Journal.glance(journal.path_of(run_id))
+        end = of_step and step_end(of_step)
+        if end:
+            ends[run_id] = end
+    return ends
+
+
+# What steps share.
+
+def work_path(folder, name):
+    """The scratch folder of a pipeline run; `name` is that of the run which was the first."""
+    return os.path.join(folder, "work", name, "scratch")
+
+
+def _make_work(folder, name, setup):
+    """Make it, for the user of a setup. Where that is another one, who may not enter the store, a
+    link leads out of it."""
+    base = os.path.join(folder, "work", name)
+    if os.path.isdir(os.path.join(base, "scratch")):
+        return
+    os.makedirs(os.path.dirname(base), 0o700, exist_ok=True)
+    if setup.uid in (None, os.geteuid()):
+        for path in (base, os.path.join(base, "scratch")):
+            os.makedirs(path, 0o700, exist_ok=True)
+        return
+    import tempfile
+    real = tempfile.mkdtemp(prefix=f"roexec-{name}-", dir="/var/tmp")
+    os.chmod(real, 0o711)
+    os.mkdir(os.path.join(real, "scratch"), 0o700)
+    os.chown(os.path.join(real, "scratch"), setup.uid, -1 if setup.gid is None else setup.gid)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(base)
+    os.symlink(real, base)
+
+
+_MOST_OUTPUTS, _LONGEST_OUTPUT = 1 << 20, 64 << 10      # bytes
+_OUTPUT_NAME = Pattern(r"[A-Za-z_][A-Za-z0-9_]*")
+_LOADERS = Pattern(r"(?:LD|DYLD|PYTHON|PERL5|RUBY|GIT|ROEXEC|BASH_FUNC|GCONV)_?.*|PATH|IFS|ENV|"
+                   r"BASH_ENV|SHELLOPTS|BASHOPTS|PS4|NODE_OPTIONS|NODE_PATH|JAVA_TOOL_OPTIONS")
+
+
+def parse_outputs(data):
+    """{name: value} of what a step has written (bytes): lines of NAME=VALUE, or NAME<<MARK and
+    lines up to MARK. Raises ValueError that says in which line what is wrong."""
+    if len(data) > _MOST_OUTPUTS:
+        raise ValueError(f"more than {_MOST_OUTPUTS} bytes")
+    try:
+        lines = data.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not of UTF-8") from None
+    if lines[-1] == "":
+        lines.pop()
+    values, numbered = {}, iter(enumerate(lines, 1))
+    for number, line in numbered:
+        if not line.strip():
+            continue
+        name, value = _output_of(line, number, numbered)
+        if len(value.encode()) > _LONGEST_OUTPUT or "\0" in value:
+            raise ValueError(f"line {number}: the value of {name} has more than {_LONGEST_OUTPUT} "
+                             "bytes, or a NUL character among them")
+        values[name] = value
+    return values
+
+
+def _output_of(line, number, following):
+    """(name, value) of a line, and of those that follow where it has a mark."""
+    name, sign, value = line.partition("=")
+    if "<<" in name:
+        name, sign, mark = line.partition("<<")
+    if not sign or not _OUTPUT_NAME.fullmatch(name):
+        raise ValueError(f"line {number} is neither NAME=VALUE nor NAME<<MARK")
+    if _LOADERS.fullmatch(name):
+        raise ValueError(f"line {number}: {name} is not for steps to set")
+    if sign == "=":
+        return name, value
+    text = []
+    for _, more in following:
+        if more == mark:
+            return name, "\n".join(text)
+        text.append(more)
+    raise ValueError(f"line {number}: there is no line {mark} that ends the value of {name}")
+
+
+# The run of a pipeline.
+
+class _PipelineRun(Supervision):
+    """The run of a pipeline. Its attempts are passes over the steps that have not succeeded."""
+    resumes_cancelled = False
+
+    def is_cancelled(self):
+        """Whether the run is to end, also where an earlier supervisor was told so."""
+        return self.resumes_cancelled or super().is_cancelled()
+
+    def is_lost(self, number):
+        return number == 0 and super().is_lost(number)
+
+    def _is_under_way(self):
+        """Whether an earlier supervisor was lost in the middle of a pass."""
+        return self.progress.open is not None and self.progress.open["what"] == "attempt"
+
+    def end_remnants(self):
+        if not self._is_under_way():    # its steps look after themselves
+            super().end_remnants()
+
+    def make_environment(self, variables):
+        super().make_environment(variables)
+        self.environment["ROEXEC_WORKDIR"] = work_path(self.folder, self.header["work"])
+
+    def decide(self, number):
+        if not self._is_under_way():
+            return super().decide(number)
+        self.resumes_cancelled = self.journal.cancelled() is not None
+        self.resolve()                 # where that is not possible, the steps that need it fail
+        return self.attempt_until_done(number - 1)
+
+    def before_attempts(self):
+        _make_work(self.folder, self.header["work"], self.setup)
+        return super().before_attempts()
+
+    def attempt(self, number):
+        if not self._is_under_way():
+            self.begin_attempt(number)
+            if number > 1:
+                self.note("pass", steps={step: new_run_id() for step in self._steps_to_repeat()})
+            self.note("starting", what="attempt")
+        kept, ids = self._so_far()
+        steps = _Steps(self, ids, kept)
+        try:
+            ended = steps.perform()
+        except BaseException:
+            steps.abandon()
+            raise
+        finally:
+            steps.hands.close()
+        for outputs in steps.outputs.values():
+            self._hand_on(outputs)
+        self.note("ended", exit_code=ended.exit_code, signal=ended.signal, timeout=ended.timeout,
+                  error=ended.error)
+        return ended
+
+    def _hand_on(self, outputs):
+        """Let hooks know outputs of steps; what was given is stronger."""
+        self.environment.update((name, value) for name, value in outputs.items()
+                                if name not in self.given)
+
+    def _so_far(self):
+        """({step: end} of those that are not repeated, {step: run id} of the pass)."""
+        kept, ends = dict(self.header.get("taken") or {}), step_ends(self.journal)
+        passes = [self.header["steps"]] + [event["steps"] for event in self.journal.events
+                                           if event["event"] == "pass"]
+        for steps in passes[:-1]:
+            kept.update((step, ends[run_id]) for step, run_id in steps.items() if run_id in ends)
+        return {step: end for step, end in kept.items() if step not in passes[-1]}, passes[-1]
+
+    def _steps_to_repeat(self):
+        kept, ids = self._so_far()
+        ends, found = step_ends(self.journal), dict(kept)
+        found.update((step, ends[run_id]) for step, run_id in ids.items() if run_id in ends)
+        order = StepOrder({step: job.depends_on for step, job in self.job.steps().items()})
+        again = steps_to_repeat(order, {step: (end["state"], end["reason"])
+                                        for step, end in found.items()})
+        return [step for step in order.wanted if step in again]
+
+    def printed(self):
+        """What the steps have printed, one after the other: the newest MiB."""
+        texts = []
+        for _, run_id in self.journal.steps():
+            journal = Journal.glance(self.journal.path_of(run_id))
+            log = journal and Progress(journal.events).log
+            if log:
+                texts.append(select_lines(newest_lines(os.path.join(self.folder, log),
+                                                       MOST_FOR_HOOKS), raw=True))
+        return b"".join(texts)[-MOST_FOR_HOOKS:]
+
+
+_LOOK_AT_OTHERS = 0.5       # seconds between looks at the journals of steps in other hands
+_MOST_READY = 16            # steps that wait for a supervisor: each is an open file
+_OTHER_FILES = 64           # that a supervisor needs besides one for each step
+
+
+class _Hands:
+    """The supervisors of the steps of a pipeline, which are children of its own supervisor."""
+
+    def __init__(self, run):
+        self.run, self.children = run, set()
+        self.poller = select.poll()
+        self.poller.register(run.signals.descriptor, select.POLLIN)
+        self.pool = Supervisors(run.folder, self._fork, self.poller, run.info)
+
+    def _fork(self, channel):
+        self.children.add(fork(lambda: self._become_keeper(channel)))
+
+    def _become_keeper(self, channel):
+        signal.set_wakeup_fd(-1)
+        os.setsid()
+        for name in os.listdir("/dev/fd"):          # among them the lock of the pipeline's journal
+            if int(name) > 2 and int(name) != channel.fileno():
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+        keep_orphans(lambda keeper: self._become_supervisor(channel, keeper))
+
+    def _become_supervisor(self, channel, keeper):
+        os.setsid()
+        become_subreaper()
+        console = None if self.run.console is None else Console()
+        channel.send(b"ready")
+        serve_runs(channel, self.run.folder, perform_run, keeper=keeper, console=console)
+
+    def close(self):
+        """Let the supervisors end, and see to it that they have."""
+        self.pool.close()
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and any(map(process_start, self.children)):
+            time.sleep(0.002)
+        has_children()
+
+
+class _Steps:
+    """One pass over the steps of a pipeline: those that are ready are handed to supervisors of its
+    own. `run` is the _PipelineRun, `ids` {step: run id} of the steps of this pass, `kept` {step:
+    end} of the others."""
+
+    def __init__(self, run, ids, kept):
+        import resource
+        self.run, self.ids, self.jobs, self.boot = run, ids, run.job.steps(), boot_id()
+        self.kept = {step: end for step, end in kept.items() if step in self.jobs}
+        self.order = StepOrder({step: job.depends_on for step, job in self.jobs.items()})
+        self.ends, self.outputs = {}, {}        # of the steps, as far as there are some
+        self.on = {}                    # {name of a journal: step} of those that were started
+        self.stopped = None             # the reason for which no step is started any more
+        self.timeout = None             # the reason where a timeout has passed
+        self.looked, self.hands = time.monotonic(), _Hands(run)
+        self.pool = self.hands.pool
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.most = min(run.job.parallel or math.inf, max(1, files - _OTHER_FILES))
+
+    def perform(self):
+        """Go on until each step has ended -> the Ended of the pass."""
+        self._restore()
+        deadline, reason = min(self._deadlines(), default=(math.inf, None))
+        while True:
+            if self.stopped != "parent" and self.run.is_cancelled():
+                self._stop("parent")
+            elif self.stopped != "parent" and time.monotonic() >= deadline:
+                self.timeout = reason
+                self._stop("parent")
+            self._start_ready()
+            if self.order.is_over:
+                return self._ended()
+            if self.pool.waiting:
+                self.pool.hand_over()
+            self._hear(math.inf if self.stopped == "parent" else deadline - time.monotonic())
+
+    def _deadlines(self):
+        began, now = self.run.progress.attempts, time.time()
+        for limit, first, reason in ((self.run.job.timeout, began[-1], "timeout"),
+                                     (self.run.job.total_timeout, began[0], "total_timeout")):
+            if limit is not None:
+                yield time.monotonic() + first["started_at"] + limit - now, reason
+
+    # What an earlier supervisor has left.
+
+    def _restore(self):
+        ends, begun, known = step_ends(self.run.journal), {}, dict(self.kept)
+        for event in self.run.journal.events:
+            if event["event"] == "step":
+                begun[event["run"]] = event
+        known.update((step, ends[run_id]) for step, run_id in self.ids.items() if run_id in ends)
+        skipped = []
+        for step, end in sorted(known.items(), key=lambda item: item[1].get("at", 0)):
+            self._know(step, end)
+            skipped += self.order.end(step, end["state"])
+        for step in skipped:
+            if step not in known:
+                self._say_over(step, "skipped", "dependency")
+        for step, run_id in self.ids.items():
+            if run_id in begun and step not in self.order.states:
+                self._find(step, begun[run_id])
+        if self.run.job.fail_fast and any(_is_failure(end) for end in self.ends.values()):
+            self._stop("fail_fast")
+
+    def _find(self, step, begun):
+        """Go on with a step that was to be started: by whatever its journal says."""
+        name, path = self._name(step), self.run.journal.path_of(self.ids[step])
+        journal = Journal.find(path)
+        if journal is not None:
+            self.on[name] = step
+            self._take_back(journal)
+        elif os.path.exists(path):
+            self.on[name] = step        # it is alive, and looked at until it has ended
+        elif begun["boot"] != self.boot and self.jobs[step].if_lost != "rerun":
+            self._over(step, "lost", "power")
+
+    # Starting.
+
+    def _name(self, step):
+        return journal_name(self.ids[step], self.run.journal.run_id)
+
+    def _start_ready(self):
+        """Start the steps that are ready, as many as may be on."""
+        ready = []
+        while (len(self.on) + len(ready) < self.most
+               and len(self.pool.waiting) + len(ready) < _MOST_READY):
+            step = self.order.take()
+            if step is None:
+                break
+            if self._name(step) in self.on:
+                continue
+            if self.stopped and not self._survives(step, self.stopped):
+                self._over(step, "cancelled", self.stopped)
+                continue
+            ready.append(step)
+            self.run.note("step", step=step, run=self.ids[step], boot=self.boot)
+        if ready:                       # on the disk, lest a power cut lets one be started twice
+            getattr(os, "fdatasync", os.fsync)(self.run.journal.descriptor)
+        for step in ready:
+            self._start(step)
+
+    def _survives(self, step, reason):
+        return reason == "fail_fast" and survives_failure(self.jobs[step].depends_on)
+
+    def _start(self, step):
+        header, job = self.run.header, self.jobs[step]
+        try:
+            journal = Journal.create(os.path.dirname(self.run.journal.path), {
+                **{name: header.get(name) for name in ("job", "slot", "env", "store", "vault",
+                                                       "work")},
+                "run": self.ids[step], "parent": header["run"], "step": step, "spec": job.spec,
+                "trigger": "pipeline", "boot": self.boot, "claimed_at": time.time(),
+                "outputs": self._outputs_for(step), "gives": self._gives(step)})
+        except OSError as error:        # a full disk
+            self._over(step, "failed", "start", f"its journal cannot be made: {error.strerror}")
+            return
+        self.on[journal.name] = step
+        self.run.info(f"Step {step} started, run={journal.run_id}")
+        self._hand(journal)
+
+    def _hand(self, journal):
+        self.pool.given[journal.name] = self.run.secrets
+        self.pool.waiting.append(journal)
+
+    def _outputs_for(self, step):
+        """What the steps that a step needs hand on to it; of one name, the later in the file."""
+        outputs, needs = {}, self.order.needs(step) if self.outputs else ()
+        for other in self.jobs if needs else ():
+            if other in needs:
+                outputs.update(self.outputs.get(other, {}))
+        return outputs
+
+    def _gives(self, step):
+        """The variables that a step which runs a job gives to that."""
+        if self.jobs[step].job is None:
+            return None
+        return next(spec.get("env") for spec in self.run.job.pipeline if spec["id"] == step) or {}
+
+    # Hearing of ends.
+
+    def _hear(self, seconds):
+        """Wait for ends, and take them."""
+        if self.pool.waiting:
+            seconds = min(seconds, STALL)
+        others = len(self.on) > len(self.pool.runs() - {None})
+        if others:
+            seconds = min(seconds, _LOOK_AT_OTHERS)
+        events, returned = self.hands.poller.poll(milliseconds(max(0, seconds))), []
+        self.pool.stalled = bool(self.pool.waiting and not events)
+        for descriptor, _ in events:
+            if descriptor == self.run.signals.descriptor:
+                self.run.signals.drain()
+                has_children()          # which reaps those that have ended
+            else:
+                returned += self.pool.hear(descriptor)
+        for name in self.pool.take_telling():
+            self._tell(name)
+        for journal in returned:
+            self._take_back(journal)
+        if others and time.monotonic() - self.looked >= _LOOK_AT_OTHERS:
+            self._look_at_others()
+
+    def _look_at_others(self):
+        """Take back the journals that others have finished, or left."""
+        self.looked, ours = time.monotonic(), self.pool.runs()
+        for name, step in list(self.on.items()):
+            path = self.run.journal.path_of(self.ids[step])
+            journal = None if name in ours else Journal.find(path)
+            if journal is not None:
+                self._take_back(journal)
+            elif name not in ours and not os.path.exists(path):
+                self._over(step, "lost", "supervisor", "its journal is gone")
+
+    def _take_back(self, journal):
+        step, end = self.on[journal.name], step_end(journal)
+        if end is None:                 # its supervisor was killed: another one goes on
+            self.run.info(f"Step {step} has lost its supervisor", "ERROR")
+            self._hand(journal)
+            return
+        journal.close()
+        self._end(step, end)
+
+    def _over(self, step, state, reason, message=None):
+        """Let a step end that has no journal, or will not have one."""
+        self._say_over(step, state, reason, message)
+        self._end(step, {"state": state, "reason": reason, "message": message, "outputs": {}})
+
+    def _say_over(self, step, state, reason, message=None):
+        self.run.note("over", step=step, run=self.ids[step], state=state, reason=reason,
+                      message=message)
+        if state == "skipped":
+            self.run.info(f"Step {step} skipped, reason={reason}")
+
+    def _know(self, step, end):
+        self.ends[step] = end
+        if end.get("outputs"):
+            self.outputs[step] = end["outputs"]
+
+    def _end(self, step, end):
+        """Go on from the end of a step."""
+        self._know(step, end)
+        if end["state"] != "skipped" or end["reason"] != "dependency":
+            self.run.info(f"Step {step} {end['state']}{_how(end)}",
+                          "ERROR" if _is_failure(end) else "INFO")
+        self.on.pop(self._name(step), None)
+        self._tell(self._name(step))
+        for other in self.order.end(step, end["state"]):
+            self._say_over(other, "skipped", "dependency")
+            self._know(other, {"state": "skipped", "reason": "dependency"})
+        if self.run.job.fail_fast and not self.stopped and _is_failure(end):
+            self._stop("fail_fast")
+
+    def _tell(self, name):
+        if self.run.tell is not None:
+            self.run.tell(name)
+
+    def _stop(self, reason):
+        """Cancel the steps that are on, and start no more of them."""
+        self.stopped = reason
+        _, grace = self.run.journal.cancelled() or (None, None)
+        for step in list(self.on.values()):
+            journal = Journal.glance(self.run.journal.path_of(self.ids[step]))
+            if journal and not self._survives(step, reason) and journal.cancelled() is None:
+                journal.cancel(reason, grace)
+
+    def _ended(self):
+        """The Ended of the pass: that of the first step that has failed."""
+        if self.timeout:
+            return Ended(timeout=self.timeout)
+        bad = [(not _is_failure(end), number, step) for number, (step, end)
+               in enumerate(self.ends.items()) if end["state"] not in ("succeeded", "skipped")]
+        if not bad:
+            return Ended(exit_code=0)
+        step = min(bad)[2]
+        end, error = self.ends[step], f"step {step} {self.ends[step]['state']}"
+        error += f": {end['message']}" if end.get("message") else _how(end)
+        if end.get("signal") and end["state"] == "failed":
+            return Ended(signal=end["signal"], error=error)
+        return Ended(exit_code=exit_status({"exit_code": None, "signal": None, **end}), error=error)
+
+    def abandon(self):
+        """End what is on, since there is nobody any more who would go on from there."""
+        self._stop("parent")
+        paths = [self.run.journal.path_of(self.ids[step]) for step in self.on.values()]
+        deadline = time.monotonic() + max(job.grace for job in self.jobs.values()) + 15
+        while any(map(lock_is_held, paths)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _is_failure(end):
+    return end["state"] in ("failed", "timed_out", "lost")
+
+
+def _how(end):
+    """How a step has ended, for a line of the log."""
+    if end.get("signal"):
+        return f", signal={end['signal']}"
+    if end.get("exit_code") is not None:
+        return f", exit={end['exit_code']}"
+    return f", reason={end['reason']}" if end["reason"] else ""
+
+
+# The run of a step.
+
+_PATIENCE_FOR_JOBS = 60     # seconds for a run of another job to end once it is cancelled
+
+
+class _StepRun(Supervision):
+    """The run of a step: it may hand values on, and may be nothing but the run of another job."""
+
+    def make_environment(self, variables):
+        super().make_environment(variables)
+        self.environment["ROEXEC_WORKDIR"] = work_path(self.folder, self.header["work"])
+
+    def begin_attempt(self, number):
+        super().begin_attempt(number)
+        path = os.path.join(os.path.dirname(work_path(self.folder, self.header["work"])),
+                            f"output-{self.header['run']}")
+        self.environment["ROEXEC_OUTPUT"] = path
+        try:
+            descriptor = open_private(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            if self.setup.uid not in (None, os.geteuid()):
+                os.fchown(descriptor, self.setup.uid, -1)
+            os.close(descriptor)
+        except OSError as error:        # the step fails when it wants to write there
+            self.info(f"Cannot make {path}: {error.strerror}", "ERROR")
+
+    def examined(self, ended):
+        """Read what the step hands on, if it has succeeded."""
+        path = self.environment["ROEXEC_OUTPUT"]
+        try:
+            if outcome(self.job, ended)[0] != "succeeded":
+                return ended
+            with open(path, "rb", opener=open_private) as file:
+                values = parse_outputs(file.read(_MOST_OUTPUTS + 1))
+            for name, value in values.items():
+                if self.masks.text(value) != value:
+                    raise ValueError(f"the value of {name} contains a secret")
+        except FileNotFoundError:
+            return ended
+        except (OSError, ValueError) as error:
+            text = f"ROEXEC_OUTPUT: {getattr(error, 'strerror', None) or error}"
+            self.info(text, "ERROR")
+            return ended.changed(outputs=True, error=text)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        if values:
+            self.note("outputs", values=values)
+            self.environment.update((name, value) for name, value in values.items()
+                                    if name not in self.given)
+        return ended
+
+    # A step that runs a job: it asks whoever has the store, by a file, and is answered by another.
+
+    def is_lost(self, number):
+        return not (self.job.job is not None and number) and super().is_lost(number)
+
+    def decide(self, number):
+        if self.job.job is None or not number:
+            return super().decide(number)
+        self.resolve()
+        return self._run_job()
+
+    def attempt_until_done(self, number, delay=0):
+        if self.job.job is None:
+            return super().attempt_until_done(number, delay)
+        self.begin_attempt(1)
+        self.info(f"Running the job {self.job.job}")
+        self.note("request")
+        self._ask()
+        return self._run_job()
+
+    def _ask(self, cancel=None):
+        """Leave the request; with `cancel`, the reason, that what it asked for is to end."""
+        path = self.journal.path + ".request"
+        with open(path + ".new", "w", opener=open_private) as file:
+            json.dump({"step": self.header["run"], "parent": self.header["parent"],
+                       "job": self.job.job, "env": self.header["gives"], "cancel": cancel}, file)
+        os.rename(path + ".new", path)
+        Store(self.folder).wake()
+
+    def _answer(self):
+        """The answer to the request, None as long as there is none."""
+        try:
+            with open(self.journal.path + ".result") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+
+    def _run_job(self):
+        """Wait for the run of the job -> the outcome of the step."""
+        deadline, why = math.inf, None
+        if self.job.timeout is not None:
+            deadline = self.progress.attempts[0]["started_at"] + self.job.timeout
+        while True:
+            answer = self._answer()
+            cancelled = self.is_cancelled() or self.journal.cancelled() is not None
+            if answer is not None:
+                break
+            if why is None and (cancelled or time.time() >= deadline):
+                why = "cancelled" if cancelled else "timeout"
+                self._ask("parent")
+                served = Store(self.folder).server() is not None
+                deadline = time.time() + (_PATIENCE_FOR_JOBS if served else 0)
+            elif why is not None and time.time() >= deadline:
+                break
+            poller = select.poll()
+            poller.register(self.signals.descriptor, select.POLLIN)
+            poller.poll(milliseconds(max(0, min(deadline - time.time(), 0.1))))
+            self.signals.drain()
+        answer = answer or {"state": "cancelled", "reason": "parent", "message": None,
+                            "exit_code": None, "signal": None, "run": None}
+        self.note("answered", exit_code=answer["exit_code"], signal=answer["signal"])
+        return self._outcome_of(answer, why)
+
+    def _outcome_of(self, answer, why):
+        if why == "cancelled":
+            return self.cancelled()
+        if why == "timeout" and answer["state"] == "cancelled":
+            answer = {**answer, "state": "timed_out", "reason": "timeout"}
+        run_id = answer.pop("run")
+        self.info(f"Run {run_id} of the job {self.job.job} {answer['state']}{_how(answer)}",
+                  "ERROR" if _is_failure(answer) else "INFO")
+        return {**answer, "message": answer["message"] or f"run {run_id}"}
 
 
 # ==== 15 scheduler ================================================================================
 # From due slots and requests to supervisors, and back into the store. A run gets its place in the
 # transaction that marks it as running, whoever starts it; its journal is there, and locked, before
 # that. What a crash leaves is finished by whoever holds `server.lock`, or needs the place.
+
+class WrongParameters(RoexecError):
+    """A start that gives values which the params of the job do not allow."""
+
 
 class Refused(RoexecError):
     """A start that `overlap` forbids; `run` is the row of the run in the way."""
@@ -10092,10 +11366,16 @@ def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait
 
     `env` {name: text} is added to the job's; `name` is for a command that is not registered, which
     knows no overlap; with `owner` (`own_identity()`) only that process starts it; `by` is the name
-    of the Caller who asks; `note(db, id)` is called in the transaction that adds it. Raises
-    Refused.
+    of the Caller who asks; `note(db, id)` is called in the transaction that adds it. What is given
+    to secret params goes into `store.given` alone: who claims the run in this process passes it on.
+    Raises Refused and WrongParameters.
     """
-    run_id, other = new_run_id(), None
+    run_id, other, env = new_run_id(), None, env or {}
+    problems = job.problems_of(env)
+    if problems:
+        raise WrongParameters("\n".join(problems))
+    secrets = {key: env[key] for key in env if key in job.params and job.params[key].secret}
+    env = {**env, **dict.fromkeys(secrets)}
     with store.write() as db:
         if note is not None:
             note(db, run_id)
@@ -10113,6 +11393,8 @@ def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait
         if by is not None:
             add_audit(db, by, "retry" if retry_of else "run", time.time(), job_id=job.id,
                       target=run_id)
+        if secrets:
+            store.given[run_id] = secrets
     if action == "replace":
         signal_cancel(store, other["id"], "replaced")
     store.wake()
@@ -10147,7 +11429,7 @@ def claim(db, folder, jobs, max_concurrent, wanted, **header):
     journals, now = [], time.time()
     try:
         for row in admit(queued, count_running(db), limits, max_concurrent,
-                         paused_in_queue(db, now)):
+                         paused_in_queue(db, now), count_apart(db)):
             if wanted(row) and known[row["id"]] is not None:
                 journals.append(_make_journal(db, folder, row, known[row["id"]], now,
                                               boot=boot, **header))
@@ -10159,32 +11441,60 @@ def claim(db, folder, jobs, max_concurrent, wanted, **header):
 
 
 def _make_journal(db, folder, row, job, now, **more):
+    if job.pipeline and "only" not in more:
+        more.update(_prepare_steps(db, row, job, now))
+    from_elsewhere = job.env_from or any(step.env_from for step in job.steps().values())
     return Journal.create(folder, {
         "run": row["id"], "job": row["job_id"], "spec": job.spec, "trigger": row["trigger"],
         "slot": row["slot"], "env": json.loads(row["env"] or "{}"), "store": store_id(db),
         "owner": row["owner"], "claimed_at": now, "not_before": None if row["slot"] is None else
         row["slot"] + jitter_delay(job.id, row["slot"], job.jitter),
-        "vault": (get_settings(db) or {}).get("vault") if job.env_from else None, **more})
+        "vault": (get_settings(db) or {}).get("vault") if from_elsewhere else None, **more})
+
+
+def _prepare_steps(db, row, job, now):
+    """The rows of the steps of a pipeline that starts -> what its header says about them."""
+    taken = {step: find_run_row(db, other)
+             for step, other in json.loads(row["taken"] or "{}").items()}
+    taken = {step: other for step, other in taken.items() if other is not None}
+    steps = {spec["id"]: new_run_id() for spec in job.pipeline if spec["id"] not in taken}
+    for step, run_id in steps.items():
+        _add_step(db, row, step, run_id, now)
+    work = row["work"] or row["id"]
+    set_work(db, row["id"], work)
+    return {"steps": steps, "work": work, "taken": {
+        step: {"state": other["state"], "reason": other["reason"], "message": other["message"],
+               "outputs": json.loads(other["outputs"] or "{}")} for step, other in taken.items()}}
+
+
+def _add_step(db, parent, step, run_id, now):
+    add_run(db, id=run_id, job_id=parent["job_id"], version=parent["version"], step=step,
+            parent=parent["id"], trigger="pipeline", state="queued", queued_at=now)
 
 
 def cancel_run(store, run_id, reason="user", by=None):
     """Cancel a run: a queued one is withdrawn, a running one ends gracefully. `by` is the name of
     the Caller who asks.
 
-    The wish is committed first, then told. Raises HasEnded for a run that has ended.
+    The wish is committed first, then told. Raises HasEnded for a run that has ended, RoexecError
+    for a step that is not on.
     """
     with store.write() as db:
         run = get_run(db, run_id)
-        if run["state"] in FINAL_STATES:
-            raise HasEnded(f"run {run_id} has ended already: {run['state']}")
-        if run["state"] == "queued":
+        state = live_run(store, run)[0]["state"]
+        if state in FINAL_STATES:
+            raise HasEnded(f"run {run_id} has ended already: {state}")
+        if run["step"] and state == "queued":
+            raise RoexecError(f"step {run['step']} was not begun; cancel its pipeline, run "
+                              f"{run['parent']}")
+        if state == "queued":
             finish_run(db, run_id, "cancelled", [], reason=reason, finished_at=time.time())
         else:
             ask_to_cancel(db, run_id, reason)
         if by is not None:
             add_audit(db, by, "cancel", time.time(), job_id=run["job_id"], target=run_id)
-    if run["state"] == "running":
-        signal_cancel(store, run_id, reason)
+    if state == "running":
+        signal_cancel(store, _name_of(run), reason)
     store.wake()
 
 
@@ -10192,19 +11502,54 @@ class HasEnded(RoexecError):
     """A run about which nothing can be done any more."""
 
 
-def signal_cancel(store, run_id, reason, grace=None):
-    """Tell the supervisor of a run that it is cancelled, with at most `grace` seconds."""
-    journal = Journal.glance(store.file(f"active/{run_id}"))
+def signal_cancel(store, name, reason, grace=None):
+    """Tell the supervisor of a run, by the name of its journal, that it is cancelled, with at most
+    `grace` seconds."""
+    journal = Journal.glance(store.file(f"active/{name}"))
     if journal is not None:
         journal.cancel(reason, grace)
 
 
-# Taking in.
+# Runs that are on.
 
-def live_log(store, run_id):
-    """Where the log of a running run lies, relative to the folder of the store, or None."""
-    journal = Journal.glance(store.file(f"active/{run_id}"))
-    return None if journal is None else Progress(journal.events).log
+def _name_of(run):
+    """The name of the journal of a run, of its row."""
+    return journal_name(run["id"], run["parent"] if run["step"] else None)
+
+
+def live_run(store, run):
+    """(row, rows of attempts or None) of a run, of its row, with what its journal says. The row of
+    a step is queued until somebody takes its end in."""
+    journal = None
+    if run["state"] == "running" or run["step"] and run["state"] == "queued":
+        journal = Journal.glance(store.file(f"active/{_name_of(run)}"))
+    if journal is None:
+        return run, None
+    progress = Progress(journal.events)
+    found = {**dict(run), "log": progress.log,
+             "retry_at": progress.retry and progress.retry["until"]}
+    if run["step"]:
+        begun = progress.attempts[0]["started_at"] if progress.attempts else None
+        found.update(state="running", started_at=begun)
+        found.update(_columns_of(progress) if progress.finished else {})
+    return found, progress.attempts
+
+
+def live_log(store, run):
+    """Where the log of a run lies, of its row, relative to the folder of the store, or None."""
+    return live_run(store, run)[0]["log"]
+
+
+def _columns_of(progress):
+    """The columns of a run that has finished, of its Progress."""
+    decided, attempts = progress.outcome, progress.attempts
+    return {"state": decided["state"], "reason": decided["reason"],
+            **{name: decided.get(name) for name in ("message", "exit_code", "signal")},
+            "log": progress.log, "finished_at": progress.finished["at"],
+            **({"started_at": attempts[0]["started_at"]} if attempts else {})}
+
+
+# Taking in.
 
 
 def take_in(db, journal):
@@ -10218,17 +11563,54 @@ def take_in(db, journal):
             set_log(db, row["id"], progress.log)
             post_notices(db, journal)
         return None
-    decided, attempts = progress.outcome, progress.attempts
-    reason = decided["reason"]
-    if decided["state"] == "cancelled":
-        reason = row["cancel"] or reason
-    finish_run(db, row["id"], decided["state"], attempts, reason=reason,
-               message=decided.get("message"), exit_code=decided.get("exit_code"),
-               signal=decided.get("signal"), log=progress.log,
-               started_at=attempts[0]["started_at"] if attempts else row["started_at"],
-               finished_at=progress.finished["at"])
+    if journal.header.get("steps"):
+        _take_in_steps(db, journal, row, progress)
+    columns = _columns_of(progress)
+    if columns["state"] == "cancelled":
+        columns["reason"] = row["cancel"] or columns["reason"]
+    if progress.outputs and columns["state"] == "succeeded":
+        columns["outputs"] = json.dumps(progress.outputs)
+    finish_run(db, row["id"], columns.pop("state"), progress.attempts, **columns)
     post_notices(db, journal)
-    return {**decided, "id": row["id"], "job_id": row["job_id"], "reason": reason}
+    return {**progress.outcome, "id": row["id"], "job_id": row["job_id"], "cause": row["cause"],
+            "reason": columns["reason"]}
+
+
+def _take_in_steps(db, journal, row, progress):
+    """Take in the steps of a pipeline that has finished, as far as that was not done."""
+    overs = {event["run"]: event for event in journal.events if event["event"] == "over"}
+    for step, run_id in journal.steps():
+        over, of_step = overs.get(run_id), Journal.glance(journal.path_of(run_id))
+        if (over or of_step) and find_run_row(db, run_id) is None:
+            _add_step(db, row, step, run_id, (over or of_step.events[0])["at"])
+        if of_step:
+            take_in_step(db, of_step)
+        elif over and get_run(db, run_id)["state"] == "queued":
+            finish_run(db, run_id, over["state"], [], reason=over["reason"],
+                       message=over["message"], finished_at=over["at"])
+    if not progress.attempts:
+        remove_steps(db, row["id"])
+    _lose_steps(db, row["id"], "supervisor")
+
+
+def take_in_step(db, journal):
+    """Take in what the journal of a step says, which stays until its pipeline has finished."""
+    row, progress = find_run_row(db, journal.run_id), Progress(journal.events)
+    if row is None or row["state"] in FINAL_STATES or not progress.supervisor:
+        return
+    if row["state"] == "queued":
+        change_run(db, row["id"], "running", started_at=progress.supervisor["at"],
+                   boot=journal.header["boot"])
+    if progress.finished:
+        take_in(db, journal)
+    else:
+        post_notices(db, journal)
+
+
+def _lose_steps(db, run_id, reason):
+    for row in step_rows(db, run_id):
+        if row["state"] not in FINAL_STATES:
+            finish_run(db, row["id"], "lost", [], reason=reason, finished_at=time.time())
 
 
 def post_notices(db, journal):
@@ -10237,7 +11619,7 @@ def post_notices(db, journal):
     asked = [event for event in journal.events if event["event"] == "notice"]
     if not asked:
         return
-    job, row = Job(journal.header["spec"]), get_run(db, journal.run_id)
+    job, row = journal.job, get_run(db, journal.run_id)
     folder = os.path.dirname(os.path.dirname(journal.path))
     attempts = get_attempts(db, row["id"]) or Progress(journal.events).attempts
     payload = run_payload(row, attempts)
@@ -10253,11 +11635,70 @@ def post_notices(db, journal):
             add_notice(db, now=time.time(), **notice)
 
 
-def post_live_notices(db, store, run_id):
-    """Put the notices of a run that is on into the outbox."""
-    journal = Journal.glance(store.file(f"active/{run_id}"))
+def post_live_notices(db, store, name):
+    """Put the notices of a run that is on into the outbox, by the name of its journal; take the end
+    of a step in."""
+    journal = Journal.glance(store.file(f"active/{name}"))
     if journal is not None:
-        post_notices(db, journal)
+        (take_in_step if journal.header.get("parent") else post_notices)(db, journal)
+
+
+# Runs of jobs that steps wait for.
+
+def answer_requests(db, store):
+    """See to what steps ask for, in files beside their journals: runs of other jobs, whose ends
+    they are told in the same way."""
+    for name in os.listdir(store.file("active")):
+        if name.endswith(".request"):
+            path = store.file(f"active/{name}")
+            with contextlib.suppress(FileNotFoundError):
+                with open(path) as file:
+                    _answer_request(db, store, path, json.load(file))
+
+
+def _answer_request(db, store, path, request):
+    run = run_of_cause(db, f"{request['step']}/job")
+    if run is None and request["cancel"]:
+        os.unlink(path)
+    elif run is None:
+        _run_for_step(db, request)
+        run = run_of_cause(db, f"{request['step']}/job")
+    elif request["cancel"] and run["state"] == "queued":
+        finish_run(db, run["id"], "cancelled", [], reason="parent", finished_at=time.time())
+        run = get_run(db, run["id"])
+    elif request["cancel"] and run["state"] == "running" and not run["cancel"]:
+        ask_to_cancel(db, run["id"], "parent")
+        signal_cancel(store, run["id"], "parent")
+    if run is not None and run["state"] in FINAL_STATES:
+        answer = path.removesuffix(".request") + ".result"
+        if os.path.exists(path.removesuffix(".request")):
+            with open(answer + ".new", "w", opener=open_private) as file:
+                json.dump({"run": run["id"], **{name: run[name] for name in (
+                    "state", "reason", "message", "exit_code", "signal")}}, file)
+            os.rename(answer + ".new", answer)
+        os.unlink(path)
+
+
+def _run_for_step(db, request):
+    """Queue the run that a step waits for. Where that is not possible, there is a row that says
+    why."""
+    link, problems = f"{request['step']}/job", []
+    values = {"id": new_run_id(), "job_id": request["job"], "trigger": "pipeline", "cause": link,
+              "parent": request["parent"], "queued_at": time.time(),
+              "env": json.dumps(request["env"])}
+    try:
+        job = effective_job(db, request["job"])
+        problems = job.problems_of(request["env"])
+    except NoSuchJob as error:
+        problems = [str(error)]
+    if chain_length(db, find_run_row(db, request["parent"])["cause"]) >= _LONGEST_CHAIN:
+        problems = [f"a chain of {_LONGEST_CHAIN} runs ends here"]
+    if problems:
+        add_run(db, message=problems[0], state="failed", reason="start", finished_at=time.time(),
+                **values)
+        return
+    add_run(db, version=get_job(db, job.id)["version"], state="queued", priority=job.priority,
+            **values)
 
 
 _LONGEST_CHAIN = 20     # runs that hooks start one after the other
@@ -10305,8 +11746,10 @@ def deliver_alone(store, settings=None):
 def _start_courier(store, journal, settings):
     """A process that posts the notices of a run while it is on, and sends them where no server
     does -> a function that tells it of new ones; None for a run that has none before its end."""
-    hooks = Job(journal.header["spec"]).hooks
-    if all(hook.kind == "command" for name in LIVE_HOOKS for hook in hooks.get(name, ())):
+    job = journal.job
+    live = [hook for name in LIVE_HOOKS for hook in job.hooks.get(name, ())] + [
+        hook for step in job.steps().values() for hooks in step.hooks.values() for hook in hooks]
+    if all(hook.kind == "command" for hook in live):
         return None
     reader, writer = os.pipe()
     child = fork(lambda: fork(lambda: _carry(store, journal, settings, reader, writer)))
@@ -10314,9 +11757,9 @@ def _start_courier(store, journal, settings):
     os.close(reader)
     os.set_blocking(writer, False)
 
-    def tell():
+    def tell(name=journal.name):
         with contextlib.suppress(OSError):          # it has failed: the end of the run posts them
-            os.write(writer, b".")
+            os.write(writer, f"{name}\n".encode())
     return tell
 
 
@@ -10324,9 +11767,9 @@ def _carry(store, journal, settings, reader, writer):
     _detach()
     os.close(writer)
     journal.close()                     # the lock is the supervisor's
-    while os.read(reader, 512):
+    for name in open(reader):           # of the journal that asks for one
         with store.write() as db:
-            post_live_notices(db, store, journal.run_id)
+            post_live_notices(db, store, name.strip())
         store.wake()
         if store.server() is None:
             with store.read() as db:
@@ -10371,6 +11814,7 @@ def tell_cancels(db, store):
 def _lose(db, row, message):
     reason = "supervisor" if row["boot"] == boot_id() else "power"
     finish_run(db, row["id"], "lost", [], reason=reason, finished_at=time.time(), message=message)
+    _lose_steps(db, row["id"], reason)
 
 
 def withdraw_orphans(db):
@@ -10482,7 +11926,7 @@ def _finish_alone(store, journal, others):
 
     def finish(keeper):
         become_subreaper()
-        Supervision(journal, store.folder, Signals(), keeper=keeper).perform()
+        perform_run(journal, store.folder, Signals(), keeper=keeper)
     keep_orphans(finish)
 
 
@@ -10532,8 +11976,8 @@ def _run_alone(store, job, signals, console, told=None, *, caller, settings=None
                 console.status.usual = usual_durations(db, [job.id]).get(job.id)
         courier = _start_courier(store, journal, settings)
         become_subreaper()              # from now on: the courier is no orphan of the run
-        Supervision(journal, store.folder, signals, console, base, tell=courier,
-                    keeper=keeper).perform()
+        perform_run(journal, store.folder, signals, console=console, base=base, tell=courier,
+                    keeper=keeper, given=store.given.pop(run_id, None))
         with store.write() as db:
             take_in(db, journal)
         discard([journal])
@@ -10665,7 +12109,7 @@ def _launch(ours, channel):
     become_subreaper()
     signal.signal(signal.SIGCHLD, reap_all)
     while True:
-        folder, descriptor = receive_descriptor(channel)
+        folder, descriptor = receive_descriptors(channel)
         if folder is None:
             return
         try:
@@ -10698,18 +12142,15 @@ def _become_supervisor(folder, descriptor, keeper):
     become_subreaper()
     server = socket.socket(fileno=descriptor)
     server.send(b"ready")
-    serve_runs(server, folder, keeper)
+    serve_runs(server, folder, perform_run, keeper=keeper)
 
 
 # The loop.
 
 _BATCH = 64             # jobs decided in one transaction
 _LEAD = 0.008           # seconds by which a start is prepared before its instant
-_IDLE = 5.0             # seconds until a supervisor that nobody needs ends
 _LOOK = 2.0             # seconds between looks at the journals of an earlier server
 _MOST_WAITING = 512     # runs that have a place and wait for a supervisor
-_STALL = 0.005          # seconds without an end after which one more supervisor is worth its fork
-_AT_LEAST = 3           # supervisors that a herd may have without waiting for that
 _CORRECTION = 3 * 3600  # seconds; a step back by more corrects the clock (cron(8))
 
 
@@ -10717,117 +12158,6 @@ class _Entry:
     """A registered job as the loop knows it: its next slot is due at `instant`, and it has to be
     looked at at `due`, a little earlier, or then."""
     __slots__ = ("job", "version", "position", "paused", "instant", "due")
-
-
-class _Supervisor:
-    """A supervisor as the loop knows it; `run` is the id of its run, None when it has none."""
-    __slots__ = ("channel", "run", "since", "is_new")
-
-    def __init__(self, channel):
-        self.channel, self.run, self.is_new = channel, None, True
-        self.since = time.monotonic()   # when it was asked for, or has become idle
-
-
-class _Supervisors:
-    """The supervisors of a server: one is kept ready, and a herd gets more as long as none comes
-    back by itself. `waiting` are journals of runs that wait for one."""
-
-    def __init__(self, store, launcher, poller, say):
-        self.store, self.launcher, self.poller, self.say = store, launcher, poller, say
-        self.all, self.idle, self.forking = {}, [], 0       # all: {descriptor: _Supervisor}
-        self.waiting = collections.deque()
-        self.stalled = False            # runs waited, and nobody came back
-        self.telling = []               # ids of runs whose journals ask for notices
-
-    def close(self):
-        """Leave the supervisors to themselves: each ends when its run has."""
-        for supervisor in self.all.values():
-            supervisor.channel.close()
-        for journal in self.waiting:
-            journal.close()             # whoever comes next starts it, if that is in time
-
-    def take_telling(self):
-        """The ids of runs whose journals have asked for notices since the last time."""
-        told, self.telling = self.telling, []
-        return told
-
-    def are_busy(self):
-        """Whether any run is on, or waits for a supervisor."""
-        return bool(self.waiting) or any(supervisor.run for supervisor in self.all.values())
-
-    def runs(self):
-        """The ids of the runs that are in their hands, or wait for them."""
-        return {supervisor.run for supervisor in self.all.values()} | {
-            journal.run_id for journal in self.waiting}
-
-    def fork(self):
-        """Ask the launcher for one more."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            send_descriptor(self.launcher, self.store.folder, theirs.fileno())
-        except OSError:                 # the launcher has ended: seen by the poll
-            ours.close()
-            return
-        finally:
-            theirs.close()
-        self.all[ours.fileno()] = _Supervisor(ours)
-        self.poller.register(ours, select.POLLIN)
-        self.forking += 1
-
-    def hear(self, descriptor):
-        """Take a message of a supervisor -> [the journal that it has given back]."""
-        supervisor = self.all[descriptor]
-        try:
-            word, _, text = supervisor.channel.recv(LONGEST_ANSWER).decode().partition(" ")
-        except ConnectionError:         # it was killed before it had read what was sent to it
-            word = text = ""
-        if word == "notice":
-            self.telling.append(text)
-            return []
-        run, supervisor.run = supervisor.run, None
-        if supervisor.is_new:
-            supervisor.is_new = False
-            self.forking -= 1
-        if word in ("ready", "done"):
-            supervisor.since = time.monotonic()
-            self.idle.append(supervisor)
-        elif word == "":
-            self._forget(supervisor)
-        journal = run and Journal.find(self.store.file(f"active/{run}"))
-        if "Traceback" in text:
-            self.say(f"A supervisor has failed, run {text}", "ERROR")
-            if journal and not Progress(journal.events).finished:
-                journal.close()         # tried again at the next look, not for ever at once
-                return []
-        return [journal] if journal else []
-
-    def _forget(self, supervisor):
-        self.poller.unregister(supervisor.channel)
-        del self.all[supervisor.channel.fileno()]
-        supervisor.channel.close()
-        if supervisor in self.idle:
-            self.idle.remove(supervisor)
-
-    def hand_over(self):
-        """Give runs that wait to supervisors that do not; see to it that there are enough."""
-        while self.waiting and self.idle:
-            supervisor, journal = self.idle.pop(), self.waiting.popleft()
-            try:
-                send_descriptor(supervisor.channel, journal.run_id, journal.descriptor)
-            except OSError:             # it has ended: seen by the poll
-                self.waiting.appendleft(journal)
-                continue
-            supervisor.run = journal.run_id
-            journal.close()             # the lock has gone with it
-        if self.forking or self.idle:
-            return
-        if not self.waiting or len(self.all) < _AT_LEAST or self.stalled:
-            self.fork()
-
-    def rest(self):
-        """Let supervisors end that nobody has needed for a while, but one."""
-        while len(self.idle) > 1 and time.monotonic() - self.idle[0].since > _IDLE:
-            self._forget(self.idle[0])
 
 
 class _Timetable:
@@ -11095,7 +12425,9 @@ class Scheduler:
         self.store, self.launcher, self.say = store, launcher, say
         self.each_second, self.on_reload = [], []
         self.poller = select.poll()
-        self.supervisors = _Supervisors(store, launcher, self.poller, say)
+        self.supervisors = Supervisors(
+            store.folder, lambda channel: send_descriptor(launcher, store.folder, channel.fileno()),
+            self.poller, say)
         self.timetable = _Timetable(store, say)
         self.vitals = Vitals(store, self.supervisors, self.timetable)
         self.postman = None             # who is to be told of new notices
@@ -11194,7 +12526,7 @@ class Scheduler:
         """How long there is nothing to do."""
         longest = self.last_second + 1 - time.monotonic()
         if self.supervisors.waiting:
-            longest = min(longest, _STALL)
+            longest = min(longest, STALL)
         return max(0, min(longest, self.timetable.next_due() - time.time()))
 
     def _sleep(self, seconds):
@@ -11244,7 +12576,7 @@ class Scheduler:
             self._take_in(ended, due, now, looking)
             self.supervisors.hand_over()
         self.supervisors.rest()
-        return self.timetable.next_due() <= now
+        return self.timetable.next_due() <= now or self.last_look == -math.inf
 
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
@@ -11268,6 +12600,7 @@ class Scheduler:
                 for run_id in self.supervisors.take_telling():
                     post_live_notices(db, self.store, run_id)
                 if looking:
+                    answer_requests(db, self.store)
                     lose_without_journal(db, self.store)
                     tell_cancels(db, self.store)
                     withdraw_orphans(db)
@@ -11286,6 +12619,8 @@ class Scheduler:
         for job_id, position in decided:
             self.timetable.move(job_id, position)
         discard(done)
+        if any((row.get("cause") or "").endswith("/job") for row in ends):
+            self.last_look = -math.inf              # a step waits for that
         self._start(unfinished, started, replaced)
         for row in ends:
             _tell_end(self.say, row)
@@ -11311,6 +12646,7 @@ class Scheduler:
 
     def _start(self, unfinished, started, replaced):
         self.supervisors.waiting += unfinished + started    # first, whatever fails below
+        self.supervisors.given.update(_given_to(self.store, started))
         for run_id in replaced:
             signal_cancel(self.store, run_id, "replaced")
         for journal in started:
@@ -11327,6 +12663,12 @@ class Scheduler:
         """Journals that nobody looks after: of an earlier server, or of commands that died."""
         known = self.supervisors.runs().union(journal.run_id for journal in self.ended)
         return found_journals(self.store, known)
+
+
+def _given_to(store, journals):
+    """{name: secrets} of journals whose runs were given some, which the store then forgets."""
+    return {journal.name: store.given.pop(journal.run_id) for journal in journals
+            if journal.run_id in store.given}
 
 
 def _ask_all_to_end(store):
@@ -11612,7 +12954,7 @@ class Upkeep:
         for row in rows:
             keep = self._policy.of(row["job_id"]).log.keep
             old = row["finished_at"] < self.now - keep
-            if old and row["parent"] is None and not self._stays(db, row):
+            if old and row["step"] is None and not self._stays(db, row):
                 due.setdefault(keep, []).append(row["id"])
         return due
 
@@ -14561,14 +15903,8 @@ def run_payloads(store, db, rows):
 
 def _completed(store, db, row):
     """A row of a run, and the rows of its attempts."""
-    journal = None
-    if row["state"] == "running":
-        journal = Journal.glance(store.file(f"active/{row['id']}"))
-    if journal is None:
-        return row, get_attempts(db, row["id"])
-    progress = Progress(journal.events)
-    retry_at = progress.retry and progress.retry["until"]
-    return {**dict(row), "log": progress.log, "retry_at": retry_at}, progress.attempts
+    row, attempts = live_run(store, row)
+    return row, get_attempts(db, row["id"]) if attempts is None else attempts
 
 
 # The routes' functions. What they raise besides Refusal is put into an answer by `answer`.
@@ -15010,6 +16346,8 @@ def _start(request, store, job, given, **how):
 
     try:
         run_id = request_run(store, job, note=note, by=request.caller.name, **how)
+    except WrongParameters as error:
+        raise Refusal(422, "invalid_params", str(error)) from None
     except Refused as refused:
         run = refused.run
         raise Refusal(409, "overlap", f'job "{job.id}" is {run["state"]} already: run {run["id"]}',
@@ -15397,7 +16735,7 @@ def _find_log(store, run_id):
         row = get_run(db, run_id)
     path = row["log"]
     if path is None and row["state"] not in FINAL_STATES:
-        path = live_log(store, run_id)
+        path = live_log(store, row)
         if path is None:                # it may have ended in between
             with store.read() as db:
                 row = get_run(db, run_id)
@@ -15516,7 +16854,7 @@ class _WatchedRun:
 
     def __init__(self, store, run_id):
         self.store, self.run_id, self.followers = store, run_id, 0
-        self.ended, self.outcome, self.log, self.end = False, None, None, 0
+        self.ended, self.row, self.outcome, self.log, self.end = False, None, None, None, 0
         self.missing = False            # whether it was removed from the store
 
     def look(self, row, changed=True):
@@ -15525,10 +16863,11 @@ class _WatchedRun:
         if changed and row is None:
             self.missing = self.ended = True
         elif changed:
+            self.row = row
             self.outcome = {name: row[name] for name in ("state", "reason", "exit_code", "signal")}
             self.ended, path = row["state"] in FINAL_STATES, row["log"]
         if self.log is None:
-            path = path or self.outcome["state"] == "running" and live_log(self.store, self.run_id)
+            path = path or not self.ended and live_log(self.store, self.row)
             if path:
                 with contextlib.suppress(FileNotFoundError):
                     self.log = StoredLog(self.store.file(path))
@@ -16965,10 +18304,10 @@ def compare_environments(job, caller):
         "env_from": list(job.env_from)}
 
 
-# Putting it into place, and taking it away. What is to be done are Steps, so that a dry run can
+# Putting it into place, and taking it away. What is to be done are Actions, so that a dry run can
 # print the same as what a run performs.
 
-class Step(Value):
+class Action(Value):
     """Something to be done: `text` says what, and `perform()` does it."""
     __slots__ = ("text", "perform")
 
@@ -16992,7 +18331,7 @@ def _file_step(path, data, mode=0o644):
                 return []
     except FileNotFoundError:
         pass
-    return [Step(text=f"write {path}", perform=lambda: _put_file(path, data, mode))]
+    return [Action(text=f"write {path}", perform=lambda: _put_file(path, data, mode))]
 
 
 def _put_file(path, data, mode):
@@ -17013,7 +18352,7 @@ def _put_file(path, data, mode):
 
 
 def _command_step(*words, may_fail=False):
-    return Step(text=shlex.join(words), perform=lambda: _run_command(words, may_fail))
+    return Action(text=shlex.join(words), perform=lambda: _run_command(words, may_fail))
 
 
 def _run_command(words, may_fail, data=None):
@@ -17025,7 +18364,7 @@ def _run_command(words, may_fail, data=None):
 
 
 def _remove_step(path):
-    return [Step(text=f"remove {path}", perform=lambda: os.unlink(path))] \
+    return [Action(text=f"remove {path}", perform=lambda: os.unlink(path))] \
         if os.path.lexists(path) else []
 
 
@@ -17250,7 +18589,7 @@ class Installation:
     def _store_steps(self):
         if os.path.isdir(self.store.path):
             return []
-        return [Step(text=f"make the folder {self.store.path} for {self.user}",
+        return [Action(text=f"make the folder {self.store.path} for {self.user}",
                      perform=self._make_store)]
 
     def _make_store(self):
@@ -17390,7 +18729,7 @@ class _Crontab(_Service):
 
     def _write_step(self, lines):
         words, text = self._crontab("-"), "".join(line + "\n" for line in lines)
-        return Step(text=f"write the crontab of {self.installation.user}",
+        return Action(text=f"write the crontab of {self.installation.user}",
                     perform=lambda: _run_command(words, False, text))
 
     def steps(self, changed):
@@ -17402,10 +18741,10 @@ class _Crontab(_Service):
         if running and not (changed or crontab):
             return []
         return [*crontab, *self._stop_steps(running),
-                Step(text=f"start a server as {self.installation.user}", perform=self._start)]
+                Action(text=f"start a server as {self.installation.user}", perform=self._start)]
 
     def _stop_steps(self, running):
-        return [Step(text=f"end the server (process {running})", perform=self._stop)] \
+        return [Action(text=f"end the server (process {running})", perform=self._stop)] \
             if running else []
 
     def _stop(self):
@@ -17914,10 +19253,11 @@ class JobFiles:
             with self.store.write() as db:
                 changes = plan_apply(db, files.sources(list_jobs(db)), prune=True)
                 perform_apply(db, changes, time.time(), "server")
+                missing = _missing_jobs(db, changes)
         except RoexecError as error:
-            changes = []
+            changes, missing = [], []
             told += [(text, "ERROR") for text in str(error).splitlines()]
-        told += [(text, "WARNING") for text in files.warnings]
+        told += [(text, "WARNING") for text in [*files.warnings, *missing]]
         for line in told:
             if line not in self._told:
                 self.say(*line)
@@ -17926,6 +19266,13 @@ class JobFiles:
                 self.say(f"Job {change.id} {change.change}")
         # What was in the way, be it a full disk or a job of the same id, may go by itself.
         self._told, self._again = told, time.monotonic() + 60 if told else None
+
+
+def _missing_jobs(db, changes):
+    """Sentences about jobs that those of changes run, and that there are not."""
+    jobs = [change.job for change in changes if change.job]
+    ids = {*(job_ids(db) if db else ()), *(job.id for job in jobs)}
+    return [text for job in jobs for text in check_references(job, ids)]
 
 
 def _look_of(path):
@@ -17986,6 +19333,7 @@ def _register(session, sources, prune=False):
     if dry and not store.exists:
         changes = [Change(id=job.id, change="added", job=job)
                    for jobs in sources([]).values() for job in jobs]
+        missing = _missing_jobs(None, changes)
     else:
         if not dry:
             store.create()
@@ -17993,6 +19341,9 @@ def _register(session, sources, prune=False):
             changes = plan_apply(db, sources(list_jobs(db)), prune)
             if not dry:
                 perform_apply(db, changes, time.time(), session.caller.name)
+            missing = _missing_jobs(db, changes)
+    for text in missing:
+        _say(f"warning: {text}")
     session.report([(change.id, change.change) for change in changes])
     jobs = [change.job for change in changes if change.job]
     if any(job.schedule and job.enabled for job in jobs) and store.server() is None:
@@ -18434,12 +19785,12 @@ class _Watch:
                 self._settle_at = time.monotonic() + 1
             with self.store.read() as db:
                 self.run = get_run(db, self.run["id"])
+            self.run = live_run(self.store, self.run)[0]
         return self.run["state"] in FINAL_STATES
 
     def log(self):
         """Where the log lies below the store's folder; None where there is none, or not yet."""
-        running = self.run["state"] == "running"
-        log = live_log(self.store, self.run["id"]) if running else None
+        log = live_log(self.store, self.run)
         if log is None:
             self.ended()
         return log or self.run["log"]

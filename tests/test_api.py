@@ -459,11 +459,12 @@ def test_a_large_log_comes_whole(ask, store):
 def test_the_log_of_a_run_that_ends_just_now_is_found(ask, store, monkeypatch):
     run_id = record(store, state="running")
 
-    def live_log(*_):
+    def live_run(_, row):
         with store.write() as db:
             roexec.finish_run(db, run_id, "succeeded", [], finished_at=NOW,
                               log=write_log(store, "x.log", LOG))
-    monkeypatch.setattr(roexec, "live_log", live_log)
+        return row, None
+    monkeypatch.setattr(roexec, "live_run", live_run)
     assert ask(f"/runs/{run_id}/logs")[:2] == (200, LOG)
 
 

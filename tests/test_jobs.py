@@ -81,7 +81,8 @@ def test_a_file_can_say_that_there_are_no_jobs(text):
     (f"jobs: [{ONE}]\njob: {ONE}",
      'a file has one of jobs, job and pipeline, and "jobs" stands before this'),
     (f"- job: {ONE}\n- job: {ONE}", '"job" is written a second time'),
-    ("id: a\npipeline: [{command: x}]", '"pipeline" is not supported yet'),
+    ("id: a\npipeline: [{command: x}]",
+     "pipeline: a step needs an id; write for example id: build"),
     ("jobs: {a: {id: b, command: x}}", 'id: "b" stands below the id "a"; remove one'),
 ])
 def test_a_file_of_another_shape_is_refused_with_what_to_write(text, expected):
@@ -140,7 +141,8 @@ def test_a_job_that_says_nothing_has_the_defaults_of_the_design():
         "backoff": roexec.Backoff({"delay": 10}), "retry_on": None, "success": roexec.Success(),
         "condition": None, "max_concurrent": 1, "overlap": "skip", "priority": 0, "hooks": {},
         "log": roexec.LogLimits({"keep": "7d", "max_size": "100MiB"}),
-        "history": roexec.HistoryLimits({"keep": "90d", "runs": 10_000})}
+        "history": roexec.HistoryLimits({"keep": "90d", "runs": 10_000}),
+        "params": {}, "parallel": None, "fail_fast": False, "pipeline": ()}
     assert job.success.exit_codes == (0,)
     assert (job.backoff.delay, job.backoff.factor, job.backoff.max) == (10, 1, None)
 
@@ -464,18 +466,6 @@ def test_an_id_is_the_text_as_written():
     assert jobs_of('{"job": {"id": 12, "command": ["x", 1.10]}}')[0].command == ("x", "1.10")
 
 
-@pytest.mark.parametrize("line", [
-    "params: {a: {}}", "parallel: 2", "depends-on: [a]"])
-def test_a_key_that_is_not_built_yet_is_refused_not_ignored(line):
-    name = line.split(":")[0].replace("-", "_")
-    assert problem_of(line) == f'4:3: "{name}" is not supported yet'
-
-
-def test_a_pipeline_is_refused_without_a_word_about_the_command():
-    assert problems_of("jobs:\n  - id: a\n    pipeline: []\n") == [
-        'jobs.yml:3:5: "pipeline" is not supported yet']
-
-
 # Variables that will not be expanded.
 
 @pytest.mark.parametrize("value, variable", [
@@ -757,7 +747,7 @@ def test_problems_of_a_mapping_name_keys_instead_of_lines():
         "write for example 90s, 5m, 1h30m or 2d",
         "job: env.V: 1.1 may have been written otherwise; put it in quotes",
         'job: directory: "x" is relative to nothing; write the path from "/"',
-        'job: "params" is not supported yet',
+        'job: params: 1 stands where "NAME: default" lines are wanted',
     ]
 
 
@@ -1016,7 +1006,6 @@ def test_a_host_that_was_set_to_its_default_was_set():
     ("defaults: {directory: /x}",
      "1:12: directory is not possible here, since a job of a file has that file's folder; "
      "write it under defaults: of the file"),
-    ("defaults: {params: {}}", '1:12: "params" is not supported yet'),
 ])
 def test_a_wrong_configuration_is_refused_where_it_is_wrong(text, expected):
     problem, = config_problems(text)
@@ -1046,3 +1035,240 @@ def test_a_file_without_doubts_is_read_once_and_one_with_a_doubt_twice(monkeypat
     assert calls == [False]
     jobs_of("jobs: [{id: a, command: x, env: {A: 1}}]")
     assert calls == [False, False, True]
+
+
+# Pipelines.
+
+STEPS = """\
+pipeline:
+  - id: build
+    command: ./build.sh
+  - id: test
+    command: ./test.sh
+    depends_on: [build]
+  - id: deploy
+    command: ./deploy.sh
+    depends_on: [test]
+"""
+
+
+def pipeline_of(steps, rest="", **options):
+    """The only job of a file with a pipeline; `steps` are flow mappings, one a line."""
+    lines = "".join(f"  - {step}\n" for step in steps.splitlines())
+    return jobs_of(f"id: p\n{rest}\npipeline:\n{lines}", **options)[0]
+
+
+def step_problem(steps, rest=""):
+    lines = "".join(f"  - {step}\n" for step in steps.splitlines())
+    problems = problems_of(f"id: p\n{rest}\npipeline:\n{lines}")
+    assert len(problems) == 1, problems
+    return problems[0].replace("jobs.yml:", "", 1)
+
+
+@pytest.mark.parametrize("text, job_id", [
+    (STEPS, "jobs"), ("id: p\n" + STEPS, "p"), ("defaults: {}\n" + STEPS, "jobs"),
+    ("- defaults: {}\n- id: p\n  " + STEPS.replace("\n", "\n  "), "p"),
+    ("job:\n  id: p\n  " + STEPS.replace("\n", "\n  "), "p"),
+    ("jobs:\n  - id: p\n    " + STEPS.replace("\n", "\n    "), "p"),
+    ("- id: p\n  " + STEPS.replace("\n", "\n  "), "p")])
+def test_a_pipeline_stands_wherever_a_job_does(text, job_id):
+    job, = jobs_of(text)
+    assert job.id == job_id
+    assert [(step.id, step.command, step.depends_on) for step in job.steps().values()] == [
+        ("build", "./build.sh", {}), ("test", "./test.sh", {"build": "succeeded"}),
+        ("deploy", "./deploy.sh", {"test": "succeeded"})]
+
+
+def test_a_pipeline_without_a_name_of_its_own_needs_an_id():
+    with pytest.raises(Invalid, match="a job needs an id"):
+        read_job_file(STEPS, "<stdin>", "/")
+
+
+@pytest.mark.parametrize("written, expected", [
+    ("build", {"build": "succeeded"}), ("[build, lint]", {"build": "succeeded",
+                                                          "lint": "succeeded"}),
+    ("{build: failed}", {"build": "failed"}), ("[]", {}), ("", {}),
+    ("{build: finished, lint: succeeded}", {"build": "finished", "lint": "succeeded"})])
+def test_what_a_step_depends_on(written, expected):
+    job = pipeline_of("{id: build, command: x}\n{id: lint, command: x}\n"
+                      f"{{id: c, command: x, depends-on: {written}}}")
+    assert job.steps()["c"].depends_on == expected
+
+
+@pytest.mark.parametrize("steps, expected", [
+    ("{id: a, command: x}\n{id: a, command: y}",
+     '5:10: pipeline.id: "a" is taken by the step in line 4'),
+    ("{id: build, command: x}\n{id: b, command: x, depends_on: [biuld]}",
+     '5:38: pipeline.depends_on: there is no step "biuld"; did you mean "build"?'),
+    ("{id: a, command: x}\n{id: b, command: x, depends_on: {c: failed}}",
+     '5:38: pipeline.depends_on: there is no step "c"'),
+    ("{id: a, command: x}\n{id: b, command: x, depends_on: c}",
+     '5:37: pipeline.depends_on: there is no step "c"'),
+    ("{id: a, command: x, depends_on: [a]}",
+     "4:38: pipeline.depends_on: a step cannot depend on itself"),
+    ("{id: a, command: x}\n{id: b, command: x, depends_on: {a: done}}",
+     '5:41: pipeline.depends_on.a: "done" is none of succeeded, failed, finished'),
+    ("{id: a, command: x, depends_on: c}\n{id: b, command: x, depends_on: a}\n"
+     "{id: c, command: x, depends_on: b}",
+     "4:3: pipeline: these steps wait for one another: a -> c -> b -> a"),
+    ("{command: x}", "4:5: pipeline: a step needs an id; write for example id: build"),
+    ("{id: a}", "4:5: pipeline: a step needs a command, or job: and the id of one"),
+    ("{id: a, command: x, job: b}",
+     "4:5: pipeline: a step has either a command or a job; remove one of them"),
+    ("{id: a, job: b, retries: 2}", "4:30: pipeline.retries: it is not possible in a step that "
+                                    "runs a job; write it in that job"),
+    ("{id: a, command: x, schedule: x}",
+     '4:25: "schedule" is not possible in a step; write it beside pipeline:'),
+    ("{id: a, command: x, params: {}}",
+     '4:25: "params" is not possible in a step; write it beside pipeline:'),
+    ("{id: a, command: x, pipeline: []}",
+     '4:25: "pipeline" is not possible in a step; write it beside pipeline:'),
+    ("{id: a, command: x, depend_on: b}",
+     '4:25: unknown key "depend_on" in a step; did you mean "depends_on"?'),
+    ("{id: a, command: x, retries: -1}",
+     "4:34: pipeline.retries: -1 is not a whole number from 0 to 1000000"),
+    ("make", '4:5: pipeline: "make" is no step; write id:, command: and depends_on:')])
+def test_a_wrong_step_is_refused_where_it_stands(steps, expected):
+    assert step_problem(steps) == expected
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ("fail_fast: true", '4:3: "fail_fast" is for jobs with a pipeline; remove it'),
+    ("parallel: 2", '4:3: "parallel" is for jobs with a pipeline; remove it'),
+    ("depends_on: [b]", '4:3: unknown key "depends_on" in a job; it belongs to the steps of a '
+                        "pipeline: write both below pipeline:"),
+    ("pipeline: [{id: a, command: x}]",
+     '3:3: "command" beside pipeline: means nothing; write it in the steps')])
+def test_what_is_wrong_about_a_pipeline_in_a_job(lines, expected):
+    assert problem_of(lines) == expected
+
+
+@pytest.mark.parametrize("written", ["[]", "{a: x}", "make"])
+def test_a_pipeline_is_a_list_of_steps(written):
+    assert problems_of(f"job:\n  id: a\n  pipeline: {written}\n") == [
+        "jobs.yml:3:13: pipeline: a pipeline is a list of steps; write for example "
+        "- {id: build, command: make}"]
+
+
+@pytest.mark.parametrize("line", ["success: {exit_codes: 3}", "limits: {files: 9}", "stdin: x",
+                                  "leftovers: kill", "if_lost: rerun"])
+def test_what_is_about_a_command_stands_in_the_steps(line):
+    key = line.partition(":")[0]
+    assert step_problem("{id: a, command: x}", line) == (
+        f'2:1: "{key}" beside pipeline: means nothing; write it in the steps')
+
+
+def test_a_step_takes_over_who_and_where_from_its_pipeline_and_nothing_else():
+    job = pipeline_of(
+        "{id: a, command: x}\n{id: b, command: x, env: {B: 3}, directory: /tmp, user: eve, retries: 1}",
+        "env: {A: 1, B: 2}\nenv_from: {host: H}\ndirectory: /srv\nuser: bob\n"
+        'group: g\numask: "027"\nshell: bash\ntimezone: UTC\nparams: {P: 1}\nnice: 5\n'
+        "inherit_env: [L]\ntimeout: 1h\nretries: 3\non_failure: x\ncondition: c\nname: n\ntags: t")
+    a, b = job.steps().values()
+    assert a.spec == {
+        "id": "a", "timezone": "UTC", "command": "x", "shell": "bash", "directory": "/srv",
+        "user": "bob", "group": "g", "nice": 5, "umask": "027", "env": {"A": "1", "B": "2"},
+        "env_from": {"host": "H"}, "inherit_env": ["L"], "params": {"P": "1"}}
+    assert (b.env, b.directory, b.user, b.retries) == ({"A": "1", "B": "3"}, "/tmp", "eve", 1)
+    assert (job.timeout, job.retries, a.timeout, a.retries, a.hooks) == (3600, 3, None, 0, {})
+
+
+@pytest.mark.parametrize("fold", ["file", "configuration"])
+def test_defaults_of_commands_are_those_of_steps(fold):
+    defaults = {"timeout": "1m", "retries": 2, "limits": {"files": 9}, "env": {"A": "1"},
+                "on_failure": "x", "if_lost": "rerun", "max_concurrent": 3}
+    steps = "{id: a, command: x, retries: 0}\n{id: b, job: c}"
+    if fold == "file":
+        job = pipeline_of(steps, f"defaults: {json.dumps(defaults)}")
+    else:
+        below = read_config(json.dumps({"defaults": defaults}), "config.yml", "/").defaults
+        job = roexec.effective(pipeline_of(steps), below)
+    a, b = job.steps().values()
+    assert (job.timeout, job.retries, job.max_concurrent, job.env) == (None, 0, 3, {"A": "1"})
+    assert list(job.hooks) == ["on_failure"] and not a.hooks
+    assert (a.timeout, a.retries, a.limits.files, a.env, a.if_lost) == (60, 0, 9, {"A": "1"},
+                                                                        "rerun")
+    assert (b.timeout, b.retries) == (None, 0)
+
+
+def test_a_pipeline_can_be_exported_and_read_again():
+    job = pipeline_of("{id: a, command: x, hooks: {on_failure: [x, {condition: y}]}}\n"
+                      "{id: b, job: c, depends_on: {a: finished}}",
+                      "parallel: 2\nparams: {P: {type: integer, default: 3}, S: {secret: true}}")
+    assert jobs_of(roexec.job_to_yaml([job])) == [job]
+
+
+def test_jobs_that_steps_run_and_that_do_not_exist_are_named():
+    job = pipeline_of("{id: a, job: bakcup}\n{id: b, command: x, on_failure: {run: c}}\n"
+                      "{id: d, job: backup}")
+    assert roexec.check_references(job, {"backup"}) == [
+        'step "a" of job "p" runs the job "bakcup", which does not exist; did you mean "backup"?',
+        'hooks.on_failure of step "b" of job "p" runs the job "c", which does not exist']
+
+
+@pytest.mark.parametrize("steps_of, cycle", [
+    ({"p": "{id: a, job: p}"}, "p -> p"),
+    ({"p": "{id: a, job: q}", "q": "{id: a, command: x}\n{id: b, job: p}"}, "p -> q -> p"),
+    ({"p": "{id: a, command: x, on_failure: {run: p}}"}, "p -> p"),
+    ({"p": "{id: a, job: q}", "q": "{id: a, job: r}", "r": "{id: a, job: x}"}, None)])
+def test_a_pipeline_that_would_start_itself_is_named(steps_of, cycle):
+    jobs = {name: roexec.Job({**pipeline_of(steps).spec, "id": name})
+            for name, steps in steps_of.items()}
+    said = roexec.check_starts({**jobs, "x": Job({"id": "x", "command": "x"})})
+    if cycle is None:
+        assert said is None
+    else:
+        assert said.startswith("the job ") and set(said.partition(": ")[2].split(" -> ")) == set(
+            cycle.split(" -> "))
+
+
+# Parameters.
+
+def test_the_default_of_a_parameter_is_its_text_as_written():
+    job = job_of("params: {A: 1.10, B: 0755, C: True, D: \"\", E: {default: 1e3}, F: {}}")
+    assert {name: param.default for name, param in job.params.items()} == {
+        "A": "1.10", "B": "0755", "C": "True", "D": "", "E": "1e3", "F": None}
+
+
+@pytest.mark.parametrize("written, expected", [
+    ("{A: }", '4:15: params.A: no value; write "" for an empty one, or {} for one that a start has '
+              "to give"),
+    ("{A: {secret: true, default: x}}", "4:15: params.A: a secret has no default, which the store "
+                                        "would keep; let a start give it"),
+    ("{A: {type: integer, default: x}}",
+     '4:15: params.A: its default is not an integer (it is "x")'),
+    ("{A: {values: [a, b], default: c}}",
+     '4:15: params.A: its default is none of a, b (it is "c")'),
+    ("{A: {type: date}}", '4:22: params.A.type: "date" is none of text, integer, number, boolean'),
+    ("{A-B: x}", '4:17: params.A-B: "A-B" cannot be a parameter; its name has letters, digits '
+                 "and _"),
+    ("{ROEXEC_X: x}", '4:22: params.ROEXEC_X: "ROEXEC_X" is set by roexec itself; choose another '
+                      "name"),
+    ("[A]", '4:11: params: a list stands where "NAME: default" lines are wanted')])
+def test_a_wrong_parameter_is_refused(written, expected):
+    assert problem_of(f"params: {written}") == expected
+
+
+def test_a_schedule_needs_a_default_of_each_parameter():
+    assert problem_of("params: {A: {}}, schedule: '@daily'".replace(", s", "\n  s")) == (
+        "4:11: params: A has no default, and a schedule gives none; write one")
+
+
+@pytest.mark.parametrize("spec, given, problems", [
+    ({"A": "x"}, {}, []), ({"A": "x"}, {"A": "y", "B": "z"}, []),
+    ({"A": {}}, {}, ["the parameter A has no default; give it with --env A=VALUE"]),
+    ({"A": {"secret": True}}, {}, ["the parameter A has no default; give it with --env A"]),
+    ({"A": {"secret": True}}, {"A": None}, []),
+    ({"A": {"type": "integer"}}, {"A": "-12"}, []),
+    ({"A": {"type": "integer"}}, {"A": "1.5"}, ['the parameter A is not an integer (it is "1.5")']),
+    ({"A": {"type": "integer"}}, {"A": "12\n"}, ['the parameter A is not an integer '
+                                                  '(it is "12\n")']),
+    ({"A": {"type": "number"}}, {"A": "-1.5e3"}, []),
+    ({"A": {"type": "boolean"}}, {"A": "true"}, []),
+    ({"A": {"type": "boolean"}}, {"A": "yes"}, ['the parameter A is not a boolean (it is "yes")']),
+    ({"A": {"values": ["a", "b"]}}, {"A": "c"},
+     ['the parameter A is none of a, b (it is "c")']),
+    ({"A": {"secret": True, "type": "integer"}}, {"A": "s3cret"},
+     ["the parameter A is not an integer"])])
+def test_what_is_given_is_checked(spec, given, problems):
+    assert Job({"id": "a", "command": "x", "params": spec}).problems_of(given) == problems

@@ -8,10 +8,11 @@ import pytest
 
 import roexec
 from roexec import (ACTIVE_STATES, FINAL_STATES, MOST_CAUGHT_UP, MOST_COUNTED, ON_TIME, REASONS,
-                    ROLES, SCOPES, STATES, Caller, Ended, Job, Known, Met, admit, backoff_delay,
-                    busiest_minutes, decide_slots, explain, foresee, get_zone, is_moved, iter_slots,
-                    jitter_delay, last_slot, local_instants, next_run, next_slot, outcome,
-                    overlap_action, parse_instant, retry_delay, token_of, upcoming_slots)
+                    ROLES, SCOPES, STATES, Caller, Ended, Job, Known, Met, StepOrder, admit,
+                    backoff_delay, busiest_minutes, decide_slots, explain, foresee, get_zone,
+                    is_moved, iter_slots, jitter_delay, last_slot, local_instants, next_run, next_slot, outcome,
+                    overlap_action, parse_instant, retry_delay, steps_to_repeat, survives_failure,
+                    token_of, upcoming_slots)
 
 UTC = timezone.utc
 NOON = 1754049600           # 2025-08-01T12:00:00Z, a Friday
@@ -382,7 +383,7 @@ def queued(*runs):
     for seq, (job_id, slot, *more) in enumerate(runs, 1):
         priority, trigger = (*more, 0, "schedule")[:2] if len(more) != 1 else (more[0], "schedule")
         rows.append({"job_id": job_id, "slot": slot, "priority": priority, "seq": seq,
-                     "queued_at": 100 + seq, "trigger": trigger})
+                     "queued_at": 100 + seq, "trigger": trigger, "parent": None})
     return rows
 
 
@@ -613,7 +614,8 @@ def test_what_is_foreseen_has_each_slot_once_and_agrees_with_a_slow_rehearsal(se
                 active.remove(other)
             if action != "skip":
                 active.append({"job_id": "a", "trigger": "schedule", "state": "queued", "slot": now,
-                               "queued_at": now, "priority": 0, "seq": now, "end": None})
+                               "queued_at": now, "priority": 0, "seq": now, "end": None,
+                               "parent": None})
             for row in admit([row for row in active if row["state"] == "queued"],
                              {"a": sum(row["state"] == "running" for row in active)},
                              {"a": a_job.max_concurrent}, None):
@@ -645,7 +647,7 @@ def run_row(**more):
     return {"id": "r1", "job_id": "backup", "state": "running", "reason": None, "message": None,
             "trigger": "schedule", "slot": NOON, "last_slot": None, "count": 1, "priority": 0,
             "seq": 1, "owner": None, "queued_at": NOON, "started_at": NOON, "finished_at": None,
-            **more}
+            "parent": None, **more}
 
 
 def met(others=(), alive=None, **row):
@@ -921,3 +923,116 @@ def test_nobody_gives_away_more_than_they_have(creator, spec, missing):
     else:
         given = Caller(scopes=token["scopes"], pattern=token["pattern"])
         assert missing is None and all(creator.may(scope) for scope in SCOPES if given.may(scope))
+
+
+# Steps of pipelines.
+
+def all_graphs(count):
+    """Each pipeline of `count` steps in which a step depends on earlier ones in some way."""
+    kinds = (None, "succeeded", "failed", "finished")
+    pairs = [(a, b) for b in range(count) for a in range(b)]
+    for chosen in itertools.product(kinds, repeat=len(pairs)):
+        wanted = {str(step): {} for step in range(count)}
+        for (a, b), kind in zip(pairs, chosen):
+            if kind:
+                wanted[str(b)][str(a)] = kind
+        yield wanted
+
+
+def slow_ready(wanted, states):
+    """The set of steps that are ready, and those that are to be skipped: by the definition."""
+    satisfying = {"succeeded": {"succeeded"}, "failed": {"failed", "timed_out", "lost"},
+                  "finished": set(FINAL_STATES)}
+    states, skipped = dict(states), set()
+    grew = True
+    while grew:
+        grew = False
+        for step, needs in wanted.items():
+            if step not in states and any(states.get(need, "") not in satisfying[kind] | {""}
+                                          for need, kind in needs.items()):
+                states[step] = "skipped"
+                skipped.add(step)
+                grew = True
+    ready = {step for step, needs in wanted.items() if step not in states
+             and all(need in states for need in needs)}
+    return ready, skipped
+
+
+@pytest.mark.parametrize("count, sample", [(1, 1), (2, 1), (3, 1), (4, 8)])
+def test_steps_become_ready_and_are_skipped_as_the_definition_says(count, sample):
+    chance = random.Random(7)
+    for wanted in all_graphs(count):
+        if sample > 1 and chance.randrange(sample):
+            continue
+        order, on, known = StepOrder(wanted), [], {}
+        while True:
+            ready, skipped = slow_ready(wanted, known)
+            assert not skipped
+            taken = list(iter(order.take, None))
+            assert taken == sorted(ready - set(on))
+            on += taken
+            if not on:
+                break
+            step = on.pop(chance.randrange(len(on)))
+            known[step] = chance.choice(FINAL_STATES)
+            _, skipped = slow_ready(wanted, known)
+            found = order.end(step, known[step])
+            assert set(found) == skipped and len(found) == len(skipped)
+            known.update(dict.fromkeys(skipped, "skipped"))
+            assert order.states == known
+        assert order.is_over and set(known) == set(wanted)
+
+
+def test_ends_may_be_told_in_any_order_when_a_pipeline_goes_on():
+    for wanted in all_graphs(3):
+        for states in itertools.product(("succeeded", "failed", None), repeat=3):
+            known = {str(step): state for step, state in enumerate(states) if state}
+            if any(need not in known for step in known for need in wanted[step]):
+                continue
+            expected, skipped = slow_ready(wanted, known)
+            for way in (list(known), list(known)[::-1]):
+                order = StepOrder(wanted)
+                for step in way:
+                    order.end(step, known[step])
+                ended = set(order.states)
+                assert ended >= set(known) and set(iter(order.take, None)) <= set(wanted) - ended
+
+
+def test_a_chain_of_many_steps_is_skipped_at_once():
+    wanted = {str(step): {str(step - 1): "succeeded"} if step else {} for step in range(20_000)}
+    order = StepOrder(wanted)
+    assert order.take() == "0" and order.take() is None
+    assert len(order.end("0", "failed")) == 19_999 and order.is_over
+
+
+DIAMOND = {"a": {}, "b": {"a": "succeeded"}, "c": {"a": "succeeded"},
+           "d": {"b": "succeeded", "c": "succeeded"}, "e": {}}
+
+
+@pytest.mark.parametrize("ends, first, repeated", [
+    ({"a": "succeeded", "b": "failed", "c": "succeeded", "d": "dependency", "e": "succeeded"}, None,
+     "bd"),
+    ({"a": "lost", "b": "dependency", "c": "dependency", "d": "dependency", "e": "succeeded"}, None,
+     "abcd"),
+    ({"a": "succeeded", "b": "condition", "c": "succeeded", "d": "dependency", "e": "succeeded"},
+     None, "d"),
+    (dict.fromkeys("abcde", "succeeded"), None, ""),
+    (dict.fromkeys("abcde", "succeeded"), "c", "cd"),
+    ({"a": "succeeded", "b": "succeeded", "c": "succeeded", "d": "succeeded"}, None, "e")])
+def test_a_retry_repeats_what_failed_and_what_depends_on_it(ends, first, repeated):
+    states = {step: ("skipped", end) if end in REASONS["skipped"] else (end, None)
+              for step, end in ends.items()}
+    assert steps_to_repeat(StepOrder(DIAMOND), states, first) == set(repeated)
+
+
+def test_what_a_step_needs_and_what_needs_it():
+    order = StepOrder(DIAMOND)
+    assert order.needs("d") == {"a", "b", "c"} and order.needs("a") == set()
+    assert order.dependents(["b", "e"]) == {"b", "d", "e"}
+
+
+@pytest.mark.parametrize("needs, survives", [
+    ({}, False), ({"a": "succeeded"}, False), ({"a": "succeeded", "b": "finished"}, True),
+    ({"a": "failed"}, True)])
+def test_what_cleans_up_runs_under_fail_fast(needs, survives):
+    assert survives_failure(needs) is survives

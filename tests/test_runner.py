@@ -535,7 +535,7 @@ def test_a_piece_of_a_line_is_in_the_log_before_its_end(store, tmp_path):
     os.mkfifo(tmp_path / "go")
     journal = claimed(store, make_job(f"printf 'password: '; read x < {tmp_path}/go"))
     pid = in_child(lambda: roexec.Supervision(journal, store.folder, roexec.Signals()).perform())
-    path = wait_for(lambda: roexec.live_log(store, journal.run_id))
+    path = wait_for(lambda: roexec.live_run(store, read_run(store, journal.run_id))[0]["log"])
     with open(store.file(path)) as log:
         wait_for(lambda: log.seek(0) == 0 and "[OUT~] password: \n" in log.read())
     with open(tmp_path / "go", "w"):
@@ -807,7 +807,7 @@ def test_a_message_without_its_file_is_refused_aloud():
     with ours, theirs:
         ours.send(b"abcdefghij")
         with pytest.raises(roexec.RoexecError, match="without its file"):
-            roexec.receive_descriptor(theirs)
+            roexec.receive_descriptors(theirs)
 
 
 def test_the_lock_goes_with_the_descriptor_and_no_command_inherits_it(store):
@@ -817,7 +817,7 @@ def test_the_lock_goes_with_the_descriptor_and_no_command_inherits_it(store):
     journal.close()
     ours.close()                                    # the lock lives on in flight
     assert Journal.find(journal.path) is None
-    pid = in_child(lambda: roexec.serve_runs(theirs, store.folder))
+    pid = in_child(lambda: roexec.serve_runs(theirs, store.folder, roexec.perform_run))
     theirs.close()
     assert end_of(pid) == 0
     roexec.settle(store)

@@ -110,7 +110,7 @@ def test_a_claim_that_is_cut_short_is_made_again(store, start, marks, step):
         elif step == "change_run":
             roexec.change_run = die
         elif step == "hand_over":
-            roexec._Supervisors.hand_over = lambda self: self.waiting and die()
+            roexec.Supervisors.hand_over = lambda self: self.waiting and die()
         else:
             claim = roexec.claim
             roexec.claim = lambda *values: claim(*values) and die()
@@ -320,7 +320,7 @@ def test_more_runs_than_files_may_be_open_all_run(store, start):
 
 def test_a_supervisor_that_is_killed_before_it_reads_disturbs_no_server(store):
     said = []
-    supervisors = roexec._Supervisors(store, None, select.poll(), said.append)
+    supervisors = roexec.Supervisors(store.folder, None, select.poll(), said.append)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     descriptor = ours.fileno()
     supervisors.all[descriptor] = roexec._Supervisor(ours)
@@ -514,7 +514,7 @@ def test_a_hook_for_missed_slots_that_a_kill_has_held_up_runs_once(store, start,
             os.kill(os.getpid(), signal.SIGKILL)
 
     def prepare(scheduler):
-        roexec._Supervisors.hand_over = die
+        roexec.Supervisors.hand_over = die
     assert end_of(start(prepare=prepare, wait=False).pid) == -signal.SIGKILL
     for _ in range(2):
         server = start()
@@ -909,7 +909,7 @@ def test_a_slow_reader_of_a_foreground_run_gets_all_of_it(store, blocking):
     pid = in_child(run)
     os.close(writer)
     run_id = wait_for(lambda: read_runs(store))[0]["id"]
-    wait_for(lambda: roexec.live_log(store, run_id))
+    wait_for(lambda: roexec.live_run(store, read_run(store, run_id))[0]["log"])
     taken = b""
     while len(taken) < 60_000:
         taken += os.read(reader, 4096)
@@ -1037,7 +1037,7 @@ def test_a_retry_can_be_ended_from_the_terminal(terminal, store, monkeypatch):
     here.await_text("ready")
     wait_for(lambda: os.tcgetpgrp(here.file) == here.pid)
     run_id = read_runs(store)[0]["id"]
-    with open(store.file(roexec.live_log(store, run_id))) as log:
+    with open(store.file(roexec.live_run(store, read_run(store, run_id))[0]["log"])) as log:
         wait_for(lambda: log.seek(0) == 0 and "Retrying" in log.read())
     here.type("\x03")
     assert here.end() == 130

@@ -25,14 +25,14 @@ from helpers import end_of, in_child, make_job
 import roexec
 from roexec import (ACTIVE_STATES, FINAL_STATES, REASONS, STATES, Job, NoSuchJob, NoSuchRun,
                     RoexecError, SlotRow, Store, active_runs, add_run, ask_to_cancel, change_run,
-                    changed_jobs, count_changes, count_queued, count_running, delete_jobs,
-                    file_system, find_run, finish_run, get_attempts, get_job, get_meta, get_run,
-                    get_settings, host_zone, is_at, job_ids, job_versions, last_decision, list_jobs,
-                    list_runs, lock_is_held, new_run_id, newest_run, newest_slot_row, open_private,
-                    pause_job, paused_in_queue, perform_apply, plan_apply, process_start,
-                    queued_runs, run_filter, runs_on_at, set_log, set_meta,
-                    set_position, set_settings, skip_slots, slot_is_known, store_id, try_lock,
-                    usual_durations)
+                    changed_jobs, count_apart, count_changes, count_queued, count_running,
+                    delete_jobs, file_system, find_run, finish_run, get_attempts, get_job,
+                    get_meta, get_run, get_settings, host_zone, is_at, job_ids, job_versions,
+                    last_decision, list_jobs, list_runs, lock_is_held, new_run_id, newest_run,
+                    newest_slot_row, open_private, pause_job, paused_in_queue, perform_apply,
+                    plan_apply, process_start, queued_runs, run_filter, runs_on_at, set_log,
+                    set_meta, set_position, set_settings, skip_slots, slot_is_known, step_rows,
+                    store_id, try_lock, usual_durations)
 
 NOW = 1754049600.0          # 2025-08-01T12:00:00Z
 ROOT = os.geteuid() == 0
@@ -1078,7 +1078,7 @@ def test_a_job_shows_whether_a_run_of_it_is_on(db):
     def active(): return {row["id"]: row["active"] for row in list_jobs(db)}
     assert active() == {"backup": None, "other": None}
     run(db, "waits")
-    run(db, "step", state="running", parent="waits")
+    run(db, "step", state="running", parent="waits", step="s")
     assert active() == {"backup": "queued", "other": None}
     run(db, "goes", state="running")
     assert active() == {"backup": "running", "other": None}
@@ -1088,7 +1088,7 @@ def test_a_job_shows_whether_a_run_of_it_is_on(db):
 def test_a_slot_never_runs_twice(db):
     run(db, "one", slot=100)
     run(db, "two", slot=100, job_id="other")
-    run(db, "step", slot=100, parent="one")
+    run(db, "step", slot=100, parent="one", step="s")
     with pytest.raises(sqlite3.IntegrityError):
         run(db, "three", slot=100)
     for number in range(3):
@@ -1145,12 +1145,12 @@ def test_active_runs_are_counted_and_listed_without_steps(db):
             ("a", "running"), ("a", "queued"), ("b", "queued"), ("b", "running"),
             ("b", "running"), ("a", "failed")]):
         run(db, f"run{number}", job_id, state)
-    run(db, "step", "a", "running", parent="run0")
-    run(db, "step2", "a", "queued", parent="run0")
+    run(db, "step", "a", "running", parent="run0", step="s")
+    run(db, "step2", "a", "queued", parent="run0", step="s")
     assert [row["id"] for row in active_runs(db)] == [f"run{number}" for number in range(5)]
     assert [row["id"] for row in active_runs(db, "a")] == ["run0", "run1"]
     assert [row["id"] for row in queued_runs(db)] == ["run1", "run2"]
-    assert count_running(db) == {"a": 1, "b": 2} and count_queued(db) == 3
+    assert count_running(db) == {"a": 1, "b": 2} and count_queued(db) == 2
 
 
 # Skipped slots.
@@ -1207,7 +1207,7 @@ def some_runs(db):
     run(db, "busy000001", "busy", "running")
     run(db, "busy000002", "busy", "succeeded")
     run(db, "gone000001", "deleted-job", "succeeded")
-    run(db, "step000001", "backup", "running", parent="abcd000001")
+    run(db, "step000001", "backup", "running", parent="abcd000001", step="s")
     return db
 
 
@@ -1347,7 +1347,8 @@ class Listener:
     (active_runs, "runs_active"), (lambda db: active_runs(db, "a"), "runs_active (job_id=?)"),
     (lambda db: get_job(db, "backup"), "runs_active (job_id=?)"),
     (list_jobs, "runs_active (job_id=?)"),
-    (queued_runs, "runs_state (state=?)"), (count_queued, "runs_state (state=?)"),
+    (queued_runs, "runs_active"), (count_queued, "runs_active"), (count_apart, "runs_active"),
+    (lambda db: step_rows(db, "a"), "runs_parent (parent=?)"),
     (count_running, "runs_state (state=?)"),
     (lambda db: paused_in_queue(db, NOW), "runs_state (state=?)"),
     (lambda db: slot_is_known(db, "a", 5), "runs_slot (job_id=? AND slot=?)"),
