@@ -19962,6 +19962,9 @@ def _cmd_run(session):
 
 
 def _given_variable(text):
+    """(name, value) of --env; of a name alone, the value that the caller's environment has."""
+    if text in os.environ:
+        return _given_variable(f"{text}={os.environ[text]}")
     name, value = _pair(text, "--env", "NAME=VALUE")
     if not (name.isascii() and name.isidentifier()):
         raise Usage(f"--env {printable(text)}: write --env NAME=VALUE; a name has letters, digits "

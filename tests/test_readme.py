@@ -15,12 +15,13 @@ BLOCKS = [re.sub("^    ", "", block, flags=re.M).strip("\n")
 NAMED = set(re.findall(r"[a-z]\w*", " ".join(re.findall(r"`([^`\n]+)`", BEFORE + BEHIND))))
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [re.search(r"(?:^|\W)(roexec (?!=).*)", line)[1] for line in LINES
-            if re.match(r"(id=\$\(|.* \| |sudo )?roexec ", line)]
+            if re.match(r"(id=\$\(|.* \| |sudo |TOKEN=\S+ )?roexec ", line)]
 
 
 def tables():
     """The tables of keys of the configuration and of a job, by what they are called in messages."""
-    records = {"a job": roexec.Job, "limits": roexec.Limits, "backoff": roexec.Backoff,
+    records = {"a job": roexec.Job, "a step": roexec.Step, "a parameter": roexec.Param,
+               "limits": roexec.Limits, "backoff": roexec.Backoff,
                "retry_on": roexec.RetryOn, "success": roexec.Success, "a hook": roexec.Hook,
                "the configuration": roexec.Config, "server": roexec._ServerSettings,
                "tls": roexec.TlsSettings, "auth": roexec.AuthSettings,
@@ -71,7 +72,7 @@ def test_every_piece_of_a_file_is_accepted(text, tmp_path):
     if text.startswith("server:"):
         assert roexec.read_config(text, "config.yml", str(tmp_path))
     else:
-        if not text.startswith("jobs:"):
+        if not text.startswith(("jobs:", "pipeline:")):
             text = "job:\n  id: x\n  command: x\n" + re.sub("^(?=.)", "  ", text, flags=re.M)
         assert roexec.read_job_file(text, "jobs.yml", str(tmp_path)).jobs
 
@@ -79,7 +80,7 @@ def test_every_piece_of_a_file_is_accepted(text, tmp_path):
 def test_there_are_examples_of_all_kinds():
     assert len(COMMANDS) > 25
     assert [text.partition(":")[0] for text in documents()] == [
-        "jobs", "hooks", "env_from", "limits", "server", "server"]
+        "jobs", "hooks", "env_from", "limits", "pipeline", "params", "server", "server"]
 
 
 def test_the_reference_of_commands_is_what_the_parser_knows():
