@@ -11454,12 +11454,15 @@ def _make_journal(db, folder, row, job, now, **more):
 
 def _prepare_steps(db, row, job, now):
     """The rows of the steps of a pipeline that starts -> what its header says about them."""
+    known = {other["step"]: other for other in step_rows(db, row["id"])}    # of a lost journal
     taken = {step: find_run_row(db, other)
              for step, other in json.loads(row["taken"] or "{}").items()}
-    taken = {step: other for step, other in taken.items() if other is not None}
-    steps = {spec["id"]: new_run_id() for spec in job.pipeline if spec["id"] not in taken}
-    for step, run_id in steps.items():
-        _add_step(db, row, step, run_id, now)
+    taken = {step: other for step, other in {**taken, **known}.items()
+             if other is not None and other["state"] in FINAL_STATES}
+    steps = {spec["id"]: known[spec["id"]]["id"] if spec["id"] in known else new_run_id()
+             for spec in job.pipeline if spec["id"] not in taken}
+    for step in [step for step in steps if step not in known]:
+        _add_step(db, row, step, steps[step], now)
     work = row["work"] or row["id"]
     set_work(db, row["id"], work)
     return {"steps": steps, "work": work, "taken": {
