@@ -13504,8 +13504,8 @@ _HTML = """\
 <span id="live" role="status"></span>
 <span id="who"></span>
 </header>
-<main id="main" tabindex="-1"><p class="quiet">Loading …</p></main>
-<div id="said" role="status" aria-live="polite"></div>
+<main id="main" tabindex="-1"></main>
+<div id="said" role="status"></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
 <noscript>This page needs JavaScript; the command line does not.</noscript>
 <script>__SCRIPT__</script>
@@ -13530,14 +13530,14 @@ _STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text); accent-color: var(--ok);
-  font: 14px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
+  font: 14px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 4px; }
-main:focus, main:focus-visible { outline: none; }
-h1 { font-size: 21px; font-weight: 600; margin: 0; line-height: 1.3; overflow-wrap: anywhere; }
+main:focus-visible { outline: none; }
+h1 { font-size: 21px; font-weight: 600; margin: 0; line-height: 1.3; }
 h2 { font-size: 13px; font-weight: 600; margin: 28px 0 8px; }
-p { margin: 6px 0; overflow-wrap: anywhere; }
+p { margin: 6px 0; }
 ul, ol { list-style: none; margin: 0; padding: 0; }
 dd { margin: 0; }
 [hidden] { display: none !important; }
@@ -13580,11 +13580,9 @@ button, .button, select, input, textarea { font: inherit; color: inherit;
   background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: 5px 12px; }
 code, pre, textarea, .mono, .line { font: 12.5px/1.5 var(--mono); }
 button, .button { cursor: pointer; white-space: nowrap; }
-.button { position: relative; display: inline-block; }
+.button { display: inline-block; }
 button:disabled { cursor: default; }
 button.main:enabled { background: var(--ok); border-color: var(--ok); color: var(--bg); }
-button.danger { color: var(--bad); }
-button.sure:enabled { background: var(--bad); border-color: var(--bad); color: var(--bg); }
 input, textarea { border-color: var(--off); width: 100%; }
 input[type=checkbox] { width: auto; margin: 0; }
 ::placeholder { opacity: 1; }
@@ -13720,7 +13718,7 @@ dialog h2 { margin: 0 0 12px; font-size: 16px; }
 dialog .actions { justify-content: flex-end; }
 .sign-in { margin: 12vh auto 0; }
 .editor textarea { padding: 12px 16px; white-space: pre; display: block; }
-.errors li, .coming li { padding: 3px 0; overflow-wrap: anywhere; }
+.errors li, .coming li { padding: 3px 0; }
 .errors button { padding: 0 8px; font-family: var(--mono); font-size: 12px; }
 
 @media (max-width: 1100px) {
@@ -13986,8 +13984,8 @@ async function* eventsOf(response) {
 const FAILED = ["failed", "timed_out", "lost"];
 const isBad = (run) => FAILED.includes(run.state);
 const isOver = (run) => !["queued", "running"].includes(run.state);
-const model = {me: null, jobs: new Map(), complete: false, active: new Map(), failed: [],
-  stale: new Set()};
+const model = {me: null, jobs: new Map(), order: [], complete: false, active: new Map(),
+  failed: [], stale: new Set()};
 const can = (scope) => Boolean(model.me) && [scope, "*"].some((one) =>
   model.me.scopes.includes(one));
 
@@ -14002,9 +14000,9 @@ function takeRun(run) {
     else model.active.set(run.id, run);
     model.failed = model.failed.filter((other) => other.id !== run.id);
     if (isBad(run)) model.failed = [run, ...model.failed].slice(0, 30);
-    const job = model.jobs.get(run.job_id);
-    if (job && run.finished_at && run.state !== "skipped") job.last_run = run;
-    model.stale.add(run.job_id);
+    const id = run.job_id, last_run = run;
+    if (model.jobs.has(id) && run.finished_at && run.state !== "skipped") takeJob({id, last_run});
+    model.stale.add(id);
   }
   if (view && view.took) view.took(run);
   changed();
@@ -14019,7 +14017,7 @@ async function loadJobs() {
     cursor = page.next;
     changed();
   } while (cursor);
-  for (const id of model.jobs.keys()) if (!seen.has(id)) model.jobs.delete(id);
+  for (const id of model.jobs.keys()) if (!seen.has(id)) forget(id);
   model.complete = true;
   changed();
 }
@@ -14062,8 +14060,13 @@ async function listen() {
   }
 }
 
+function forget(id) {
+  model.jobs.delete(id);
+  model.order = [];
+}
+
 function takeJobEvent({id, deleted}) {
-  if (deleted) model.jobs.delete(id);
+  if (deleted) forget(id);
   else if (model.jobs.has(id)) model.stale.add(id);
   else loadJobs();
   if (view && view.tookJob) view.tookJob(id);
@@ -14075,14 +14078,15 @@ document.addEventListener("visibilitychange", () => {
   else tick();
 });
 
-// Draw soon, but not more often than ten times a second.
-let waiting = 0, drawn = 0;
+// Draw soon, but ten times a second at most, and a fifth of the time at most.
+let waiting = 0, next = 0;
 function changed() {
   waiting = waiting || setTimeout(() => {
+    const start = performance.now();
     waiting = 0;
-    drawn = Date.now();
     draw();
-  }, Math.max(0, drawn + 100 - Date.now()));
+    next = performance.now() + Math.max(100, 4 * (performance.now() - start));
+  }, Math.max(0, next - performance.now()));
 }
 
 // Views: functions of (argument, query) that give {title, render()} and, where they need it,
@@ -14162,19 +14166,6 @@ async function doing(promise, done) {
   }
 }
 
-// A button that asks again before it does something that cannot be undone.
-const asked = {key: null, timer: 0};
-function sure(key, text, action) {
-  const again = asked.key === key;
-  return button(again ? "Really " + text.toLowerCase() + "?" : text, () => {
-    clearTimeout(asked.timer);
-    asked.key = again ? null : key;
-    asked.timer = setTimeout(() => { asked.key = null; draw(); }, 4000);
-    if (again) action();
-    draw();
-  }, {class: again ? "danger sure" : "danger"});
-}
-
 const button = (text, onclick, attributes) =>
   h("button", {type: "button", onclick, ...attributes}, text);
 
@@ -14224,10 +14215,11 @@ const mark = (run, style) => h("a", {class: run.state, href: address("run", run.
   title: [stateWord(run.state), run.duration !== null && span(run.duration),
     moment(seconds(beginOf(run)))].filter(Boolean).join(" · "), style});
 
-// A list of any length, of which only the rows in view exist. Their height is --row.
+// A list of any length, of which only the rows in view exist. Their height is --row. A row is drawn
+// again when what `facts` gives for its item is no longer the same.
 class Rows {
-  constructor(label, drawRow) {
-    Object.assign(this, {drawRow, items: [], shown: new Map()});
+  constructor(label, drawRow, facts = (item) => [item]) {
+    Object.assign(this, {drawRow, facts, items: [], shown: new Map()});
     this.node = h("div.rows", {role: "list", "aria-label": label, "data-keep": label});
   }
 
@@ -14239,7 +14231,7 @@ class Rows {
     return {height, first, last: Math.max(first, last)};
   }
 
-  place(again) {
+  place() {
     const {height, first, last} = this.window();
     this.node.style.height = this.items.length * height + "px";
     const wanted = new Map();
@@ -14251,8 +14243,7 @@ class Rows {
     }
     let next = this.node.firstChild;
     for (const [key, at] of wanted) {
-      const old = this.shown.get(key);
-      if (!old || again) this.drawAt(key, at, old);
+      this.drawAt(key, at);
       const row = this.shown.get(key);
       row.style.transform = `translateY(${at * height}px)`;
       if (row === next) next = next.nextSibling;
@@ -14260,13 +14251,14 @@ class Rows {
     }
   }
 
-  drawAt(key, at, old) {
+  drawAt(key, at) {
+    const old = this.shown.get(key), facts = [at, ...this.facts(this.items[at])];
+    if (old && old.facts.every((fact, index) => fact === facts[index])) return;
     const row = h("div.row", {role: "listitem", "aria-posinset": at + 1,
       "aria-setsize": this.items.length}, this.drawRow(this.items[at]));
-    if (old) {
-      row.style.cssText = old.style.cssText;
-      morph(old, row);
-    } else this.shown.set(key, row);
+    if (old) morph(old, row);
+    else this.shown.set(key, row);
+    (old || row).facts = facts;
   }
 }
 
@@ -14303,7 +14295,9 @@ const KINDS = {
 // The jobs that the address asks for, by words and by tag.
 function matching({q, tag}) {
   const words = (q || "").toLowerCase().split(/\s+/);
-  return [...model.jobs.values()].sort((a, b) => a.id < b.id ? -1 : 1).filter((job) => {
+  if (model.order.length !== model.jobs.size) model.order = [...model.jobs.keys()].sort();
+  return model.order.map((id) => model.jobs.get(id)).filter((job) => {
+    if (!q && !tag) return true;
     const all = [job.id, job.name, ...job.tags, ...job.words].join(" ").toLowerCase();
     return words.every((word) => all.includes(word)) && (!tag || job.tags.includes(tag));
   });
@@ -14326,7 +14320,8 @@ function activeByJob() {
 
 function overview(_, query) {
   let active = new Map();
-  const rows = new Rows("Jobs", (job) => jobRow(job, active.get(job.id)));
+  const rows = new Rows("Jobs", (job) => jobRow(job, active.get(job.id)),
+    (job) => [job, active.get(job.id)]);
   const look = filler(rows, (job) => !job.recent || model.stale.has(job.id),
     (jobs) => fetchRecent(jobs, {limit: 20}));
 
@@ -14357,8 +14352,7 @@ function overview(_, query) {
     if (field && field !== document.activeElement) field.value = query.q || "";
   }
 
-  return {title: "Overview", render, turned, placed() { rows.place(true); look(); },
-    scrolled() { rows.place(); look(); }};
+  return {title: "Overview", render, turned, placed() { rows.place(); look(); }};
 }
 
 function jobRow(job, run) {
@@ -14413,8 +14407,9 @@ async function fetchRecent(jobs, options) {
 // Timeline: the hours before and after now; a click or the arrow keys tell what a slot became.
 
 function timeline(_, query) {
-  const known = new Map();          // job id -> {items, from, more}
-  const rows = new Rows("Timeline of jobs", (job) => timelineRow(job));
+  const known = new Map();          // job id -> {items}, and since and until when all are there
+  const rows = new Rows("Timeline of jobs", timelineRow, (job) => [known.get(job.id),
+    chosen.job === job.id && chosen, Math.floor(now() / 30), rows.node.clientWidth]);
   let chosen = {}, told = [h("p.quiet",
     "Choose a run or a slot; what did not run is explained.")];
   const hours = () => Number(query.hours) || 24;
@@ -14432,18 +14427,19 @@ function timeline(_, query) {
       const past = history.jobs[id] || {runs: [], more: false};
       const future = coming.slots.filter((slot) => slot.job_id === id);
       model.stale.delete(id);
-      known.set(id, {cut: past.more ? seconds(past.runs[past.runs.length - 1]
-        .queued_at) : 0, items: itemsOf(past.runs, future)});
+      known.set(id, {items: itemsOf(past.runs, future),
+        since: past.more ? seconds(past.runs[past.runs.length - 1].queued_at) : 0,
+        until: coming.cut.includes(id) ? seconds(future[future.length - 1].slot) : Infinity});
     }
   }
 
   function timelineRow(job) {
-    const line = known.get(job.id) || {items: [], cut: 0};
+    const line = known.get(job.id) || {items: []};
     const at = chosen.job === job.id ? chosen.at : null;
     return [
       h("div.what", link("job", job.id, job.id, {class: "name"})),
       h("div.track", {tabindex: 0, role: "slider", "aria-label": "Timeline of " + job.id,
-        "aria-valuemin": 0, "aria-valuemax": Math.max(0, line.items.length - 1),
+        "aria-valuemax": Math.max(0, line.items.length - 1),
         "aria-valuenow": Math.max(0, line.items.indexOf(chosen.item)),
         "aria-valuetext": chosen.job === job.id && chosen.item ? describe(chosen.item)
           : line.items.length + " runs and slots",
@@ -14511,7 +14507,7 @@ function timeline(_, query) {
   return {title: "Timeline", render, turned(values) {
     if (values.hours !== query.hours) known.clear();
     query = values;
-  }, placed() { rows.place(true); look(); }, scrolled() { rows.place(); look(); },
+  }, placed() { rows.place(); look(); },
   stop: () => clearInterval(timer)};
 }
 
@@ -14543,7 +14539,7 @@ function describe(item) {
 }
 
 // One path for each state: a line with hundreds of runs costs as much as one with a few.
-function drawLine({items, cut}, {from, to}, width, at) {
+function drawLine({items, since, until}, {from, to}, width, at) {
   const x = (instant) => Math.round((instant - from) / (to - from) * 10000) / 10;
   const pixel = 1000 / Math.max(200, width);
   const paths = {}, lanes = [];
@@ -14568,7 +14564,8 @@ function drawLine({items, cut}, {from, to}, width, at) {
   const line = (name, position) => svg("line", {class: name, x1: position, x2: position, y1: 0,
     y2: 32, "vector-effect": "non-scaling-stroke"});
   return svg("svg", {viewBox: "0 0 1000 32", preserveAspectRatio: "none", "aria-hidden": "true"},
-    cut > from && svg("rect", {class: "unknown", width: x(cut), height: 32}),
+    since > from && svg("rect", {class: "unknown", width: x(since), height: 32}),
+    until < to && svg("rect", {class: "unknown", x: x(until), width: 1000, height: 32}),
     Object.entries(paths).map(([state, d]) => svg("path", {class: state, d})),
     line("now", 500), at && line("chosen", x(at)));
 }
@@ -14673,13 +14670,11 @@ function job(id, query) {
 
   load();
   loadMore();
-  const placed = (again) => {
+  return {title: id, render, took, tookJob: (other) => { if (other === id) refresh(); }, placed() {
     if (!found) return;
-    rows.place(again);
+    rows.place();
     if (rows.window().last > runs.length - 20) loadMore();
-  };
-  return {title: id, render, took, tookJob: (other) => { if (other === id) refresh(); },
-    placed: () => placed(true), scrolled: () => placed(false)};
+  }};
 }
 
 const exported = async (id) => (await send("export" + parameters({jobs: id}))).text();
@@ -14732,7 +14727,7 @@ function runDialog(found) {
     can("job:write") && h("label", "More variables, NAME=value on a line each",
       h("textarea", {name: "more", rows: 2, spellcheck: "false"}))];
   const failure = h("p.failure", {role: "alert"});
-  const form = h("form", {method: "dialog", onsubmit: async (event) => {
+  const form = h("form", {onsubmit: async (event) => {
     event.preventDefault();
     try {
       const run = await post(jobPath(found.id) + "/run", givenBy(form));
@@ -14834,8 +14829,9 @@ function run(id, query) {
 
   function runActions() {
     return [
-      !isOver(found) && can("run:cancel") && sure("cancel" + id, "Cancel", () =>
-        doing(post(runPath(id) + "/cancel"), "The run is told to end.").then(load)),
+      !isOver(found) && can("run:cancel") && button("Cancel", () =>
+        confirm("End this run?")
+          && doing(post(runPath(id) + "/cancel"), "The run is told to end.").then(load)),
       isOver(found) && found.state !== "skipped" && can("run:create") && !parent
         && button("Retry", () => retry(found.id, {})),
       parent && isOver(parent) && can("run:create")
@@ -14935,7 +14931,7 @@ class LogView {
     this.list = h("div.lines", {tabindex: 0, role: "log", "aria-label": "Log",
       "aria-live": "off", onscroll: () => this.scrolled()});
     this.status = quiet({role: "status"});
-    this.node = h("section.log", {"data-keep": "log", "aria-label": "Log"}, this.tools(),
+    this.node = h("section.log", {"data-keep": "log"}, this.tools(),
       this.list);
   }
 
@@ -15248,11 +15244,11 @@ function files(_, query) {
   const area = h("textarea", {id: "file", spellcheck: "false", "aria-label": "Job file", rows: 18,
     placeholder: EXAMPLE, oninput() { text = area.value; changed(); }});
   const editor = h("div.editor", {"data-keep": "editor"}, area);
-  const put = (value) => { area.value = text = value; checked = null; changed(); };
 
   async function begin(id) {
     const file = await doing(exported(id));
-    if (file) put(file);
+    if (file) area.value = text = file;
+    changed();
   }
 
   async function submit(dry) {
@@ -15282,8 +15278,6 @@ function files(_, query) {
     const changes = result ? result.changes.filter((one) => one.change !== "unchanged") : [];
     return h("section.files",
       h("div.head", h("h1", "Job files"), h("div.actions",
-        h("label.button", "Open a file …", h("input", {type: "file", class: "hidden",
-          onchange: async (event) => put(await event.target.files[0].text())})),
         button("Check", () => submit(true), {disabled: busy || !text.trim()}),
         button("Apply", () => submit(false), {class: "main", disabled: busy || checked !== text
           || !changes.length}))),
@@ -15369,7 +15363,7 @@ addEventListener("scroll", () => {
   places.set(location.hash, scrollY);
   frame = frame || requestAnimationFrame(() => {
     frame = 0;
-    if (view && view.scrolled) view.scrolled();
+    if (view && view.placed) view.placed();
   });
 }, {passive: true});
 addEventListener("resize", draw);
