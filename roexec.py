@@ -17865,24 +17865,27 @@ class Finding(Value):
     __slots__ = ("level", "about", "text", "mend")
 
 
-class Examined(Value):
-    """What is examined: a Store, which may not be there yet, the Config, the process of the live
-    server or None, and the jobs in effect."""
-    __slots__ = ("store", "config", "server", "jobs")
+class Examined:
+    """What is examined: a Store, which may not be there yet, the Config, and the process of the
+    live server or None."""
+
+    def __init__(self, store, config):
+        self.store, self.config, self.server = store, config, None
+        with contextlib.suppress(OSError):          # the check of the store says why
+            self.server = store.server()
+
+    def jobs(self):
+        """The jobs in effect."""
+        if not self.store.exists:
+            return []
+        with self.store.read() as db:
+            defaults = in_effect(db, {"defaults": self.config.defaults})[0]
+            return [job_in_effect(row, defaults) for row in list_jobs(db)]
 
 
 def examine(store, config, checks=None):
     """The [Finding] of all checks, or of some; one that cannot look says so."""
-    findings, jobs, server = [], [], None
-    try:
-        server = store.server()
-        if store.exists:
-            with store.read() as db:
-                defaults = in_effect(db, {"defaults": config.defaults})[0]
-                jobs = [job_in_effect(row, defaults) for row in list_jobs(db)]
-    except (RoexecError, OSError):      # the check of the store says why
-        pass
-    examined = Examined(store=store, config=config, server=server, jobs=jobs)
+    findings, examined = [], Examined(store, config)
     for about, check in (checks or _CHECKS).items():
         try:
             findings += [Finding(about=about, **found) for found in check(examined)]
@@ -17943,8 +17946,8 @@ def _exposed(path):
     while True:
         state = os.stat(path)
         sticky = stat.S_ISDIR(state.st_mode) and state.st_mode & stat.S_ISVTX
-        if (state.st_uid not in (0, os.geteuid()) or state.st_mode & 0o002 and not sticky
-                or state.st_mode & 0o020 and _has_members(state.st_gid)):
+        if state.st_uid not in (0, os.geteuid()) or not sticky and (
+                state.st_mode & 0o002 or state.st_mode & 0o020 and _has_members(state.st_gid)):
             yield path
         if path == "/":
             return
@@ -18135,14 +18138,14 @@ def _check_unit(examined):
 
 
 def _check_limits(examined):
-    if not os.path.isdir("/proc/self"):
+    if sys.platform == "linux" and not os.path.isdir("/proc/self"):
         yield _wrong("there is no /proc: what commands leave behind is not found", "mount it")
     if examined.server and delegated_cgroup(examined.server):
         yield _ok("memory and processors are limited by cgroups")
         return
     yield _remark("limits.memory is kept by watching, limits.cpu not at all: no cgroup (v2) is "
                   "delegated to a server here", "roexec install, where systemd 254 or newer runs")
-    for job in examined.jobs:
+    for job in examined.jobs():
         if job.limits.cpu is not None:
             yield _wrong(f'limits.cpu of job "{job.id}" is not kept')
 
@@ -18173,9 +18176,10 @@ _PROXIES = {"nginx", "haproxy", "caddy", "apache2", "httpd", "traefik", "envoy",
 
 def _check_owner(examined):
     """Who is let in without a token: what looks as if it came from our user on this host."""
-    users = {0, os.geteuid()} if examined.config.server.auth.owner else ()
-    for pid, name in sorted(_commands_of(users).items()):
-        if name in _PROXIES:
+    owners, found = {0, os.geteuid()}, _proxies()
+    workers = {name for name, uid in found.values() if uid not in owners}   # who do the forwarding
+    for pid, (name, _) in sorted(found.items()) if examined.config.server.auth.owner else ():
+        if name not in workers:
             yield _remark(f"{name} (process {pid}) runs as root or as the user of the server: what "
                           "it forwards without a header that says so counts as the owner's",
                           "run it as another user, or write server: {auth: {owner: false}}")
@@ -18183,15 +18187,15 @@ def _check_owner(examined):
         yield _remark("this is a container: whoever comes through a published port needs a token")
 
 
-def _commands_of(users):
-    """{pid: name of the program} of the processes of some users."""
+def _proxies():
+    """{pid: (name, uid)} of the processes that are known to forward."""
     found = {}
-    for name in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                if os.stat(f"/proc/{name}").st_uid in users:
-                    with open(f"/proc/{name}/comm") as file:
-                        found[int(name)] = file.read().strip()
+    for pid in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+        if pid.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+                name = file.read().strip()
+                if name in _PROXIES:
+                    found[int(pid)] = name, os.stat(f"/proc/{pid}").st_uid
     return found
 
 
@@ -18214,11 +18218,12 @@ def _check_tokens(examined):
 # The jobs.
 
 def _check_jobs(examined):
-    problems = [(job, problem) for job in examined.jobs for problem in job_problems(job)]
+    jobs = examined.jobs()
+    problems = [(job, problem) for job in jobs for problem in job_problems(job)]
     for job, (text, mend) in problems:
         yield _wrong(f'job "{job.id}": {text}', mend or f"roexec edit {job.id}")
     if not problems:
-        yield _ok(f"{len(examined.jobs)}: their users, folders, shells and programs are there")
+        yield _ok(f"{len(jobs)}: their users, folders, shells and programs are there")
 
 
 def job_problems(job):

@@ -248,15 +248,24 @@ def test_settings_of_a_unit_that_would_harm_runs_are_told(setting, level, right,
     assert "unit" not in doctor()
 
 
-def test_a_proxy_that_runs_as_the_owner_is_told(doctor, tmp_path):
-    shutil.copy(shutil.which("sleep"), tmp_path / "nginx")
-    proxy = subprocess.Popen([tmp_path / "nginx", "60"])
+def test_a_proxy_that_runs_as_the_owner_is_told(doctor):
+    folder, proxies = tempfile.mkdtemp(), []
+
+    def told():
+        return any("nginx (process" in text for _, text, _ in doctor().get("owner", ()))
     try:
-        wait_for(lambda: any("nginx (process" in text
-                             for _, text, _ in doctor().get("owner", ())))
+        os.chmod(folder, 0o755)
+        program = shutil.copy(shutil.which("sleep"), os.path.join(folder, "nginx"))
+        proxies.append(subprocess.Popen([program, "60"]))
+        wait_for(told)
+        if ROOT:                        # its workers are who forwards, and they are another user's
+            proxies.append(subprocess.Popen([program, "60"], user=65534))
+            wait_for(lambda: not told())
     finally:
-        proxy.kill()
-        proxy.wait()
+        for proxy in proxies:
+            proxy.kill()
+            proxy.wait()
+        shutil.rmtree(folder)
 
 
 def test_tokens_that_never_expire_or_have_expired_are_told(doctor, store, cli):
