@@ -2827,8 +2827,10 @@ class _ServerSettings(_Record):
         "hosts": (_list_of(_host_and_port), _several, ()),
         "tls": (TlsSettings.read, TlsSettings, None),
         "auth": (AuthSettings.read, AuthSettings, AuthSettings()),
+        "log": (_path, None, None),
+        "drain": (_some_duration, parse_duration, 0),
     }
-    LATER, MAY_BE_EMPTY = ("log", "drain"), True
+    MAY_BE_EMPTY = True
 
 
 class _StoreSettings(_Record):
@@ -7347,6 +7349,67 @@ def _write_packed(path, blocks, written):
         file.flush()
         os.fsync(file.fileno())
     os.utime(path, (written, written))
+
+
+# The server's own log.
+
+_OLD_SERVER_LOGS = 7
+
+
+class ServerLog:
+    """The log of a server: `log(text, level, at)` writes a line; `at` is an instant other than now.
+
+    It goes to standard error, else to the file `path`, which is a new one each day (UTC); those of
+    the last seven days stay beside it as `<path>.<day>`. What cannot be written ends no server.
+    """
+
+    def __init__(self, path=None):
+        self._path, self._file, self._day, self._lock = path, None, "", threading.Lock()
+
+    def __call__(self, text, level="INFO", at=None):
+        instant = format_instant(int(time.time() if at is None else at))
+        line = f"{instant} [{level}] {printable(text)}\n"
+        if self._path is not None:
+            try:
+                with self._lock:
+                    self._see_file(instant[:10])
+                    os.write(self._file, line.encode())
+                return
+            except OSError as error:
+                line = f"{line[:-1]} (cannot write {self._path}: {error.strerror})\n"
+        with contextlib.suppress(OSError):      # whoever read it has gone; the jobs still run
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+    def _see_file(self, day):
+        """See to it that the file is open, is the one that has the name, and is of this day."""
+        if self._file is None:
+            self._open(day)
+        if day > self._day:
+            os.replace(self._path, f"{self._path}.{self._day}")
+            self._remove_old()
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file), os.stat(self._path)):
+                return
+        os.close(self._file)            # somebody else has moved it, as logrotate(8) does
+        self._file = None
+        self._open(day)
+
+    def _open(self, day):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._file = os.open(self._path, flags, 0o640)
+        state = os.fstat(self._file)
+        self._day = format_instant(int(state.st_mtime))[:10] if state.st_size else day
+
+    def _remove_old(self):
+        folder, name = os.path.split(os.path.abspath(self._path))
+        old = sorted(other for other in os.listdir(folder)
+                     if other.startswith(name + ".") and _DATED.fullmatch(other[len(name) + 1:]))
+        for other in old[:-_OLD_SERVER_LOGS]:
+            os.unlink(os.path.join(folder, other))
+
+
+_DATED = Pattern(r"\d{4}-\d\d-\d\d")
 
 
 # ==== 10 secrets ==================================================================================
@@ -20263,16 +20326,6 @@ def _check_recorded(store, job_id):
 
 # The server.
 
-def _server_log(text, level="INFO", at=None):
-    """A line of a server's own log, on standard error; `at` is an instant other than now."""
-    instant = format_instant(int(time.time() if at is None else at))
-    try:
-        sys.stderr.write(f"{instant} [{level}] {printable(text)}\n")
-        sys.stderr.flush()
-    except OSError:                     # whoever read it has gone; the jobs still run
-        pass
-
-
 def _host_to_serve(config):
     """The address of the configuration; in a container, whose loopback nobody else reaches, all."""
     return "0.0.0.0" if ends_with_us() and not config.host_was_set else config.server.host
@@ -20280,7 +20333,8 @@ def _host_to_serve(config):
 
 def _cmd_server(session):
     options, config, store = session.options, session.config, session.store
-    files = JobFiles(store, _owned_paths(session), config.defaults, _server_log)
+    say = ServerLog(config.server.log)
+    files = JobFiles(store, _owned_paths(session), config.defaults, say)
     host = options.host or _host_to_serve(config)
     port = config.server.port if options.port is None else options.port
     if options.dry_run:
@@ -20289,12 +20343,12 @@ def _cmd_server(session):
         print(f"would serve {store.path} {place} (dry run)")
         return
     _close_at_exec()
-    access = Access(config.server, _server_log)
+    access = Access(config.server, say)
     with contextlib.ExitStack() as stack:
         launcher = start_launcher()     # first of all: it must not inherit anything
         if not store.exists:
             _check_job_files(files)
-        store.say = _server_log
+        store.say = say
         stack.callback(os.close, hold_server_lock(store))
         store.create()
         store.keep_open()
@@ -20302,33 +20356,33 @@ def _cmd_server(session):
         with store.write() as db:
             set_settings(db, session.settings)
         files()
-        scheduler, address = Scheduler(store, launcher, _server_log), None
+        scheduler, address = Scheduler(store, launcher, say), None
         if not options.no_http:
-            http = start_http(store, host, port, _server_log, access)
+            http = start_http(store, host, port, say, access)
             http.vitals = scheduler.vitals
             stack.callback(http.close)
             address = f"http{'s' if access.tls else ''}://%s:%d" % http.address
-            prepare_access(store, http, _server_log)
+            prepare_access(store, http, say)
             scheduler.each_second.append(http.note_uses)
             scheduler.on_reload.append(lambda: http.admit(session.config.server))
         stack.callback(withdraw_announcement, announce_server(store))
-        scheduler.drain = _duration_of("--drain", options.drain) if options.drain else 0
-        scheduler.postman = start_postman(store, lambda: _stored_settings(store), _server_log)
+        scheduler.drain = config.server.drain if options.drain is None else _duration_of(
+            "--drain", options.drain)
+        scheduler.postman = start_postman(store, lambda: _stored_settings(store), say)
         stack.callback(scheduler.postman.close)
         notifier = SystemdNotifier(scheduler.vitals)
         scheduler.each_second += [files, notifier]
         stack.callback(notifier.tell, "STOPPING=1")
         if os.getpid() == 1:            # what others leave behind is ours to reap
             scheduler.each_second.append(reap_all)
-        stack.callback(Steward(store, _server_log).close)
+        stack.callback(Steward(store, say).close)
         scheduler.on_reload.insert(0, lambda: _reload(session, files))
-        _server_log(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
+        say(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
         warning = unit_warning()
         if warning:
-            _server_log(warning, "ERROR")
+            say(warning, "ERROR")
         scheduler.run()
-    _server_log("Server ended" if ends_with_us() else
-                "Server ended; runs that are on go on by themselves")
+    say("Server ended" if ends_with_us() else "Server ended; runs that are on go on by themselves")
 
 
 def _stored_settings(store):
@@ -20368,11 +20422,11 @@ def _reload(session, files):
             set_settings(db, session.settings)
     except RoexecError as error:
         for line in str(error).splitlines():
-            _server_log(line, "ERROR")
+            files.say(line, "ERROR")
         return
     files.paths, files.defaults = _owned_paths(session), session.config.defaults
     files.due = True
-    _server_log("Configuration read again")
+    files.say("Configuration read again")
 
 
 # The table of commands. An option is (flags, name of its value, None for a switch, help, default).

@@ -722,3 +722,58 @@ def test_lines_are_chosen_by_instant_and_text():
     assert roexec.matching_lines(data) == data
     assert roexec.matching_lines(data, AT + 5.5) == data[31:]
     assert roexec.matching_lines(data, None, re.compile(b"^OUT")) == data[31:68]
+
+
+# The server's own log.
+
+DAY = 86400
+
+
+def test_the_log_of_a_server_is_a_new_file_each_day_and_seven_old_ones_stay(tmp_path):
+    write = roexec.ServerLog(str(tmp_path / "s.log"))
+    for day in range(10):
+        for text in ("first", "second"):
+            write(f"{text} of {day}", at=AT + day * DAY)
+    names = sorted(os.listdir(tmp_path))
+    assert names == ["s.log", *(f"s.log.2025-08-{day:02}" for day in range(3, 10))]
+    assert (tmp_path / "s.log.2025-08-04").read_text() == (
+        "2025-08-04T02:00:00Z [INFO] first of 3\n2025-08-04T02:00:00Z [INFO] second of 3\n")
+    assert (tmp_path / "s.log").stat().st_mode & 0o007 == 0
+
+
+def test_a_server_that_starts_again_goes_on_with_the_file_of_the_day(tmp_path):
+    path = tmp_path / "s.log"
+    roexec.ServerLog(str(path))("one", at=AT)
+    os.utime(path, (AT, AT))
+    roexec.ServerLog(str(path))("two", "ERROR", at=AT + 60)
+    assert path.read_text().splitlines() == ["2025-08-01T02:00:00Z [INFO] one",
+                                             "2025-08-01T02:01:00Z [ERROR] two"]
+    os.utime(path, (AT, AT))
+    roexec.ServerLog(str(path))("three", at=AT + DAY)
+    assert len((tmp_path / "s.log.2025-08-01").read_text().splitlines()) == 2
+    assert path.read_text() == "2025-08-02T02:00:00Z [INFO] three\n"
+
+
+def test_the_log_of_a_server_may_be_moved_by_others(tmp_path):
+    path = tmp_path / "s.log"
+    write = roexec.ServerLog(str(path))
+    write("one", at=AT)
+    path.rename(tmp_path / "moved")
+    write("two", at=AT)
+    assert path.read_text().endswith("two\n") and "two" not in (tmp_path / "moved").read_text()
+
+
+def test_what_cannot_be_written_there_goes_to_standard_error(tmp_path, capsys):
+    write = roexec.ServerLog(str(tmp_path / "none/s.log"))
+    write("one", at=AT)
+    assert capsys.readouterr().err == (
+        f"2025-08-01T02:00:00Z [INFO] one (cannot write {tmp_path}/none/s.log: No such file or "
+        "directory)\n")
+    (tmp_path / "none").mkdir()
+    write("two", at=AT)
+    assert (tmp_path / "none/s.log").read_text() == "2025-08-01T02:00:00Z [INFO] two\n"
+
+
+def test_without_a_file_it_is_standard_error(capsys):
+    roexec.ServerLog()("one\ntwo", at=AT)
+    assert capsys.readouterr().err == "2025-08-01T02:00:00Z [INFO] one\\ntwo\n"
