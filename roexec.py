@@ -18285,7 +18285,11 @@ def _check_jobs(examined):
     problems = [(job, problem) for job in jobs for problem in job_problems(job)]
     for job, (text, mend) in problems:
         yield _wrong(f'job "{job.id}": {text}', mend or f"roexec edit {job.id}")
-    if not problems:
+    ids = {job.id for job in jobs}
+    unknown = [(job, text) for job in jobs for text in check_references(job, ids)]
+    for job, text in unknown:
+        yield _wrong(text, f"roexec edit {job.id}")
+    if not problems and not unknown:
         yield _ok(f"{len(jobs)}: their users, folders, shells and programs are there")
 
 
@@ -18315,6 +18319,9 @@ def job_problems(job):
             yield f"there is no program {path}", None
         elif not os.access(path, os.X_OK):
             yield f"{path} may not be executed", f"chmod +x {shlex.quote(path)}"
+    for name, step in () if isinstance(job, Step) else job.steps().items():
+        for text, mend in job_problems(step):
+            yield f'step "{name}": {text}', mend
 
 
 _SHELLS = {"sh", "bash", "dash", "ash", "ksh", "zsh", "mksh", "yash"}

@@ -112,12 +112,25 @@ def test_the_command_that_mends_a_finding_mends_it(cause, about, words, doctor, 
     ({"command": "ls", "env": {"PATH": "/nowhere"}}, "ls: there is no such program in /nowhere"),
     ({"condition": "/missing/check"}, "there is no program /missing/check"),
     ({"hooks": {"on_failure": "notify-of-mine $X"}}, "notify-of-mine: there is no such program"),
+    ({"command": None, "pipeline": [{"id": "a", "command": "true"},
+                                    {"id": "b", "command": "/missing"}]},
+     'step "b": there is no program /missing'),
 ])
 def test_what_a_job_lacks_is_found_before_it_runs(spec, words, doctor, store):
-    apply(store, make_job(**{"command": "true", **spec}))
+    spec = {"command": "true", **spec}
+    apply(store, roexec.Job({"id": "x", "directory": "/", **{
+        key: value for key, value in spec.items() if value is not None}}))
     (about, text, mend), = wrong(doctor())
     assert about == "jobs" and text.startswith('job "x": ') and words in text
     assert mend == "roexec edit x"
+
+
+def test_a_job_that_would_start_one_that_does_not_exist_is_told(doctor, store):
+    apply(store, make_job(job_id="other"), make_job(hooks={"on_success": [{"run": "other"}]}))
+    with store.write() as db:
+        roexec.delete_jobs(db, ["other"], time.time())
+    (about, text, mend), = wrong(doctor())
+    assert (about, mend) == ("jobs", "roexec edit x") and 'runs the job "other"' in text
 
 
 @pytest.mark.parametrize("command", [
