@@ -16653,7 +16653,7 @@ def _instant_option(options, name):
     """The seconds of an instant in a parameter, or None; without an offset it is in UTC."""
     text = options.get(name)
     try:
-        return text and parse_instant(text, datetime.timezone.utc)
+        return None if text is None else parse_instant(text, datetime.timezone.utc)
     except ValueError:
         raise Refusal(400, "bad_request", f'{name}: "{printable(text)}" is no instant; write for '
                       "example 2025-08-01T02:00:00Z") from None

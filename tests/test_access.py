@@ -436,3 +436,57 @@ def test_a_head_of_random_bytes_is_read_strictly_or_refused():
         assert names.count(b"host") <= 1 and names.count(b"content-length") <= 1, head
         assert b"transfer-encoding" not in names and request.length in range(1 << 20), head
     assert 1000 < accepted < 19_000
+
+
+# Parameters, headers and bodies at random, over the whole table.
+
+VALUES = ["a", "hello", "%2e", "", "0", "-1", "1e9", "9" * 18, "true", "%00", "%ff", "a%2Fb",
+          "latest", "x" * 300, "%C3%A4", "2025-01-01", "2025-13-01", "30d", "1", "failed", "final"]
+PARAMETERS = ["limit", "cursor", "state", "job", "tag", "since", "until", "offset", "tail", "raw",
+              "stream", "dry_run", "prune", "source", "steps", "brief", "ids", "count", "from",
+              "to", "jobs", "trigger", "each", "duration", "at", "parent"]
+ITEMS = ["a", "hello", "", None, 1, -1, 1e308, True, [], {}, {"A": "b"}, ["x"], {"A": 1}, "30d",
+         "2025-01-01", {"command": "true"}, "* * * * *", 10 ** 30, "\ud800", "viewer", ["run:list"]]
+KEYS = ["env", "name", "scopes", "role", "jobs", "expires", "for", "until", "id", "command",
+        "schedule", "job", "files", "params", "steps", "timeout", "hooks"]
+FIELDS = {"If-Match": "*", "If-None-Match": 'W/"1-x"', "Idempotency-Key": "k", "Range": "bytes=0-1",
+          "Accept-Encoding": "gzip", "Last-Event-ID": "-1", "Content-Type": "text/plain"}
+
+
+def random_request(chance):
+    """(method, path, body, headers) of a request that may be meant, or not at all."""
+    route = chance.choice([route for route in roexec.ROUTES if not route.path.endswith("events")])
+    path = route.path
+    while "{}" in path:
+        path = path.replace("{}", chance.choice([value for value in VALUES if value]), 1)
+    path += "?" + "&".join(f"{chance.choice(PARAMETERS)}={chance.choice(VALUES)}"
+                           for _ in range(chance.randrange(3)))
+    method, body = route.method, None
+    if chance.random() < 0.1:
+        method = chance.choice(["GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "BREW"])
+    if method not in ("GET", "HEAD"):
+        body = json.dumps({chance.choice(KEYS): chance.choice(ITEMS)
+                           for _ in range(chance.randrange(4))}).encode()
+        body = chance.choice([body] * 4 + [b"", b"\xff{", b"[1]", b"a: b"])
+    return method, path, body, {name: text for name, text in FIELDS.items()
+                                if chance.random() < 0.05}
+
+
+@pytest.mark.parametrize("spec", [{"role": "admin"}, {"scopes": ["*"], "jobs": "h*"}])
+def test_no_request_finds_a_defect(spec, run_server, store, said):
+    with store.write() as db:
+        jobs = [roexec.Job({"id": name, "command": "x", "schedule": "0 * * * *"})
+                for name in ("hello", "a")]
+        roexec.perform_apply(db, roexec.plan_apply(db, {None: jobs}), 0)
+    server, chance = run_server(), random.Random(repr(spec))
+    bearer = {"Authorization": f"Bearer {token(store, 'fuzz', **spec)}"}
+    statuses = set()
+    with contextlib.closing(http.client.HTTPConnection(*server.address, timeout=20)) as connection:
+        for _ in range(20_000 if os.environ.get("ROEXEC_LONG") else 1500):
+            method, path, body, headers = random_request(chance)
+            connection.request(method, path, body, {**headers, **bearer})
+            answer = connection.getresponse()
+            content = answer.read()
+            assert answer.status < 500 and not said, (method, path, body, content, said)
+            statuses.add(answer.status)
+    assert {200, 204, 400, 404, 405} <= statuses and 401 not in statuses

@@ -482,7 +482,8 @@ def test_the_next_slots_of_all_jobs_are_given(ask, store, become):
     ("from=2025-08-01&to=2025-07-01", "to: that is before the first instant asked for"),
     ("to=2999-01-01", "that would be more than 10000 slots"),
     ("from=2025-08-01&to=2025-08-01T00:01&duration=x", "duration: "), ("from=x", 'from: "x" is no '),
-    ("jobs=", "jobs: give the ids of 1 to 1000 jobs"), ("each=1001", "each: ")])
+    ("jobs=", "jobs: give the ids of 1 to 1000 jobs"), ("each=1001", "each: "),
+    ("to=", 'to: "" is no instant'), ("from=", 'from: "" is no instant')])
 def test_what_is_to_come_is_not_told_as_nobody_can_ask(query, message, error, store):
     register(store, {"id": "each-second", "command": "x", "schedule": "* * * * * *"})
     status, code, text = error("/next?" + query)
