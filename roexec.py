@@ -13797,9 +13797,9 @@ dialog .actions { justify-content: flex-end; }
   .overview, .columns { display: block; }
   .overview > .side { position: static; height: 104px; display: flex; overflow-x: auto;
     margin-bottom: 12px; }
-  .side section { flex: 0 0 auto; overflow: visible; max-width: none; }
-  .side ul { display: flex; gap: 8px; }
-  .side li { width: 168px; height: 64px; border: 1px solid var(--line); border-radius: 8px;
+  .side section { flex: 0 0 85%; }
+  .side ul { display: flex; gap: 8px; overflow-x: auto; }
+  .side li { flex: 0 0 168px; height: 64px; border: 1px solid var(--line); border-radius: 8px;
     padding: 7px 10px; align-content: start; background: var(--panel); }
   .jobs .rows { --row: 92px; }
   .jobs .row { grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; padding: 8px 0;
@@ -14786,9 +14786,9 @@ function runDialog(found) {
   const fields = [
     ...declared.map(([name, param]) => paramField(name, param)),
     names.length > 0 && h("details", {open: !declared.length}, h("summary", "Variables"),
-      names.map((name) => textField(name, "env", {placeholder: found.spec.env[name] || ""}))),
+      names.map((name) => textField(name, {placeholder: found.spec.env[name] || ""}))),
     can("job:write") && h("label", "More variables, NAME=value on a line each",
-      h("textarea", {name: "more", rows: 2, spellcheck: "false"}))];
+      h("textarea", {rows: 2, spellcheck: "false"}))];
   const failure = h("p.failure", {role: "alert"});
   const form = h("form", {onsubmit: async (event) => {
     event.preventDefault();
@@ -14813,31 +14813,27 @@ function paramField(name, param) {
   const values = declared.values || (declared.type === "boolean" && ["true", "false"]);
   const text = [bdi(name), declared.description && quiet(" ", declared.description)];
   if (!values) {
-    return textField(name, "params", {placeholder: initial, required,
+    return textField(name, {placeholder: initial, required,
       type: declared.secret ? "password" : "text"}, text);
   }
-  return h("label", text, h("select", {name, required, "data-kind": "params"},
+  return h("label", text, h("select", {name, required},
     required && h("option", {value: ""}, "–"), values.map((value) =>
       h("option", {value, selected: String(value) === String(initial)}, String(value)))));
 }
 
-function textField(name, kind, attributes, text) {
-  return h("label", text || bdi(name), h("input", {name, type: "text",
-    "data-kind": kind, autocomplete: "off", spellcheck: "false", ...attributes}));
+function textField(name, attributes, text) {
+  return h("label", text || bdi(name), h("input", {name, type: "text", autocomplete: "off",
+    spellcheck: "false", ...attributes}));
 }
 
 function givenBy(form) {
-  const given = {};
-  for (const field of form.elements) {
-    if (field.dataset.kind && field.value) {
-      given[field.dataset.kind] = {...given[field.dataset.kind], [field.name]: field.value};
-    }
-  }
-  for (const line of (form.elements.more ? form.elements.more.value : "").split("\n")) {
+  const env = {};
+  for (const field of form.elements) if (field.name && field.value) env[field.name] = field.value;
+  for (const line of (form.querySelector("textarea") || {value: ""}).value.split("\n")) {
     const at = line.indexOf("=");
-    if (at > 0) given.env = {...given.env, [line.slice(0, at).trim()]: line.slice(at + 1)};
+    if (at > 0) env[line.slice(0, at).trim()] = line.slice(at + 1);
   }
-  return given;
+  return {env};
 }
 
 // Run: what happened, the steps of a pipeline, the log.

@@ -272,7 +272,10 @@ jobs:
   - id: deploy
     name: Deploy a version
     command: echo "version $VERSION to $TARGET, password $PASSWORD"
-    env: {VERSION: "1.0", TARGET: test, PASSWORD: ""}
+    params:
+      VERSION: {default: "1.0", description: what to deploy}
+      TARGET: {values: [test, live], default: test}
+      PASSWORD: {secret: true}
   - id: long
     name: Count slowly
     command: "i=0; while [ $i -lt 600 ]; do i=$((i + 1)); echo line $i; sleep 0.1; done"
@@ -280,6 +283,13 @@ jobs:
   - id: every-second
     schedule: "* * * * * *"
     command: "true"
+  - id: release
+    name: Build and release
+    pipeline:
+      - {id: build, command: echo built}
+      - {id: test, command: "echo testing; test -e ok", depends_on: [build]}
+      - {id: lint, command: echo clean}
+      - {id: publish, command: echo published, depends_on: [test, lint]}
   - id: hostile
     name: "@NAME@"
     description: "@NAME@"
@@ -328,7 +338,7 @@ def test_the_owner_sees_all_jobs_at_once_and_what_they_do(visit, browser, site, 
     browser.wait_text("live", "#live")
     run = site.ended(site.post("jobs/hello/run")["id"])
     browser.wait(f'.bars a[href="#/run/{run["id"]}"]')
-    assert browser.run("return document.querySelectorAll('.jobs .row').length") == 5
+    assert browser.run("return document.querySelectorAll('.jobs .row').length") == 6
     assert "owner" in browser.run("return document.getElementById('who').textContent")
     shoot()
     browser.type("#search", "greetings")
@@ -352,8 +362,9 @@ def test_a_run_is_started_with_the_parameters_of_its_job(visit, browser, site, s
     browser.type("[name=PASSWORD]", "s3cret-pass")
     shoot("form")
     browser.click("dialog .main")
-    browser.wait_text("version 2.5 to live", ".lines")
+    browser.wait_text("version 2.5 to live, password ***", ".lines")
     browser.wait_text("succeeded", "h1")
+    assert "s3cret" not in browser.text()
     shoot()
 
 
@@ -382,6 +393,25 @@ def test_a_log_is_followed_searched_and_ended_by_a_cancel(visit, browser, site, 
     visit(site, f"#/run/{run_id}?at={offset}")          # a link to the line
     assert browser.run("return document.querySelector('.marked').textContent",
                        browser.wait(".line.marked")).endswith("line 3")
+
+
+@engine
+def test_a_pipeline_is_shown_as_a_graph_and_what_failed_is_run_again(visit, browser, site, shoot):
+    (site.folder / "ok").unlink(missing_ok=True)
+    failed = site.ended(site.post("jobs/release/run")["id"])
+    assert failed["state"] == "failed"
+    visit(site, f"#/run/{failed['id']}")
+    browser.wait('.step[title="publish: skipped"]')
+    browser.wait('.step[title="build: succeeded"]')
+    shoot("failed")
+    browser.click('.step[title="test: failed"]')
+    browser.wait_text("testing", ".lines")
+    visit(site, f"#/run/{failed['id']}")
+    (site.folder / "ok").touch()
+    browser.click(".actions button")
+    browser.wait('.step[title="publish: succeeded"]')
+    assert site.ended(run_in_address(browser))["retry_of"] == failed["id"]
+    shoot()
 
 
 @engine
@@ -482,7 +512,7 @@ def test_who_signs_in_sees_only_what_the_token_allows(visit, browser, closed, sc
 
 # How it looks to those who do not see it, or not well.
 
-VIEWS = ["", "#/timeline", "#/job/hello", "#/files"]
+VIEWS = ["", "#/timeline", "#/job/hello", "#/job/release", "#/files"]
 
 CONTRAST = """
 const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
@@ -669,7 +699,7 @@ def test_what_changes_by_itself_is_text_and_moves_nothing(visit, browser, site, 
           .observe({type: 'layout-shift'});
         document.querySelectorAll('.jobs .row').forEach((row) => { row.mine = true; });""")
     runs = [site.post("jobs/hello/run")["id"] for _ in range(3) if site.ended(
-        site.post("jobs/deploy/run")["id"])]
+        site.post("jobs/deploy/run", {"env": {"PASSWORD": "x"}})["id"])]
     browser.wait(f'.bars a[href="#/run/{site.ended(runs[-1])["id"]}"]')
     assert browser.run("return shifts.reduce((sum, value) => sum + value, 0)") < 0.02
     assert browser.run("return [...document.querySelectorAll('.jobs .row')]"
