@@ -4223,7 +4223,7 @@ def token_of(spec, creator, now, zone):
 def _token_scopes(spec):
     """The scopes that a list and a role make, in order; raises ValueError."""
     words, role = spec.get("scopes") or [], spec.get("role")
-    if role is not None and role not in ROLES:
+    if role is not None and not (isinstance(role, str) and role in ROLES):
         raise ValueError(f'role: "{printable(str(role))}" is none; there are {", ".join(ROLES)}')
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError("scopes: write a list of texts")
@@ -15494,15 +15494,15 @@ class Request:
     """A request: `method`, `path` and `query` as they were sent, `version` the 1 of HTTP/1.1,
     `headers` {lower-case name: [values]}, `length` of the body (bytes).
 
-    `arguments` (texts in the path), `body` (bytes), `caller` (a Caller) and `vitals` (those of the
-    scheduler, where there is one) are put in when they are known.
+    `route`, `arguments` (texts in the path), `body` (bytes), `caller` (a Caller) and `vitals`
+    (those of the scheduler, where there is one) are put in when they are known.
     """
 
     def __init__(self, method, target, headers=None, *, version=1):
         self.method, self.version, self.headers = method, version, headers or {}
         self.path, _, self.query = target.partition("?")
         self.length, self.arguments, self.body = 0, (), b""
-        self.caller = self.vitals = None
+        self.route = self.caller = self.vitals = None
 
     def header(self, name):
         """The value of a header; that of one that is repeated joined by commas; None without."""
@@ -15515,8 +15515,10 @@ class Request:
         options = (self.header("connection") or "").lower().replace(" ", "").split(",")
         return self.version == 1 and "close" not in options
 
-    def options(self, known):
-        """{name: value} of the query; raises Refusal for a name that is not known, or repeated."""
+    def options(self):
+        """{name: value} of the query; raises Refusal for a name that its route does not know, or
+        that is repeated."""
+        known = [name for name, place, _ in self.route.named_parameters() if place == "query"]
         options = {}
         for part in filter(None, self.query.split("&")):
             name, _, value = map(_unquoted, part.replace("+", " ").partition("="))
@@ -15986,7 +15988,8 @@ def _get_page(request, store):
 
 
 def _get_jobs(request, store):
-    options = request.options(("limit", "cursor", "tag", "state", "brief", "ids"))
+    """The jobs, by id."""
+    options = request.options()
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
     states, tag, brief = _words_of(options, "state", _JOB_STATES), options.get("tag"), _flag(
         options, "brief")
@@ -16049,7 +16052,8 @@ def _asked_job(db, request):
 
 
 def _get_job(request, store):
-    request.options(())
+    """A job."""
+    request.options()
     with store.read() as db:
         return _job_response(db, _asked_job(db, request), request.caller)
 
@@ -16063,7 +16067,7 @@ def _job_response(db, row, caller, status=200):
 
 def _get_why(request, store):
     """Why a job has not run at an instant, or does not run now."""
-    options, caller = request.options(("at",)), request.caller
+    options, caller = request.options(), request.caller
     with store.read() as db:
         job_id = _asked_job(db, request)["id"]
         try:
@@ -16078,7 +16082,7 @@ def _get_why(request, store):
 
 def _get_next_of_job(request, store):
     """The next slots of a job."""
-    options = request.options(("from", "count"))
+    options = request.options()
     count = _whole_number(options, "count", 1, _MOST_LISTED) or 10
     with store.read() as db:
         row, (defaults, zone, _) = _asked_job(db, request), in_effect(db)
@@ -16098,7 +16102,7 @@ def _after_option(options):
 def _get_next(request, store):
     """The next slots of several jobs: of all together, so many of `each`, or all of some time with
     what would become of them."""
-    options = request.options(("jobs", "from", "to", "count", "each", "duration"))
+    options = request.options()
     count, each = (_whole_number(options, name, 1, _MOST_LISTED) for name in ("count", "each"))
     end, after = _instant_option(options, "to"), _after_option(options)
     if count and (end is not None or each) or options.get("duration") and (end is None or each):
@@ -16168,7 +16172,7 @@ def _duration_option(options):
 
 def _get_export(request, store):
     """Jobs as a job file."""
-    options = request.options(("jobs",))
+    options = request.options()
     with store.read() as db:
         ids = list(filter(request.caller.sees, job_ids(db)))
         for job_id in _job_list(options, _MOST_LISTED) if "jobs" in options else ():
@@ -16185,7 +16189,7 @@ def _get_export(request, store):
 
 def _get_me(request, store):
     """Who asks, what they may do, and where they have come to."""
-    request.options(())
+    request.options()
     caller = request.caller
     with store.read() as db:
         zone = in_effect(db)[1]
@@ -16200,7 +16204,7 @@ def _get_me(request, store):
 
 def _put_one_job(request, store):
     """Register a job, or change it."""
-    options = request.options(("dry_run",))
+    options = request.options()
     job_id = request.arguments[0]
     _check_seen(request.caller, [job_id])
     file = _read_or_refuse(lambda: read_job(request.body, "the body", job_id))
@@ -16221,7 +16225,8 @@ def _put_one_job(request, store):
 
 
 def _delete_one_job(request, store):
-    dry_run, job_id = _flag(request.options(("dry_run",)), "dry_run"), request.arguments[0]
+    """Remove a job; its history stays."""
+    dry_run, job_id = _flag(request.options(), "dry_run"), request.arguments[0]
 
     def plan(db):
         row = _asked_job(db, request)
@@ -16244,7 +16249,7 @@ def _check_version(request, job_id, row):
 
 def _post_apply(request, store):
     """Register the jobs of one or several job files."""
-    options = request.options(("source", "prune", "dry_run"))
+    options = request.options()
     prune, dry_run = _flag(options, "prune"), _flag(options, "dry_run")
     caller, texts = request.caller, _texts_of(request.body, options.get("source"))
     with store.read() as db:
@@ -16335,7 +16340,7 @@ def _changes_response(changes, warnings, dry_run):
 
 def _post_pause(request, store):
     """Pause the schedule of a job, for some time or until it is resumed."""
-    request.options(())
+    request.options()
     given, until = _body_object(request, ("for", "until")), None
     try:
         if given.get("for") is not None:
@@ -16349,7 +16354,8 @@ def _post_pause(request, store):
 
 
 def _post_resume(request, store):
-    request.options(())
+    """Let the schedule of a job go on."""
+    request.options()
     _body_object(request, ())
     return _paused(request, store, False, None)
 
@@ -16366,7 +16372,7 @@ def _paused(request, store, paused, until):
 
 def _post_run(request, store):
     """Start a run of a job."""
-    request.options(())
+    request.options()
     given = _body_object(request, ("env", "queue"))
     with store.read() as db:
         job = effective_job(db, _asked_job(db, request)["id"])
@@ -16379,7 +16385,7 @@ def _post_run(request, store):
 
 def _post_retry(request, store):
     """Run again what a run ran."""
-    request.options(())
+    request.options()
     given = _body_object(request, ("env",))
     with store.read() as db:
         run = _asked_run(db, request)
@@ -16439,7 +16445,7 @@ def _key_of(request, job_id):
 
 def _post_cancel(request, store):
     """End a run, or withdraw one that is queued."""
-    request.options(())
+    request.options()
     _body_object(request, ())
     with store.read() as db:
         run = _asked_run(db, request)
@@ -16487,8 +16493,8 @@ def _given_env(given, job, caller):
 
 
 def _get_runs(request, store):
-    options = request.options(("limit", "cursor", "state", "job", "tag", "trigger", "since",
-                               "until", "parent", "steps"))
+    """The runs, newest first."""
+    options = request.options()
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
     states, triggers = _states(options.get("state")), _words_of(options, "trigger", TRIGGERS)
     chosen = {"states": states, "job_id": options.get("job"), "parent": options.get("parent"),
@@ -16524,7 +16530,8 @@ def _states(text):
 
 
 def _get_run(request, store):
-    request.options(())
+    """A run."""
+    request.options()
     with store.read() as db:
         run, = run_payloads(store, db, [_asked_run(db, request)])
     return json_response(run).changed(until=None if run["state"] == "running" else math.inf)
@@ -16548,7 +16555,7 @@ def _asked_run(db, request):
 
 def _get_history(request, store):
     """The newest runs of several jobs, in brief."""
-    options = request.options(("jobs", "since", "until", "limit"))
+    options = request.options()
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 20
     since, until = (_instant_option(options, name) for name in ("since", "until"))
     histories = {}
@@ -16572,7 +16579,8 @@ def _job_list(options, most, name="jobs"):
 # Tokens, and who has changed what.
 
 def _get_tokens(request, store):
-    options = request.options(("limit", "cursor"))
+    """The tokens, by name."""
+    options = request.options()
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
     with store.read() as db:
         rows = list_tokens(db, after=_seen(options, ()) or "", limit=limit + 1)
@@ -16581,11 +16589,13 @@ def _get_tokens(request, store):
 
 
 def _get_token(request, store):
+    """A token."""
     with store.read() as db:
         return json_response(token_payload(get_token(db, request.arguments[0])))
 
 
 def _post_token(request, store):
+    """Make a token; its text is in this answer alone."""
     spec = _body_object(request, ("name", "scopes", "role", "jobs", "expires"))
     now = time.time()
     try:
@@ -16605,6 +16615,7 @@ def _token_response(store, name, text, status):
 
 
 def _rotate_token(request, store):
+    """Give a token a new text, which is in this answer alone."""
     name, caller = request.arguments[0], request.caller
     with store.write() as db:
         row = get_token(db, name)
@@ -16617,13 +16628,15 @@ def _rotate_token(request, store):
 
 
 def _delete_token(request, store):
+    """Revoke a token."""
     with store.write() as db:
         remove_token(db, request.arguments[0], request.caller, time.time())
     return Response(status=204, headers={}, body=b"")
 
 
 def _get_audit(request, store):
-    options = request.options(("limit", "cursor"))
+    """Who has changed what, newest first."""
+    options = request.options()
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
     seen = _seen(options, ())
     if seen is not None and not _LENGTH.fullmatch(seen):
@@ -16725,7 +16738,7 @@ class _AskedLog:
     """Which lines of a log are asked for, and in which form. Raises Refusal."""
 
     def __init__(self, request):
-        options = request.options(("follow", "offset", "tail", "raw", "stream", "limit"))
+        options = request.options()
         self.tail, self.offset = (_whole_number(options, name, 0, _MOST_BYTES)
                                   for name in ("tail", "offset"))
         self.limit = _whole_number(options, "limit", 1, _MOST_BYTES)
@@ -16868,7 +16881,7 @@ _EVENTS_AT_ONCE = 500
 
 def _get_events(request, store):
     """What becomes of jobs and runs from now on, or from the event after which a client goes on."""
-    request.options(())
+    request.options()
     last = None if request.header("last-event-id") is None else _last_event(request)
     with store.read() as db:
         first, newest = event_span(db)
@@ -17177,7 +17190,7 @@ class Streams:
 
 def _get_metrics(request, store):
     """The metrics for Prometheus, where the configuration wants them."""
-    request.options(())
+    request.options()
     with store.read() as db:
         settings = MetricsSettings((get_settings(db) or {}).get("metrics"))
         if not settings.enabled:
@@ -17229,48 +17242,288 @@ def _summed(jobs):
     return counters, gauges
 
 
+# The description of the API: OpenAPI 3.1, made of the routes and of what follows.
+
+# Members of objects, `name:type`; `[]` behind a type is a list of it, `?` says that it may be null.
+# All of an answer are there; of what is sent none has to be.
+_MEMBERS = {
+    "Health": "status:text",
+    "Me": "name:text owner:boolean jobs:text? scopes:text[] now:instant version:text node:text "
+          "timezone:text",
+    "LastRun": "id:text state:state started_at:instant? finished_at:instant?",
+    "Job": "id:text name:text? schedule:text[] words:text[] timezone:text enabled:boolean "
+           "paused:boolean paused_until:instant? next_run:instant? last_run:LastRun? usual:number? "
+           "tags:text[] source:text? version:integer active:text?",
+    "JobPage": "jobs:Job[] next:text?",
+    "Attempt": "number:integer started_at:instant? finished_at:instant? exit_code:integer? "
+               "signal:text? cpu_seconds:number? max_rss_bytes:integer? output_bytes:integer?",
+    "Run": "id:text job_id:text step:text? parent:text? retry_of:text? name:text? trigger:text "
+           "slot:instant? last_slot:instant? count:integer state:state reason:text? message:text? "
+           "queued_at:instant started_at:instant? finished_at:instant? duration:number? "
+           "exit_code:integer? signal:text? attempts:Attempt[] retry_at:instant? progress:any "
+           "node:text? log:text?",
+    "RunPage": "runs:Run[] next:text?",
+    "BriefRun": "id:text job_id:text step:text? parent:text? trigger:text state:state reason:text? "
+                "slot:instant? last_slot:instant? count:integer queued_at:instant "
+                "started_at:instant? finished_at:instant? duration:number?",
+    "RunsOfJob": "runs:BriefRun[] more:boolean",
+    "History": "jobs:RunsOfJob{}",
+    "Slot": "job_id:text slot:instant local:text schedule:text? mark:text?",
+    "NextOfJob": "slots:Slot[] enabled:boolean paused:boolean paused_until:instant?",
+    "Next": "slots:Slot[]",
+    "Reason": "reason:text",
+    "Answer": "slot:instant? local:text? mark:text? why:Reason[]",
+    "Explanation": "job_id:text answers:Answer[]",
+    "Change": "id:text change:change diff:text?",
+    "Changes": "changes:Change[] warnings:text[] dry_run:boolean",
+    "Token": "name:text scopes:text[] jobs:text? created_at:instant expires_at:instant? "
+             "last_used_at:instant?",
+    "NewToken": "name:text scopes:text[] jobs:text? created_at:instant expires_at:instant? "
+                "last_used_at:instant? token:text",
+    "TokenPage": "tokens:Token[] next:text?",
+    "Audit": "at:instant who:text action:text job_id:text? target:text? detail:text?",
+    "AuditPage": "audit:Audit[] next:text?",
+    "Problem": "file:text path:text? line:integer? column:integer? message:text",
+    "ErrorText": "code:text message:text",
+    "Error": "error:ErrorText",
+    "InvalidText": "code:text message:text errors:Problem[]",
+    "InvalidError": "error:InvalidText",
+}
+_REQUESTS = {
+    "RunRequest": "env:text{} queue:boolean",
+    "RetryRequest": "env:text{}",
+    "PauseRequest": "for:text until:instant",
+    "EmptyRequest": "",
+    "TokenRequest": "name:text scopes:text[] role:text jobs:text expires:text",
+    "JobFile": "",                      # a job or a file of jobs, as the README describes them
+}
+_KINDS = {
+    "text": {"type": "string"}, "number": {"type": "number"}, "integer": {"type": "integer"},
+    "boolean": {"type": "boolean"}, "any": {},
+    "instant": {"type": "string", "format": "date-time",
+                "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$"},
+    "state": {"type": "string", "enum": list(STATES)},
+    "change": {"type": "string", "enum": ["added", "changed", "unchanged", "removed"]}}
+_SAMPLES = {"text": "backup-db", "number": 12.5, "integer": 1, "boolean": False, "any": None,
+            "instant": "2025-08-01T02:00:00Z", "state": "succeeded", "change": "added"}
+
+
+def _whole(low, high):
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+# Kinds of parameters: a description, a schema, an example.
+_PARAMETERS = {
+    "text": ("which one", {"type": "string"}, "backup-db"),
+    "limit": ("how many at most", _whole(1, _MOST_LISTED), 50),
+    "count": ("how many (10)", _whole(1, _MOST_LISTED), 5),
+    "each": ("how many of each job", _whole(1, _MOST_LISTED), 5),
+    "cursor": ("`next` of the page before", {"type": "string"}, None),
+    "brief": ("without `spec`", {"type": "string", "enum": ["0", "1"]}, "1"),
+    "tag": ("of jobs with this tag", {"type": "string"}, "nightly"),
+    "job_states": ("words with commas: " + " ".join(_JOB_STATES), {"type": "string"}, "paused"),
+    "state": ("states with commas; active and final stand for several", {"type": "string"},
+              "failed,lost"),
+    "trigger": ("words with commas: " + " ".join(TRIGGERS), {"type": "string"}, "manual,api"),
+    "job": ("the id of a job", {"type": "string"}, "backup-db"),
+    "jobs": ("ids of jobs with commas", {"type": "string"}, "backup-db,hello"),
+    "ids": ("these jobs, with commas", {"type": "string"}, "backup-db,hello"),
+    "parent": ("the steps of this run", {"type": "string"}, "abcd123456"),
+    "steps": ("also the steps of pipelines", {"type": "string", "enum": ["0", "1"]}, "1"),
+    "since": ("queued at or after this instant", {"type": "string"}, "2025-08-01T00:00:00Z"),
+    "until": ("queued before this instant", {"type": "string"}, "2025-08-02T00:00:00Z"),
+    "from": ("from this instant on (now)", {"type": "string"}, "2025-08-01T00:00:00Z"),
+    "to": ("before this instant", {"type": "string"}, "2025-08-02T00:00:00Z"),
+    "duration": ("let each run take as long, not as usual", {"type": "string"}, "10m"),
+    "at": ("an instant; without an offset in the zone of the job", {"type": "string"},
+           "2025-08-01T02:00"),
+    "dry_run": ("change nothing", {"type": "string", "enum": ["0", "1"]}, "1"),
+    "prune": ("remove the jobs of the source that are not given", {"type": "string",
+                                                                   "enum": ["0", "1"]}, "1"),
+    "source": ("where the jobs come from (api)", {"type": "string"}, "ci"),
+    "offset": ("bytes of the log before what is wanted", _whole(0, _MOST_BYTES), 0),
+    "tail": ("the last lines", _whole(0, _MOST_BYTES), 20),
+    "bytes": ("bytes to look at, to the end of a line", _whole(1, _MOST_BYTES), 65536),
+    "stream": ("of one stream alone", {"type": "string", "enum": ["out", "err"]}, "err"),
+    "raw": ("the output as it was", {"type": "string", "enum": ["0", "1"]}, "1"),
+    "follow": ("go on until the run ends", {"type": "string", "enum": ["0", "1"]}, "1"),
+    "Idempotency-Key": ("the same request is carried out once in 24 hours",
+                        {"type": "string", "minLength": 1, "maxLength": 255}, "deploy-4711"),
+    "If-Match": ("the version that is meant", {"type": "string"}, '"3"'),
+    "If-None-Match": ("`*`: only if there is none", {"type": "string"}, None),
+    "Last-Event-ID": ("go on behind this event", _whole(0, _MOST_BYTES), None)}
+
+_STATUSES = {200: "done", 201: "made", 202: "under way", 204: "done, or over", 304: "as you know",
+             400: "malformed", 401: "a token is needed", 403: "not for this caller",
+             404: "there is none, as far as the caller sees", 409: "not in this state",
+             411: "the length is missing", 412: "another version", 413: "too large",
+             421: "not a name of this server", 422: "invalid", 503: "try again later"}
+
+
+def _schema_of(kind):
+    """The schema of a type as _MEMBERS has it."""
+    if kind.endswith("?"):
+        return {"anyOf": [_schema_of(kind[:-1]), {"type": "null"}]}
+    if kind.endswith("[]"):
+        return {"type": "array", "items": _schema_of(kind[:-2])}
+    if kind.endswith("{}"):
+        return {"type": "object", "additionalProperties": _schema_of(kind[:-2])}
+    return _KINDS[kind] if kind in _KINDS else {"$ref": f"#/components/schemas/{kind}"}
+
+
+def _object_schema(members, required):
+    pairs = [member.split(":") for member in members.split()]
+    schema = {"type": "object", "properties": {name: _schema_of(kind) for name, kind in pairs}}
+    return {**schema, "required": [name for name, _ in pairs]} if required else schema
+
+
+def _sample(kind):
+    """An example of a type."""
+    bare = kind.rstrip("?")
+    if bare.endswith("[]"):
+        return [_sample(bare[:-2])]
+    if bare.endswith("{}"):
+        return {"NAME" if bare == "text{}" else "backup-db": _sample(bare[:-2])}
+    if bare in _SAMPLES:
+        return _SAMPLES[bare]
+    return {name: _sample(inner) for name, inner in (
+        member.split(":") for member in {**_MEMBERS, **_REQUESTS}[bare].split())}
+
+
+_FILE_SAMPLES = {"apply": {"jobs": [{"id": "hello", "schedule": "@daily", "command": "echo"}]},
+                 "jobs": {"schedule": "@daily", "command": "echo"}}
+
+
+def _get_openapi(request, store):
+    """This description."""
+    request.options()
+    schemas = {name: _object_schema(members, True) for name, members in _MEMBERS.items()}
+    schemas.update((name, _object_schema(members, False)) for name, members in _REQUESTS.items())
+    paths = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return json_response({
+        "openapi": "3.1.0",
+        "info": {"title": "roexec", "version": __version__, "license": {
+            "name": "MIT", "identifier": "MIT"}},
+        "paths": paths, "components": {"schemas": schemas, "securitySchemes": {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "basic": {"type": "http", "scheme": "basic"}}}}).changed(until=math.inf)
+
+
+def _operation(route):
+    """What OpenAPI says of a route."""
+    operation = {
+        "operationId": route.handler.__name__.strip("_"),
+        "summary": " ".join((route.handler.__doc__ or "").split()),
+        "description": f"Scope: {route.scope}",
+        "security": [] if route.scope in (OPEN, PAGE) else [{"bearer": []}, {"basic": []}, {}],
+        "parameters": [_parameter(*parameter) for parameter in route.named_parameters()],
+        "responses": {str(status): answer for status, answer in _responses(route)}}
+    if route.body is not None:
+        sample = _FILE_SAMPLES[route.path.split("/")[3]] if route.body == "JobFile" else _sample(
+            route.body)
+        content = {"schema": _schema_of(route.body), "example": sample}
+        media = ["application/json"] + ["application/yaml"] * (route.body == "JobFile")
+        operation["requestBody"] = {"required": route.body == "JobFile",
+                                    "content": dict.fromkeys(media, content)}
+    return operation
+
+
+def _parameter(name, place, kind):
+    text, schema, example = _PARAMETERS[kind]
+    told = {"name": name, "in": place, "description": text, "schema": schema}
+    if place == "path":
+        told["required"] = True
+    return told if example is None else {**told, "example": example}
+
+
+def _responses(route):
+    """(status, what OpenAPI says of it) of a route: what it declares, and what any may answer."""
+    declared = [answer.partition(":")[::2] for answer in route.answers]
+    answers = {int(status): what for status, what in declared}
+    common = [400, 401, 403, 413, 421, 503]
+    common += [404] * ("{" in route.path) + [304] * (route.method == "GET")
+    common += [411] * (route.body is not None)
+    for status in sorted({*answers, *common}):
+        answer = {"description": _STATUSES[status]}
+        kinds = (answers.get(status) or ("" if status in (204, 304) else "Error")).split(",")
+        content = {kind if "/" in kind else "application/json": {} if "/" in kind else {
+            "schema": _schema_of(kind), "example": _sample(kind)} for kind in kinds if kind}
+        yield status, {**answer, "content": content} if content else answer
+
+
 # The routes.
 
 class Route(Value):
-    """A method and a path, in which `{}` is an argument; the scope needed; the function; and the
-    `parts` of the path."""
-    __slots__ = ("method", "path", "scope", "handler", "parts")
+    """A method and a path, in which `{…}` is an argument; the scope needed; the function; what is
+    told of it: the names of its `parameters`, its `body` and its `answers`; the `parts` of the
+    path, with `{}` for each argument."""
+    __slots__ = ("method", "path", "scope", "handler", "parameters", "body", "answers",
+                 "parts")
 
     def __init__(self, path="", **more):
-        super().__init__(**{**more, "path": path, "parts": path.split("/")})
+        parts = ["{}" if part[:1] == "{" else part for part in path.split("/")]
+        super().__init__(**{**more, "path": path, "parts": parts})
+
+    def named_parameters(self):
+        """(name, query, header or path, its kind) of each parameter."""
+        for name in re.findall(r"{(\w+)}", self.path):
+            yield name, "path", "text"
+        for name in self.parameters:
+            name, _, kind = name.partition(":")
+            yield name, "header" if name[0].isupper() else "query", kind or name
 
 
-ROUTES = tuple(Route(method=method, path=path, scope=scope, handler=handler)
-               for method, path, scope, handler in (
-    ("GET", "/", PAGE, _get_page),
-    ("GET", "/api/v1/health", OPEN, _get_health),
-    ("GET", "/api/v1/jobs", "job:read", _get_jobs),
-    ("GET", "/api/v1/jobs/{}", "job:read", _get_job),
-    ("POST", "/api/v1/jobs/{}/run", "run:create", _post_run),
-    ("PUT", "/api/v1/jobs/{}", "job:write", _put_one_job),
-    ("DELETE", "/api/v1/jobs/{}", "job:write", _delete_one_job),
-    ("POST", "/api/v1/jobs/{}/pause", "job:pause", _post_pause),
-    ("POST", "/api/v1/jobs/{}/resume", "job:pause", _post_resume),
-    ("GET", "/api/v1/jobs/{}/next", "job:read", _get_next_of_job),
-    ("GET", "/api/v1/jobs/{}/why", "job:read", _get_why),
-    ("GET", "/api/v1/next", "job:read", _get_next),
-    ("GET", "/api/v1/export", "job:write", _get_export),
-    ("GET", "/api/v1/me", ANY, _get_me),
-    ("POST", "/api/v1/apply", "job:write", _post_apply),
-    ("GET", "/api/v1/runs", "run:list", _get_runs),
-    ("GET", "/api/v1/history", "run:list", _get_history),
-    ("GET", "/api/v1/runs/{}", "run:list", _get_run),
-    ("POST", "/api/v1/runs/{}/cancel", "run:cancel", _post_cancel),
-    ("POST", "/api/v1/runs/{}/retry", "run:create", _post_retry),
-    ("GET", "/api/v1/runs/{}/logs", "log:read", _get_log),
-    ("GET", "/api/v1/events", "run:list", _get_events),
-    ("GET", "/api/v1/tokens", "token:admin", _get_tokens),
-    ("POST", "/api/v1/tokens", "token:admin", _post_token),
-    ("GET", "/api/v1/tokens/{}", "token:admin", _get_token),
-    ("DELETE", "/api/v1/tokens/{}", "token:admin", _delete_token),
-    ("POST", "/api/v1/tokens/{}/rotate", "token:admin", _rotate_token),
-    ("GET", "/api/v1/audit", "token:admin", _get_audit),
-    ("GET", "/metrics", "metrics:read", _get_metrics)))
+def _route(text, handler):
+    """The Route of a line `METHOD PATH scope parameters < body -> answers`."""
+    asked, _, answers = text.partition(" -> ")
+    asked, _, body = asked.partition(" < ")
+    method, path, scope, *parameters = asked.split()
+    return Route(method=method, path=path, scope=scope, handler=handler,
+                 parameters=parameters, body=body or None, answers=answers.split())
+
+
+ROUTES = tuple(_route(text, handler) for text, handler in (
+    ("GET / page -> 200:text/html", _get_page),
+    ("GET /api/v1/health open -> 200:Health 503", _get_health),
+    ("GET /api/v1/me any -> 200:Me", _get_me),
+    ("GET /api/v1/openapi.json any -> 200:any", _get_openapi),
+    ("GET /api/v1/jobs job:read limit cursor tag state:job_states brief ids -> 200:JobPage",
+     _get_jobs),
+    ("GET /api/v1/jobs/{id} job:read -> 200:Job", _get_job),
+    ("PUT /api/v1/jobs/{id} job:write dry_run If-Match If-None-Match < JobFile -> "
+     "200:Changes 201:Changes 409 412 422:InvalidError", _put_one_job),
+    ("DELETE /api/v1/jobs/{id} job:write dry_run If-Match If-None-Match -> 200:Changes "
+     "412", _delete_one_job),
+    ("POST /api/v1/jobs/{id}/run run:create Idempotency-Key < RunRequest -> 202:Run "
+     "409 422", _post_run),
+    ("POST /api/v1/jobs/{id}/pause job:pause < PauseRequest -> 200:Job", _post_pause),
+    ("POST /api/v1/jobs/{id}/resume job:pause < EmptyRequest -> 200:Job", _post_resume),
+    ("GET /api/v1/jobs/{id}/next job:read from count -> 200:NextOfJob", _get_next_of_job),
+    ("GET /api/v1/jobs/{id}/why job:read at -> 200:Explanation", _get_why),
+    ("GET /api/v1/next job:read jobs from to count each duration -> 200:Next", _get_next),
+    ("POST /api/v1/apply job:write source prune dry_run < JobFile -> 200:Changes 409 "
+     "422:InvalidError", _post_apply),
+    ("GET /api/v1/export job:write jobs -> 200:JobFile,application/yaml 404", _get_export),
+    ("GET /api/v1/runs run:list limit cursor state job tag trigger since until parent "
+     "steps -> 200:RunPage", _get_runs),
+    ("GET /api/v1/history run:list jobs since until limit -> 200:History", _get_history),
+    ("GET /api/v1/runs/{id} run:list -> 200:Run", _get_run),
+    ("POST /api/v1/runs/{id}/cancel run:cancel < EmptyRequest -> 202:Run 409", _post_cancel),
+    ("POST /api/v1/runs/{id}/retry run:create Idempotency-Key < RetryRequest -> "
+     "202:Run 409 422", _post_retry),
+    ("GET /api/v1/runs/{id}/logs log:read offset tail limit:bytes stream raw follow "
+     "Last-Event-ID -> 200:text/plain,text/event-stream 204", _get_log),
+    ("GET /api/v1/events run:list Last-Event-ID -> 200:text/event-stream", _get_events),
+    ("GET /api/v1/tokens token:admin limit cursor -> 200:TokenPage", _get_tokens),
+    ("POST /api/v1/tokens token:admin < TokenRequest -> 201:NewToken 409 422", _post_token),
+    ("GET /api/v1/tokens/{name} token:admin -> 200:Token", _get_token),
+    ("DELETE /api/v1/tokens/{name} token:admin -> 204", _delete_token),
+    ("POST /api/v1/tokens/{name}/rotate token:admin < EmptyRequest -> 200:NewToken",
+     _rotate_token),
+    ("GET /api/v1/audit token:admin limit cursor -> 200:AuditPage", _get_audit),
+    ("GET /metrics metrics:read -> 200:text/plain 404", _get_metrics)))
 
 
 def check_routes(routes):
@@ -17344,6 +17597,7 @@ def answer(route, request, store, say):
 
 
 def _answered(route, request, store, say):
+    request.route = route
     try:
         return route.handler(request, store)
     except RoexecError as error:
