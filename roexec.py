@@ -16206,7 +16206,8 @@ def _put_one_job(request, store):
     """Register a job, or change it."""
     options = request.options()
     job_id = request.arguments[0]
-    _check_seen(request.caller, [job_id])
+    if not request.caller.sees(job_id):
+        raise NoSuchJob(f'there is no job "{printable(job_id)}"')
     file = _read_or_refuse(lambda: read_job(request.body, "the body", job_id))
     _check_seen(request.caller, named_jobs(file.jobs[0].spec))
 

@@ -1447,18 +1447,6 @@ def curl(server):
 
 
 @needs_tables
-def test_the_calls_of_the_readme_work_with_curl(curl, store):
-    assert [job["id"] for job in json.loads(curl("/jobs"))["jobs"]] == [
-        "backup", "hello", "replaced"]
-    run_id = json.loads(curl("/jobs/backup/run", "-X", "POST"))["id"]
-    given = json.loads(curl("/jobs/hello/run", "-d", '{"env": {"KEY": "VAL"}}'))["id"]
-    assert json.loads(row_of(store, given)["env"]) == {"KEY": "VAL"}
-    assert json.loads(curl(f"/runs/{run_id}"))["state"] == "queued"
-    assert curl(f"/runs/{logged(store)}/logs") == LOG.decode()
-    assert curl("/health") == '{"status": "ok"}\n'
-
-
-@needs_tables
 def test_curl_follows_a_log(curl, store):
     run_id, journal = running(store)
 

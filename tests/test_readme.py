@@ -1,10 +1,14 @@
 """The README: it names every command and every key, and what it shows can be meant."""
+import os
 import re
 import shlex
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import reference
+from helpers import make_job, perform, tool
 
 import roexec
 
@@ -16,6 +20,9 @@ NAMED = set(re.findall(r"[a-z]\w*", " ".join(re.findall(r"`([^`\n]+)`", BEFORE +
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [re.search(r"(?:^|\W)(roexec (?!=).*)", line)[1] for line in LINES
             if re.match(r"(id=\$\(|.* \| |sudo |TOKEN=\S+ )?roexec ", line)]
+
+
+CURLS = [line for line in LINES if line.startswith("curl ")]
 
 
 def tables():
@@ -92,3 +99,42 @@ def test_the_changes_name_every_command():
     for command in roexec.commands():
         name = command.name
         assert f"`{name.split()[0] if name.startswith(('list', 'token')) else name}`" in changes
+
+
+# The calls of the HTTP API, as they are written.
+
+@pytest.fixture
+def called(store, clean):
+    """`called(line)` -> what a call prints of a server that has the jobs and a run it speaks of."""
+    root = Path(__file__).parent.parent
+    jobs = roexec.read_job_file((root / "examples/jobs.yml").read_text(), "x", "/").jobs
+    jobs.append(make_job("true", "deploy", overlap="queue"))
+    owner = roexec.Caller(name="user me", scopes=("*",), owner=True)
+    now = time.time()
+    with store.write() as db:
+        roexec.perform_apply(db, roexec.plan_apply(db, {"api": jobs}), now)
+        roexec.set_settings(db, {"metrics": {"enabled": True}})
+        tokens = {name: roexec.add_token(db, roexec.token_of(
+            {"name": name, "role": "admin"}, owner, now, None), owner, now)
+            for name in ("ci-token", "prometheus")}
+    run = perform(store, "echo hello", job_id="hello")
+    server = roexec.start_http(store, "127.0.0.1", 0, print)
+    tool("curl")
+
+    def call(line):
+        line = line.replace(":8080", f":{server.address[1]}").replace(
+            "curl ", "curl -q -sS -f --noproxy '*' --max-time 2 ", 1)
+        token = tokens["prometheus" if "prometheus" in line else "ci-token"]
+        return subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, timeout=60, cwd=root,
+                              env={**os.environ, "id": run["id"], "TOKEN": token})
+    yield call
+    server.close()
+
+
+def test_the_calls_of_the_api_work_as_they_are_written(called):
+    assert len(CURLS) > 12
+    for line in CURLS:
+        done = called(line)
+        lasting = line.endswith("/events") or "follow" in line      # until curl has had enough
+        assert done.returncode == (28 if lasting else 0), (line, done.stderr)
+        assert lasting or done.stdout.strip(), line
