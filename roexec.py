@@ -16966,6 +16966,13 @@ class Lookout:
         for run_id, run in self.runs.items():
             run.look(rows.get(run_id), changed)
 
+    @property
+    def pause(self):
+        """Seconds until the next look: less while a log is about to begin, more for many runs."""
+        soon = any(run.log is None and run.outcome["state"] == "running"
+                   for run in self.runs.values())
+        return (_LOOK_TIME / 4 if soon else _LOOK_TIME) + len(self.runs) / 5000
+
     def join(self, run_id):
         """The _WatchedRun of a run; `leave` it. Raises NoSuchRun."""
         run = self.runs.get(run_id)
@@ -17100,8 +17107,7 @@ class Streams:
 
     def turn(self):
         """Wait a moment for what streams wait for, and serve those that can go on."""
-        pause = _LOOK_TIME + len(self.lookout.runs) / 5000
-        for descriptor, event in self.poller.poll(pause * 1000 if self.all else None):
+        for descriptor, event in self.poller.poll(self.lookout.pause * 1000 if self.all else None):
             if descriptor == self.reader:
                 os.read(self.reader, 1 << 12)
                 continue
