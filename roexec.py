@@ -4328,15 +4328,19 @@ def run_payload(row, attempts):
         "node": row["node"], "log": row["log"]}
 
 
-def log_line_payload(run, line):
-    """A line of a log as an export gives it, of the row of the run and a LogLine."""
+def line_payload(line):
+    """A line of a log, of a LogLine; where it is not UTF-8 its bytes are in `base64` too."""
     text = line.line.decode(errors="replace")
-    payload = {"time": line.time, "job": run["job_id"], "run": run["id"], "step": run["step"],
-               "attempt": line.attempt, "stream": line.stream, "line": text,
-               "partial": line.partial}
+    payload = {"time": line.time, "stream": line.stream, "line": text, "partial": line.partial}
     if text.encode() != line.line:
         payload["base64"] = base64.b64encode(line.line).decode()
     return payload
+
+
+def log_line_payload(run, line):
+    """A line of a log as an export gives it, of the row of the run and a LogLine."""
+    return {"time": line.time, "job": run["job_id"], "run": run["id"], "step": run["step"],
+            "attempt": line.attempt, **line_payload(line)}
 
 
 def log_line_bytes(run, line):
@@ -7083,21 +7087,6 @@ def follow(path, ended=lambda: True, *, offset=0, wait=None):
                     wait(_FOLLOW_PAUSE)
 
 
-_STAMPED = Pattern(rb"(?s)(\S{20}) \[(OUT|ERR|INFO|ERROR)(~?)\] (.*)")
-
-
-def line_payload(line):
-    """A line of a log (bytes, without its end) as data: `time`, `stream` (out, err, info or error),
-    `line`, and whether it is `partial`; bytes that are not UTF-8 are in `base64` too."""
-    found = _STAMPED.fullmatch(line)
-    instant, tag, piece, text = found.groups() if found else (None, b"INFO", b"", line)
-    payload = {"time": instant and instant.decode(), "stream": tag.decode().lower(),
-               "line": text.decode(errors="replace"), "partial": bool(piece)}
-    if "\ufffd" in payload["line"]:
-        payload["base64"] = base64.b64encode(text).decode()
-    return payload
-
-
 _LOG_LINE = Pattern(rb"(?s)(.{20}) \[(OUT|ERR|INFO|ERROR)(~?)\] (.*)")
 _ATTEMPT_LINE = Pattern(rb"Attempt (\d+)")
 
@@ -7108,19 +7097,27 @@ class LogLine(Value):
     __slots__ = ("stored", "time", "stream", "line", "partial", "attempt")
 
 
+def log_line(stored, last=None):
+    """The LogLine of a stored line (bytes, without newline), behind that which came last. Where a
+    killed writer has left a part of one, it has the instant of the last."""
+    found = _LOG_LINE.fullmatch(stored)
+    stamp, tag, piece, line = found.groups() if found else (None, b"INFO", b"", stored)
+    number = tag == b"INFO" and _ATTEMPT_LINE.fullmatch(line)
+    return LogLine(
+        stored=stored, line=line, stream=tag.decode().lower(), partial=bool(piece),
+        time=stamp.decode(errors="replace") if stamp else last and last.time,
+        attempt=int(number[1]) if number else last and last.attempt)
+
+
 def read_lines(path, since=None, pattern=None):
     """Yield the LogLines of a log whose instant is not before `since` (UTC seconds) and in whose
     text a compiled pattern (of bytes) finds something. Raises OSError."""
-    first, attempt, stamp = b"" if since is None else _instant_bytes(since), None, b""
+    first, line = "" if since is None else _instant_bytes(since).decode(), None
     for lines in follow(path):
         for stored in lines.data.removesuffix(b"\n").split(b"\n"):
-            found = _LOG_LINE.fullmatch(stored)     # else a killed writer has left a part of it
-            stamp, tag, piece, line = found.groups() if found else (stamp, b"INFO", b"", stored)
-            number = tag == b"INFO" and _ATTEMPT_LINE.fullmatch(line)
-            attempt = int(number[1]) if number else attempt
-            if stamp >= first and (pattern is None or pattern.search(line)):
-                yield LogLine(stored=stored, time=stamp.decode(errors="replace"), line=line,
-                              stream=tag.decode().lower(), partial=bool(piece), attempt=attempt)
+            line = log_line(stored, line)
+            if (line.time or "") >= first and (pattern is None or pattern.search(line.line)):
+                yield line
 
 
 def _instant_bytes(since):
@@ -16374,7 +16371,7 @@ def _paused(request, store, paused, until):
 def _post_run(request, store):
     """Start a run of a job."""
     request.options()
-    given = _body_object(request, ("env", "queue"))
+    given = _body_object(request, ("env", "params", "queue"))
     with store.read() as db:
         job = effective_job(db, _asked_job(db, request)["id"])
     env = _given_env(given, job, request.caller)
@@ -16387,7 +16384,7 @@ def _post_run(request, store):
 def _post_retry(request, store):
     """Run again what a run ran."""
     request.options()
-    given = _body_object(request, ("env",))
+    given = _body_object(request, ("env", "params"))
     with store.read() as db:
         run = _asked_run(db, request)
         try:
@@ -16401,7 +16398,10 @@ def _post_retry(request, store):
 def _start(request, store, job, given, **how):
     """Ask for a run, unless this has been asked for already with the same key -> the Response."""
     key, headers = _key_of(request, job.id), {}
-    fingerprint = _digest((request.path, given))
+    secret = [name for name, param in job.params.items() if param.secret]
+    fingerprint = _digest((request.path, {name: {
+        each: None if each in secret else text for each, text in value.items()}
+        if isinstance(value, dict) else value for name, value in given.items()}))
 
     def note(db, run_id):
         if key is not None:
@@ -16476,16 +16476,23 @@ def _body_object(request, keys):
 
 def _given_env(given, job, caller):
     """{name: value} that a body gives to a run, as far as somebody may; raises Refusal."""
-    env = given.get("env", {})
-    if not isinstance(env, dict) or not all(isinstance(value, str) for value in env.values()):
-        raise Refusal(400, "bad_request", 'env is an object whose values are strings: '
-                      '{"env": {"NAME": "value"}}')
+    env, params = (given.get(name, {}) for name in ("env", "params"))
+    for name, values in (("env", env), ("params", params)):
+        if not isinstance(values, dict) or not all(
+                isinstance(value, str) for value in values.values()):
+            raise Refusal(400, "bad_request", f"{name} is an object whose values are strings: "
+                          f'{{"{name}": {{"NAME": "value"}}}}')
+    for name in params:
+        if name not in job.params:
+            raise Refusal(422, "invalid_params", f'params: job "{job.id}" has no '
+                          f'"{printable(name)}"' + nearest(name, job.params))
+    env = {**env, **params}
     try:                                        # names and values as a job may have them
         job_from_mapping({"id": "any", "command": "any", "env": env}, None)
     except Invalid as invalid:
         raise Refusal(400, "bad_request", "\n".join(
             f"{problem.path}: {problem.message}" for problem in invalid.problems)) from None
-    refused = refused_variables(job.env, env, caller.may("job:write"))
+    refused = refused_variables({*job.env, *job.params}, env, caller.may("job:write"))
     if refused:
         raise Refusal(403, "variable", f"env.{refused[0]}: the job does not declare it, and "
                       + ("it says how programs are loaded" if caller.may("job:write") else
@@ -16793,7 +16800,7 @@ def _line_events(lines, stream):
     events, offset = [], lines.begin
     for line in lines.data.removesuffix(b"\n").split(b"\n"):
         offset += len(line) + 1
-        payload = line_payload(line)
+        payload = line_payload(log_line(line))
         if stream in (None, payload["stream"]):
             events.append(b"id: %d\ndata: %b\n\n" % (offset, json.dumps(payload).encode()))
     return b"".join(events)
@@ -17297,8 +17304,8 @@ _MEMBERS = {
     "InvalidError": "error:InvalidText",
 }
 _REQUESTS = {
-    "RunRequest": "env:text{} queue:boolean",
-    "RetryRequest": "env:text{}",
+    "RunRequest": "env:text{} params:text{} queue:boolean",
+    "RetryRequest": "env:text{} params:text{}",
     "PauseRequest": "for:text until:instant",
     "EmptyRequest": "",
     "TokenRequest": "name:text scopes:text[] role:text jobs:text expires:text",

@@ -207,7 +207,7 @@ def test_overlap_is_obeyed(ask):
     (b"A=b", "the body is not JSON: "), (b"\xff", "the body is not JSON: "),
     (b'{"env": ', "the body is not JSON: "), (b"[" * 100_000, "the body is not JSON: "),
     (b"[]", 'the body is not an object; write {"env": …}'),
-    (b'{"enw": {}}', 'unknown key "enw" in the body; there are env, queue'),
+    (b'{"enw": {}}', 'unknown key "enw" in the body; there are env, params, queue'),
     (b'{"env": ["A=b"]}', 'env is an object whose values are strings'),
     (b'{"env": {"A": 1}}', 'env is an object whose values are strings'),
     (b'{"env": null}', 'env is an object whose values are strings'),

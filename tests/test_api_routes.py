@@ -534,3 +534,21 @@ def test_a_caller_learns_who_they_are(ask, become):
     payload = ask("/me")[1]
     assert (payload["name"], payload["owner"], payload["scopes"], payload["jobs"]) == (
         "token t", False, ["job:read"], "h*")
+
+
+def test_params_are_given_by_name_and_secret_ones_are_kept_nowhere(ask, error, store, become):
+    register(store, {"id": "p", "command": "x", "overlap": "queue", "params": {
+        "SIZE": {"default": "1"}, "KEY": {"secret": True}}})
+    become("run:create", "run:list")
+    body = b'{"params": {"SIZE": "2", "KEY": "s3cr3t-value"}}'
+    status, run, _ = ask("/jobs/p/run", "POST", body, Idempotency_Key="k")
+    assert status == 202
+    assert json.loads(row_of(store, run["id"])["env"]) == {"SIZE": "2", "KEY": None}
+    with store.read() as db:
+        assert "s3cr3t-value" not in "\n".join(db.iterdump())
+    again = ask("/jobs/p/run", "POST", body.replace(b"s3cr3t", b"0ther"), Idempotency_Key="k")
+    assert again[1]["id"] == run["id"], "a secret is not part of what is compared"
+    assert error("/jobs/p/run", "POST", body.replace(b"SIZE", b"SIZ"))[:2] == (
+        422, "invalid_params")
+    assert error("/jobs/p/run", "POST")[:2] == (422, "invalid_params")
+    assert error("/jobs/p/run", "POST", b'{"params": {"SIZE": 2}}')[:2] == (400, "bad_request")
