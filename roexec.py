@@ -6805,7 +6805,8 @@ class LogWriter:
         self._descriptor, self._begin = descriptor, offset
         log = os.path.join(self._folder, self.path)
         for start in _part_offsets(log)[:-3]:
-            os.unlink(_part(log, start))
+            with contextlib.suppress(OSError):          # tried again with the next part
+                os.unlink(_part(log, start))
 
     def _open(self):
         if self.path:
@@ -9019,10 +9020,10 @@ class Journal:
             os.rename(self.path + ".reason", self.path + ".cancel")
         now = Journal.glance(self.path) or self
         supervisor = Progress(now.events).supervisor
-        if supervisor and process_start(supervisor["pid"]) == supervisor["start"]:
-            if lock_is_held(self.path):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(supervisor["pid"], signal.SIGTERM)
+        if supervisor and process_start(supervisor["pid"]) == supervisor["start"] \
+                and lock_is_held(self.path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(supervisor["pid"], signal.SIGTERM)
 
     def close(self):
         """Give the lock back."""
@@ -9079,7 +9080,7 @@ class Progress:
     """What the events of a journal add up to.
 
     `attempts` are rows as the store has them; `open` is the process (a dict with what, pid, start,
-    and the keeper and the cgroups of its supervisor) that may be alive, or None; `done` are the
+    and boot, keeper and cgroups of its supervisor) that may be alive, or None; `done` are the
     names of what was begun; `supervisor`, `retry`, `outcome` and `finished` are events, or None;
     `outputs` is what a step hands on.
     """
@@ -9100,7 +9101,8 @@ class Progress:
 
     def _starting(self, event):
         self.open = {"what": event["what"], "at": event["at"], "pid": None, "start": None,
-                     **{name: (self.supervisor or {}).get(name) for name in ("keeper", "cgroups")}}
+                     **{name: (self.supervisor or {}).get(name)
+                        for name in ("boot", "keeper", "cgroups")}}
         if event["what"] != "env_from":         # which may be asked again
             self.done.append(event["what"])
         if event["what"] == "attempt":
@@ -9422,6 +9424,38 @@ def become_subreaper():
         return ctypes.CDLL(None).prctl(36, ctypes.c_ulong(1), 0, 0, 0) == 0
     except (ImportError, OSError, AttributeError):
         return False
+
+
+def fork(function):
+    """Perform a function in a child -> its pid. The child never comes back from here."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # inherited so: none could be waited
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # for (wait(2))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def keep_orphans(function):
+    """Perform `function(keeper)` in a child, until it has ended.
+
+    Should the child be killed, what it leaves hangs below this process, which stays until nothing
+    of that is left: so whoever finishes the run finds it all, whatever it made of its session and
+    its environment. `keeper` is [pid, start]; None where the host has no subreapers.
+    """
+    keeper = [os.getpid(), process_start(os.getpid())] if become_subreaper() else None
+    child = fork(lambda: function(keeper))
+    for name in os.listdir("/dev/fd"):
+        if int(name) > 2:               # sockets and locks are the child's
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, 0) != (child, 0):
+            pass
 
 
 def exit_status(run):
@@ -9884,7 +9918,7 @@ class _Execution:
     def __init__(self, journal, folder, signals, console=None, base=None, *, tell=None,
                  keeper=None, given=None):
         self.journal, self.folder, self.header = journal, folder, journal.header
-        self.keeper, self.cgroups = keeper, None
+        self.keeper, self.cgroups, self.boot = keeper, None, None
         self.signals, self.console, self.base, self.tell = signals, console, base, tell
         self.job, self.progress = journal.job, Progress(journal.events)
         self.secrets = given or {}
@@ -10201,9 +10235,10 @@ class Supervision(_Hooks):
 
     def _perform(self):
         earlier, number = self.progress.supervisor, len(self.progress.attempts)
+        self.boot = (earlier or self.header).get("boot")
         self.cgroups = cgroups_for(self.job)
         self.note("supervisor", pid=os.getpid(), start=self.signals.start, log=self._open_log(),
-                  keeper=self.keeper, cgroups=self.cgroups)
+                  boot=boot_id(), keeper=self.keeper, cgroups=self.cgroups)
         self._prepare()
         if self.header.get("only"):
             if earlier is None:
@@ -10302,7 +10337,7 @@ class Supervision(_Hooks):
         """Whether nobody knows how far the run has come, whose supervisor was lost."""
         return (self.progress.open is not None
                 and not self.progress.open["what"].startswith(("on_retry", "env_from"))
-                or self.header["boot"] != boot_id()
+                or self.boot != boot_id()
                 or number == 0 and (bool(self.progress.done) or self._belongs_to_another()))
 
     def _belongs_to_another(self):
@@ -10314,7 +10349,7 @@ class Supervision(_Hooks):
         left = self.progress.open
         if left is None:
             return
-        if self.header["boot"] == boot_id():    # else its numbers are those of other processes
+        if left["boot"] == boot_id():           # else its numbers are those of other processes
             killed = kill_remnants(self.journal.run_id, left, self.job.grace)
             if killed:
                 self.info(f"Killed {killed} processes that were left")
@@ -10401,7 +10436,7 @@ class Supervision(_Hooks):
 
     def _decided(self, ended):
         state, reason = outcome(self.job, ended)
-        if state == "lost" and self.header["boot"] != boot_id():
+        if state == "lost" and self.boot != boot_id():
             reason = "power"
         return self._final(state, reason, ended)
 
@@ -10454,38 +10489,6 @@ def file_of(data):
 
 
 # The supervisors of a server.
-
-def keep_orphans(function):
-    """Perform `function(keeper)` in a child, until it has ended.
-
-    Should the child be killed, what it leaves hangs below this process, which stays until nothing
-    of that is left: so whoever finishes the run finds it all, whatever it made of its session and
-    its environment. `keeper` is [pid, start]; None where the host has no subreapers.
-    """
-    keeper = [os.getpid(), process_start(os.getpid())] if become_subreaper() else None
-    child = fork(lambda: function(keeper))
-    for name in os.listdir("/dev/fd"):
-        if int(name) > 2:               # sockets and locks are the child's
-            with contextlib.suppress(OSError):
-                os.close(int(name))
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, 0) != (child, 0):
-            pass
-
-
-def fork(function):
-    """Perform a function in a child -> its pid. The child never comes back from here."""
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:      # inherited so: none could be waited
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # for (wait(2))
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
-
 
 def serve_runs(channel, folder, perform, *, keeper=None, console=None):
     """The body of a supervisor: take runs from their owner, one at a time, until it goes away.

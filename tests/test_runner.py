@@ -264,6 +264,24 @@ def test_after_a_power_cut_an_unfinished_run_is_lost(store, marks, begun):
     assert (run["state"], run["reason"], marks()) == ("lost", "power", [])
 
 
+def test_a_rerun_after_a_power_cut_is_looked_after_like_any_attempt(store, tmp_path):
+    """It runs in this boot, whichever the run was claimed in."""
+    journal = claimed(store, make_job(f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pid;"
+                                      " sleep 600", if_lost="rerun", backoff=0.01, grace=0.1))
+    data = {**journal.header, "boot": "another"}
+    journal.close()
+    journal = Journal.create(store.file("active"), data)
+    journal.note("starting", what="attempt")
+    pid = in_child(lambda: roexec.Supervision(journal, store.folder, roexec.Signals()).perform())
+    journal.close()
+    command = read_pid(tmp_path / "pid")
+    os.kill(pid, signal.SIGKILL)
+    end_of(pid)
+    run = supervise(store, wait_for(lambda: Journal.find(journal.path)))
+    assert (run["state"], run["reason"]) == ("lost", "supervisor") and not is_alive(command)
+    assert len(read_attempts(store, run["id"])) == 2 and not descendants()
+
+
 def test_an_orphan_that_comes_within_the_grace_is_asked_to_end_too(store):
     started = time.monotonic()
     run = perform(store, "trap 'setsid sleep 600 > /dev/null 2>&1 & exit' TERM; "
