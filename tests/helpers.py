@@ -176,7 +176,9 @@ class Server:
     def __init__(self, store, log, settings=None, prepare=None, wait=True):
         self.log = log
         log.write_text("")
+        self.descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)      # as standard error is open
         self.pid = in_child(lambda: self._serve(store, settings, prepare))
+        os.close(self.descriptor)
         if wait:
             wait_for(lambda: "ready" in self.said or not is_alive(self.pid))
             assert is_alive(self.pid), self.said
@@ -203,8 +205,7 @@ class Server:
             raise
 
     def _say(self, text, level="INFO", at=None):
-        with open(self.log, "a") as file:
-            file.write(f"[{level}] {text}\n")
+        os.write(self.descriptor, f"[{level}] {text}\n".encode())
 
     @property
     def said(self):
