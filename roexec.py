@@ -19158,7 +19158,8 @@ def completion_script(shell, commands):
             words[""].append(first)
         if second:
             words.setdefault(first, []).append(second)
-        cases += _bash_case(command)
+    for command in commands:
+        cases += _bash_case(command, words.get(command.name, ()))
     for first, seconds in words.items():
         if first not in {command.name for command in commands}:
             cases += f'        "{first}") kind="{" ".join(seconds)}" ;;\n'
@@ -19167,17 +19168,19 @@ def completion_script(shell, commands):
         "@CASES@", cases.rstrip("\n"))
 
 
-def _bash_case(command):
+def _bash_case(command, seconds):
+    """`seconds` are the words that make the name that of another command."""
     behind, switches = {}, []
     for flags, metavar, *_ in command.options:
         switches += [flag for flag in flags.split() if flag.startswith("--")]
         if metavar is not None:
             kind = _words_of_command(command) if flags == "--id" else _words_of_option(metavar)
             behind.setdefault(kind, []).extend(flags.split())
-    behind = " ".join(f"{'|'.join(flags)}) kind=\"{kind}\" options= ;;"
+    behind = " ".join(f"{'|'.join(flags)}) kind=\"{kind}\" options= more= ;;"
                       for kind, flags in behind.items())
     return (f'        "{command.name}") kind="{_words_of_command(command)}" '
-            f'options="{" ".join(switches)}"\n            case $previous in {behind} esac ;;\n')
+            f'options="{" ".join(switches)}" more="{" ".join(seconds)}"\n'
+            f'            case $previous in {behind} esac ;;\n')
 
 
 _ZSH = """\
@@ -19195,7 +19198,7 @@ _roexec_ids() {
 
 _roexec() {
     local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"
-    local before="" word="" name="" kind="" options="" number=0 store
+    local before="" word="" name="" kind="" options="" more="" number=0 store
     store=()
     for word in "${COMP_WORDS[@]}"; do
         number=$((number + 1))
@@ -19227,7 +19230,7 @@ _roexec() {
         none) kind="" ;;
         files) COMPREPLY=($(compgen -f -- "$current")); return ;;
     esac
-    COMPREPLY=($(compgen -W "$kind" -- "$current"))
+    COMPREPLY=($(compgen -W "$kind $more" -- "$current"))
 }
 
 complete -o filenames -F _roexec roexec

@@ -742,7 +742,7 @@ COMPLETED = [
     ("roexec list runs --state succ", ["succeeded"]),
     ("roexec pause ba", ["backup-db"]),
     ("roexec run --id h", ["hello"]),
-    ("roexec logs ", ["backup-db", "hello", "latest", "run4567890"]),
+    ("roexec logs ", ["backup-db", "export", "hello", "latest", "run4567890"]),
     ("roexec logs --stream ", ["err", "out"]),
     ("roexec apply -f jo", ["jobs.yml"]),
     ("roexec completion z", ["zsh"]),

@@ -235,9 +235,8 @@ def test_the_tar_is_what_the_readme_unpacks(tree, tmp_path):
     with tarfile.open(fileobj=io.BytesIO(gzip.decompress(packed))) as tar:
         modes = {member.name: (member.mode, member.mtime, member.uname) for member in tar}
     assert modes == {f"{name}/{path}": (0o755 if path == "roexec" else 0o644, 0, "") for path in (
-        "roexec", "README.md", "LICENSE", "examples/config-local.yml",
-        "examples/docker/Dockerfile", "examples/docker/compose.yml", "examples/jobs.yml",
-        "examples/roexec.service")}
+        "roexec", "README.md", "LICENSE", *(str(example.relative_to(ROOT)) for example in
+                                            (ROOT / "examples").rglob("*") if example.is_file()))}
     (tmp_path / "x.tar.gz").write_bytes(packed)
     output("tar", "-xzf", tmp_path / "x.tar.gz", cwd=tmp_path)
     assert output(sys.executable, tmp_path / name / "roexec", "--version") == VERSION
