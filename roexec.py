@@ -13713,7 +13713,7 @@ h1 .badge { font-size: 14px; margin-left: 4px; }
   grid-template-columns: repeat(auto-fill, minmax(150px, 1fr));
   padding: 14px 0; margin: 10px 0 0; border: solid var(--line); border-width: 1px 0; }
 .facts dd { overflow-wrap: anywhere; }
-.slim { min-height: 30px; }
+.slim { min-height: 30px; padding-top: 6px; white-space: pre-wrap; }
 .slim .progress { margin-top: 6px; }
 .columns { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); gap: 40px; }
 .plot { position: relative; height: 150px; padding: 20px 8px; border-bottom: 1px solid var(--line);
@@ -14839,7 +14839,7 @@ function givenBy(form) {
 // Run: what happened, the steps of a pipeline, the log.
 
 function run(id, query) {
-  let found = null, trouble = null, parent = null, steps = [], definition = null, log = null;
+  let found = null, trouble = null, parent = null, steps = [], definition, log, lively = false;
 
   async function load() {
     try {
@@ -14863,13 +14863,14 @@ function run(id, query) {
   function render() {
     if (!found) return blank(trouble);
     const usual = found.step ? null : (definition || {}).usual;
+    lively = lively || !isOver(found);          // what it needs then stays, so that nothing moves
     const declared = ((definition || {}).spec || {}).pipeline;
     return h("section.run",
       h("div.head",
         h("h1", link("job", found.job_id), parent && [" / ", bdi(found.step)],
           " ", badge(found.state)),
         h("div.actions", runActions())),
-      h("div.slim", isOver(found) ? h("p.text", reasonOf(found))
+      (lively || reasonOf(found)) && h("div.slim", isOver(found) ? reasonOf(found)
         : [eta(found, usual), progress(found, usual)]),
       h("dl.facts",
         fact("Run", h("code", id)),
