@@ -14778,29 +14778,33 @@ function plot(runs) {
   h("div", timed.map((run) => mark(run, placeOf(run)))));
 }
 
-// A form for a run: what the job declares, and more for those who may define jobs.
+// A form for a run: what the job declares, and more for those who may define jobs. A retry asks for
+// secrets alone, which nobody has kept.
 
-function runDialog(found) {
-  const declared = Object.entries(found.spec.params || {});
-  const names = Object.keys(found.spec.env || {});
+const secretsOf = (found) => Object.entries(found.spec.params || {}).filter(([, param]) =>
+  param && param.secret);
+
+function runDialog(found, target = jobPath(found.id) + "/run", again = null) {
+  const declared = again ? secretsOf(found) : Object.entries(found.spec.params || {});
+  const names = again ? [] : Object.keys(found.spec.env || {});
   const fields = [
     ...declared.map(([name, param]) => paramField(name, param)),
     names.length > 0 && h("details", {open: !declared.length}, h("summary", "Variables"),
       names.map((name) => textField(name, {placeholder: found.spec.env[name] || ""}))),
-    can("job:write") && h("label", "More variables, NAME=value on a line each",
+    !again && can("job:write") && h("label", "More variables, NAME=value on a line each",
       h("textarea", {rows: 2, spellcheck: "false"}))];
   const failure = h("p.failure", {role: "alert"});
   const form = h("form", {onsubmit: async (event) => {
     event.preventDefault();
     try {
-      const run = await post(jobPath(found.id) + "/run", givenBy(form));
+      const run = await post(target, {...givenBy(form), ...again});
       $("dialog").close();
       location.hash = address("run", run.id);
     } catch (error) {
       failure.textContent = printable(error.message);
     }
   }},
-  h("h2", {id: "dialog-title"}, "Run ", bdi(found.id)), fields, failure,
+  h("h2", {id: "dialog-title"}, again ? "Retry " : "Run ", bdi(found.id)), fields, failure,
   h("div.actions", button("Close", () => $("dialog").close()),
     h("button.main", "Run")));
   $("dialog").replaceChildren(form);
@@ -14899,7 +14903,9 @@ function run(id, query) {
   }
 
   async function retry(which, body) {
-    const made = await doing(post(runPath(which) + "/retry", body));
+    const target = runPath(which) + "/retry";
+    if (definition && secretsOf(definition).length) return runDialog(definition, target, body);
+    const made = await doing(post(target, body));
     if (made) location.hash = address("run", made.id);
   }
 

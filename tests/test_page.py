@@ -366,6 +366,13 @@ def test_a_run_is_started_with_the_parameters_of_its_job(visit, browser, site, s
     browser.wait_text("succeeded", "h1")
     assert "s3cret" not in browser.text()
     shoot()
+    first = run_in_address(browser)
+    browser.click(".actions button")            # nobody has kept the secret
+    browser.type("dialog[open] [name=PASSWORD]", "an0ther")
+    browser.click("dialog .main")
+    wait_for(lambda: run_in_address(browser) != first)
+    browser.wait_text("version 2.5 to live, password ***", ".lines")
+    assert site.ended(run_in_address(browser))["retry_of"] == first
 
 
 @engine
@@ -721,8 +728,8 @@ def test_of_a_large_log_only_a_window_is_fetched(visit, browser, site, shoot):
         sum + (one.name.includes('/logs') ? one.encodedBodySize : 0), 0)""") < 2_000_000
     browser.click(".log .tools button")
     browser.wait_text("Starting run", ".lines")
-    browser.type("#log-search", "100000\ue007")
+    browser.type("#log-search", "123456\ue007")
     browser.wait(".line.marked mark", 30)
-    assert browser.run("return document.querySelector('.marked').textContent").endswith("100000")
+    assert browser.run("return document.querySelector('.marked').textContent").endswith("123456")
     assert browser.run("return document.querySelectorAll('.line').length") < 9000
     shoot()
