@@ -18458,8 +18458,9 @@ _UNIT_SETTINGS = {
 
 
 def _check_unit(examined):
+    own = os.geteuid() != 0 and examined.store.path != HOST_STORE
     words, unit = examined.server and unit_of(examined.server) or (
-        ["--user"] if os.geteuid() else [], "roexec.service")
+        ["--user"] if own else [], "roexec.service")
     found = show_unit(words, unit, ["LoadState", *_UNIT_SETTINGS])
     if found.get("LoadState") != "loaded":
         return
