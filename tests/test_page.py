@@ -5,8 +5,10 @@ ROEXEC_SHOTS names, else in one of pytest's.
 """
 import base64
 import contextlib
+import gzip
 import hashlib
 import html.parser
+import http.client
 import json
 import os
 import re
@@ -259,6 +261,39 @@ class Site:
         self.process.wait(20)
 
 
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    """A server that lets nobody in without a token."""
+    site = Site(tmp_path_factory.mktemp("closed"), "jobs: [{id: hello, command: echo}]",
+                auth={"owner": False})
+    yield site
+    site.process.send_signal(signal.SIGTERM)
+    site.process.wait(20)
+
+
+def request(site, path, **headers):
+    """(status, headers, bytes) of an answer."""
+    connection = http.client.HTTPConnection(site.url.removeprefix("http://"), timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={name.replace("_", "-"): text
+                                                 for name, text in headers.items()})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+
+
+def test_whoever_comes_gets_the_page_and_nothing_else(closed):
+    status, headers, body = request(closed, "/")
+    assert (status, body) == (200, BODY)
+    assert {name: headers[name] for name in HEADERS} == HEADERS
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    assert request(closed, "/", If_None_Match=headers["ETag"])[0] == 304
+    status, headers, body = request(closed, "/", Accept_Encoding="gzip")
+    assert headers["Content-Encoding"] == "gzip" and gzip.decompress(body) == BODY
+    assert len(body) < 30_000
+    assert request(closed, "/api/v1/me")[0] == 401
+    assert request(closed, "/", Host="elsewhere.example")[0] == 421
+
+
 HOSTILE = "<img src=x onerror=hacked=1> \u202egnp.exe \u2066 {{7*7}} ${1}"
 JOBS = """
 jobs:
@@ -480,16 +515,6 @@ def test_what_a_job_controls_is_text_wherever_it_is_shown(visit, browser, site, 
     assert browser.run("return document.querySelector('.lines .c1').textContent") == "red"
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
     shoot()
-
-
-@pytest.fixture(scope="module")
-def closed(tmp_path_factory):
-    """A server that lets nobody in without a token."""
-    site = Site(tmp_path_factory.mktemp("closed"), "jobs: [{id: hello, command: echo}]",
-                auth={"owner": False})
-    yield site
-    site.process.send_signal(signal.SIGTERM)
-    site.process.wait(20)
 
 
 @engine
