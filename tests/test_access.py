@@ -139,6 +139,28 @@ def test_over_tls_too_the_owner_is_let_in_and_a_log_followed(run_server, certifi
     journal.close()
 
 
+@needs_tables
+def test_a_large_log_is_followed_over_tls_at_the_pace_of_its_reader(run_server, certificates,
+                                                                    store):
+    paths, run_id = certificates("large"), roexec.new_run_id()
+    server = run_server(tls=paths)
+    os.makedirs(store.file("logs/x"))
+    content = b"".join(b"2025-08-01T10:00:00Z [OUT] line %d\n" % number for number in range(900_000))
+    with open(store.file("logs/x/1.log"), "wb") as file:
+        file.write(content)
+    with store.write() as db:
+        roexec.add_run(db, id=run_id, job_id="x", trigger="manual", queued_at=0, finished_at=1,
+                       state="succeeded", log="logs/x/1.log")
+    context = ssl.create_default_context(cafile=paths["cert"])
+    with contextlib.closing(http.client.HTTPSConnection(
+            "localhost", server.address[1], timeout=20, context=context)) as connection:
+        connection.request("GET", f"/api/v1/runs/{run_id}/logs?follow=1")
+        response = connection.getresponse()
+        stream = wait_for(lambda: next(iter(server.streams.all.values()), None))
+        wait_for(lambda: time.monotonic() > stream.taken_at + 0.2)
+        assert response.read() == content
+
+
 @pytest.mark.parametrize("content", [None, "", "x", "-----BEGIN CERTIFICATE-----\n"])
 def test_files_that_are_no_certificates_stop_the_server_at_its_start(content, store, tmp_path):
     path = tmp_path / "x.pem"
