@@ -16194,6 +16194,25 @@ def _get_export(request, store):
                     body=job_to_yaml(jobs).encode())
 
 
+def _get_status(request, store):
+    """How the server does: what is on, and the notices that did not get to where they were to."""
+    request.options()
+    caller = request.caller
+    with store.read() as db:
+        states = [run["state"] for run in active_runs(db) if caller.sees(run["job_id"])]
+        jobs, notices = list(filter(caller.sees, job_ids(db))), unsent_notices(db)
+        about = run_rows(db, [row["run_id"] for row in notices if row["run_id"]])
+    if caller.pattern is not None:
+        notices = [row for row in notices if row["run_id"] in about
+                   and caller.sees(about[row["run_id"]]["job_id"])]
+    trouble, whole = request.vitals and request.vitals.trouble(), caller.may("job:write")
+    return json_response({
+        "store": store.path if whole else None, "process": os.getpid() if whole else None,
+        "health": trouble or "healthy", "jobs": len(jobs), "running": states.count("running"),
+        "queued": states.count("queued"), "warnings": [],
+        "unsent_notices": list(map(notice_payload, notices))})
+
+
 def _get_me(request, store):
     """Who asks, what they may do, and where they have come to."""
     request.options()
@@ -16528,8 +16547,13 @@ def _get_runs(request, store):
         runs = run_payloads(store, db, rows[:limit])
     more = len(rows) > limit
     cursor = _cursor(rows[limit - 1]["seq"], filters) if more else None
-    still = all(run["state"] != "running" for run in runs)      # of others their journals tell more
+    still = all(map(_is_still, runs))
     return json_response(page("runs", runs, cursor)).changed(until=math.inf if still else None)
+
+
+def _is_still(run):
+    """Whether the database alone says all about a run of a payload, and not a journal more."""
+    return run["state"] in FINAL_STATES or run["state"] == "queued" and run["step"] is None
 
 
 def _visible_jobs(db, caller, tag=None):
@@ -16552,7 +16576,7 @@ def _get_run(request, store):
     request.options()
     with store.read() as db:
         run, = run_payloads(store, db, [_asked_run(db, request)])
-    return json_response(run).changed(until=None if run["state"] == "running" else math.inf)
+    return json_response(run).changed(until=math.inf if _is_still(run) else None)
 
 
 def _asked_run(db, request):
@@ -17274,6 +17298,10 @@ _MEMBERS = {
     "Health": "status:text",
     "Me": "name:text owner:boolean jobs:text? scopes:text[] now:instant version:text node:text "
           "timezone:text",
+    "Notice": "kind:text run:text? title:text? state:text tries:integer error:text? "
+              "created_at:instant next_try:instant?",
+    "Status": "store:text? process:integer? health:text jobs:integer running:integer "
+              "queued:integer warnings:text[] unsent_notices:Notice[]",
     "LastRun": "id:text state:state started_at:instant? finished_at:instant?",
     "Job": "id:text name:text? schedule:text[] words:text[] timezone:text enabled:boolean "
            "paused:boolean paused_until:instant? next_run:instant? last_run:LastRun? usual:number? "
@@ -17512,6 +17540,7 @@ ROUTES = tuple(_route(text, handler) for text, handler in (
     ("GET / page -> 200:text/html", _get_page),
     ("GET /api/v1/health open -> 200:Health 503", _get_health),
     ("GET /api/v1/me any -> 200:Me", _get_me),
+    ("GET /api/v1/status job:read -> 200:Status", _get_status),
     ("GET /api/v1/openapi.json any -> 200:any", _get_openapi),
     ("GET /api/v1/jobs job:read limit cursor tag state:job_states brief ids -> 200:JobPage",
      _get_jobs),

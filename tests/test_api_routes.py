@@ -552,3 +552,34 @@ def test_params_are_given_by_name_and_secret_ones_are_kept_nowhere(ask, error, s
         422, "invalid_params")
     assert error("/jobs/p/run", "POST")[:2] == (422, "invalid_params")
     assert error("/jobs/p/run", "POST", b'{"params": {"SIZE": 2}}')[:2] == (400, "bad_request")
+
+
+def test_how_the_server_does_is_told(ask, store, become):
+    run = record(store, "backup", "running")
+    record(store, "hello", "queued")
+    with store.write() as db:
+        for run_id in (run, None):
+            roexec.add_notice(db, "webhook", "http://x/secret", run_id, b"", NOW, title="failed")
+    status = ask("/status")[1]
+    assert (status["health"], status["jobs"], status["running"], status["queued"]) == (
+        "healthy", 3, 1, 1)
+    assert status["store"] == store.path and len(status["unsent_notices"]) == 2
+    assert "secret" not in str(status)
+    become("job:read", pattern="hel*")
+    assert ask("/status")[1] == {
+        "store": None, "process": None, "health": "healthy", "jobs": 1, "running": 0, "queued": 1,
+        "warnings": [], "unsent_notices": []}
+
+
+def test_a_step_that_begins_is_seen_though_the_database_does_not_change(ask, store):
+    parent = record(store, state="running")
+    step = record(store, state="queued", step="one", parent=parent, trigger="pipeline")
+    paths = (f"/runs/{step}", f"/runs?parent={parent}")
+    first = [ask(path)[1] for path in paths]
+    assert first[1]["runs"] == [first[0]] and first[0]["state"] == "queued"
+    journal = roexec.Journal.create(store.file("active"), {"run": step, "parent": parent,
+                                                           "step": "one"})
+    journal.note("supervisor", pid=1, start=1, log=None)
+    assert [ask(path)[1] for path in paths][0]["state"] == "running"
+    assert ask(paths[1])[1]["runs"][0]["state"] == "running"
+    journal.close()
