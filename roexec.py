@@ -17097,8 +17097,8 @@ class Streams:
     def __init__(self, store, say, close_connection):
         self.lookout, self.say, self.close_connection = Lookout(store), say, close_connection
         self.all, self.new, self.taken = {}, collections.deque(), set()
-        self.poller, self.mutex, self.thread, self.closed = select.poll(), threading.Lock(), None, \
-            False
+        self.poller, self.mutex = select.poll(), threading.Lock()
+        self.thread, self.closed, self.told = None, False, None
 
     def add(self, connection, request, response, recheck):
         """Take a connection over, whose head was sent -> whether there is a place for it."""
@@ -17138,13 +17138,22 @@ class Streams:
             try:
                 self.turn()
                 if time.monotonic() - beaten > 1:
-                    beaten = time.monotonic()
+                    beaten, self.told = time.monotonic(), None
                     self.look_after(beaten)
             except (RoexecError, OSError) as error:     # a full disk, say: tried again
-                self.say(f"streams wait: {error}", "ERROR")
-                time.sleep(1)
+                self.wait_for(str(error))
+            except Exception:
+                import traceback
+                self.wait_for(traceback.format_exc())
         for stream in [*self.all.values(), *self.new]:
             self.drop(stream)
+
+    def wait_for(self, trouble):
+        """Wait until trouble may be over; it is told once."""
+        if trouble != self.told:
+            self.told = trouble
+            self.say(f"streams wait: {trouble}", "ERROR")
+        time.sleep(1)
 
     def turn(self):
         """Wait a moment for what streams wait for, and serve those that can go on."""

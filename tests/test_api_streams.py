@@ -391,12 +391,16 @@ def test_a_client_of_http_1_0_gets_a_stream_without_chunks(server, store):
 def test_a_store_that_cannot_be_read_lets_streams_wait(listen, said, server, store, monkeypatch):
     listener = listen("/events")
     listener.next()
-    monkeypatch.setattr(server.streams.lookout, "look", lambda: fail())
+    failures = []
 
     def fail():
-        monkeypatch.undo()
-        raise roexec.RoexecError("the disk is away")
-    wait_for(lambda: said)
-    assert said.pop() == "streams wait: the disk is away"
+        failures.append(1)
+        if len(failures) == 3:
+            monkeypatch.undo()
+        raise roexec.RoexecError("the disk is away") if len(failures) < 3 else KeyError("defect")
+    monkeypatch.setattr(server.streams.lookout, "look", fail)
+    wait_for(lambda: len(said) == 2)
+    assert said.pop(0) == "streams wait: the disk is away", "and it is told once"
+    assert "KeyError: 'defect'" in said.pop()
     record(store)
     assert listener.next()[0] == "run"
