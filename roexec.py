@@ -18241,13 +18241,18 @@ class Finding(Value):
 
 
 class Examined:
-    """What is examined: a Store, which may not be there yet, the Config, and the process of the
-    live server or None."""
+    """What is examined: a Store, which may not be there yet, and the Config."""
 
     def __init__(self, store, config):
-        self.store, self.config, self.server = store, config, None
-        with contextlib.suppress(OSError):          # the check of the store says why
-            self.server = store.server()
+        self.store, self.config = store, config
+
+    @property
+    def server(self):
+        """The process of the live server, None without one; raises RoexecError."""
+        try:
+            return self.store.server()
+        except PermissionError:
+            raise self.store.refusal() from None
 
     def jobs(self):
         """The jobs in effect."""
@@ -18264,10 +18269,10 @@ def examine(store, config, checks=None):
     for about, check in (checks or _CHECKS).items():
         try:
             findings += [Finding(about=about, **found) for found in check(examined)]
-        except RoexecError as error:
-            findings.append(Finding(about=about, **_wrong(str(error))))
-        except OSError as error:
-            findings.append(Finding(about=about, **_wrong(f"cannot be looked at: {error}")))
+        except (RoexecError, OSError) as error:
+            text = str(error) if isinstance(error, RoexecError) else f"cannot be looked at: {error}"
+            if text not in [found.text for found in findings]:      # a store that cannot be read
+                findings.append(Finding(about=about, **_wrong(text)))
     return findings
 
 

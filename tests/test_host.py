@@ -22,6 +22,10 @@ import roexec
 
 pytestmark = pytest.mark.usefixtures("surroundings")
 ROOT = os.geteuid() == 0
+PYTHON = next((path for path in ("/usr/bin/python3", "/usr/local/bin/python3")
+               if os.path.exists(path) and subprocess.run(
+                   [path, "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 9))"]
+               ).returncode == 0), None)
 
 
 @pytest.fixture
@@ -58,6 +62,22 @@ def test_a_host_as_it_should_be_has_nothing_wrong(doctor, cli, store):
     status, out, _ = cli("doctor")
     assert status == 0 and re.search(r"^ok +store +/.*store, \w+, owner \w+$", out, re.M)
     assert re.search(r"^note +server +none runs .* -> roexec server$", out, re.M)
+
+
+@pytest.mark.skipif(not ROOT or PYTHON is None, reason="needs root, and a Python for everybody")
+def test_a_store_that_one_may_not_open_is_one_finding(store, tmp_path):
+    folder = tempfile.mkdtemp()
+    try:
+        os.chmod(folder, 0o755)
+        program = shutil.copy(roexec.__file__, folder)
+        roexec.Store(os.path.join(folder, "store")).create()
+        done = subprocess.run([PYTHON, program, "--store", os.path.join(folder, "store"), "doctor"],
+                              user=65534, capture_output=True, text=True, cwd="/")
+    finally:
+        shutil.rmtree(folder)
+    told = [line for line in done.stdout.splitlines() if line.startswith("wrong")]
+    assert done.returncode == 1 and len(told) == 1, done.stdout + done.stderr
+    assert told[0].startswith("wrong  store") and "belongs to root; run as that user" in told[0]
 
 
 def test_doctor_makes_no_store(cli, tmp_path):
@@ -374,10 +394,6 @@ def test_what_the_templates_show_can_be_said():
 
 # install, on a host of which everything that is written is a copy.
 
-PYTHON = next((path for path in ("/usr/bin/python3", "/usr/local/bin/python3")
-               if os.path.exists(path) and subprocess.run(
-                   [path, "-c", "import sys, sqlite3; sys.exit(sys.version_info < (3, 9))"]
-               ).returncode == 0), None)
 PREPARE = """
 for folder in /etc /usr/local/bin; do
     mkdir -p {root}$folder; cp -a $folder/. {root}$folder; mount --bind {root}$folder $folder
