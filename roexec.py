@@ -126,6 +126,8 @@ def nearest(word, choices):
 
 def printable(text):
     """The text on one line, without characters that would steer a terminal or deceive a reader."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else _escape(char) for char in text)
 
 
@@ -13076,6 +13078,8 @@ class Upkeep:
 
     def give_back(self):
         """Make the database file smaller where a quarter of it holds nothing."""
+        if self.dry_run:
+            return
         before = None
         while True:
             with self.store.read() as db:
@@ -20581,6 +20585,7 @@ def _cmd_maintenance_purge(session):
         if older is None and options.keep is None and options.job is None:
             upkeep = keep_small(store, progress=bar, **how)
         else:
+            stack.callback(os.close, hold_upkeep(store))
             upkeep = Upkeep(store, progress=bar, **how)
             upkeep.purge_runs(older=older, newest=options.keep, job_id=options.job)
             upkeep.give_back()
