@@ -13574,7 +13574,7 @@ _HTML = """\
 <main id="main" tabindex="-1"></main>
 <div id="said" role="status"></div>
 <dialog id="dialog" aria-labelledby="dialog-title"></dialog>
-<noscript>This page needs JavaScript; the command line does not.</noscript>
+<noscript>This page needs JavaScript.</noscript>
 <script>__SCRIPT__</script>
 </body>
 </html>
@@ -14142,7 +14142,8 @@ function takeJobEvent({id, deleted}) {
 
 document.addEventListener("visibilitychange", () => {
   if (document.hidden && stream.stop) stream.stop.abort();
-  else tick();
+  if (view && view.seen) view.seen(!document.hidden);
+  tick();
 });
 
 // Draw soon, but ten times a second at most, and a fifth of the time at most.
@@ -14157,7 +14158,8 @@ function changed() {
 }
 
 // Views: functions of (argument, query) that give {title, render()} and, where they need it,
-// turned(query), took(run), tookJob(id), placed(), stop(). Their place is the address: #/run/ID.
+// turned(query), took(run), tookJob(id), placed(), seen(whether), stop(). Their place is the
+// address: #/run/ID.
 
 let view = null, where = "";
 
@@ -14914,7 +14916,8 @@ function run(id, query) {
   }
 
   load();
-  return {title: "Run " + id, render, stop() { if (log) log.stop(); },
+  const stop = () => log && log.stop();
+  return {title: "Run " + id, render, stop, seen: (shown) => shown ? log && log.goOn() : stop(),
     took(other) {
       if ([other.id, other.parent].includes(id) || (found && other.parent === found.parent
         && other.parent) || (found && other.id === found.parent)) refresh();
@@ -15024,6 +15027,11 @@ class LogView {
 
   stop() {
     this.abort.abort();
+  }
+
+  goOn() {
+    this.abort = new AbortController();
+    this.follow();
   }
 
   ask(asked, Accept) {
@@ -15233,19 +15241,17 @@ class LogView {
     const after = this.marked ?? -1;
     const here = this.lines.find((line) => line.at > after && has(line));
     if (here) return this.mark(here);
-    const start = this.end;
-    let from = start >= this.size ? 0 : start, turned = from === 0;
     try {
-      while (!turned || from < start) {
-        this.tell("searching … " + this.percent(from));
-        const response = await this.ask({offset: from, limit: SEARCHED}, "text/plain");
-        if ((await response.text()).toLowerCase().includes(wanted)) {
-          const line = (await this.fetch(from, SEARCHED)).lines.find(has);
-          if (line) return this.mark(line);
+      for (const [first, last] of [[this.end, this.size], [0, this.end]]) {
+        for (let from = first, next; from < last; from = Math.max(from + 1, next)) {
+          this.tell("searching … " + this.percent(from));
+          const response = await this.ask({offset: from, limit: SEARCHED}, "text/plain");
+          if ((await response.text()).toLowerCase().includes(wanted)) {
+            const line = (await this.fetch(from, SEARCHED)).lines.find(has);
+            if (line) return this.mark(line);
+          }
+          next = Number(response.headers.get("Roexec-Next-Offset"));
         }
-        const next = Number(response.headers.get("Roexec-Next-Offset"));
-        from = next > from ? next : this.size;
-        if (from >= this.size && !turned) [from, turned] = [0, true];
       }
       this.tell("not found");
     } catch (error) {
@@ -15267,8 +15273,8 @@ class LogView {
   }
 }
 
-// Escape sequences of terminals: colours from a table of sixteen, everything else is dropped.
-// What a carriage return overwrites is not shown either.
+// Escape sequences of terminals: colours from a table of sixteen, all else is dropped, as is what a
+// carriage return overwrites.
 
 const ESCAPE = /\x1b(?:\[([\d;:]*)[ -/]*([@-~])|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])/g;
 
@@ -15351,7 +15357,7 @@ function files(_, query) {
         button("Check", () => submit(true), {disabled: busy || !text.trim()}),
         button("Apply", () => submit(false), {class: "main", disabled: busy || checked !== text
           || !changes.length}))),
-      h("p.quiet", "The server checks a file first, and shows what would change."),
+      h("p.quiet", "Check shows what would change."),
       kept(editor),
       h("div.result", {"aria-live": "polite"}, failure && problems(), result && [
         h("h2", changes.length ? many(changes.length, "change")
