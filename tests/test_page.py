@@ -438,6 +438,30 @@ def test_a_log_is_followed_searched_and_ended_by_a_cancel(visit, browser, site, 
 
 
 @engine
+def test_a_hidden_tab_holds_no_connection_and_goes_on_where_it_was(visit, browser, site):
+    run_id = site.post("jobs/long/run")["id"]
+    visit(site, f"#/run/{run_id}")
+    browser.wait_text("line 3\n", ".lines")
+    browser.wait_text("live", "#live")
+    browser.run("""
+        window.told = [];
+        new MutationObserver(() => told.push(document.getElementById('live').textContent))
+          .observe(document.getElementById('live'), {childList: true});""")
+    here, = browser.ask("GET", "/window/handles")
+    other = browser.ask("POST", "/window/new", {"type": "tab"})["handle"]
+    browser.ask("POST", "/window", {"handle": other})
+    wait_for(lambda: b"line 20\n" in request(site, f"/api/v1/runs/{run_id}/logs?raw=1")[2])
+    browser.ask("DELETE", "/window")
+    browser.ask("POST", "/window", {"handle": here})
+    browser.wait_text("line 25\n", ".lines")
+    browser.wait_text("live", "#live")
+    assert browser.run("return told") == ["", "live"]
+    lines = re.findall(r"line (\d+)$", browser.text(".lines"), re.M)
+    assert lines == [str(number) for number in range(1, len(lines) + 1)]
+    site.post(f"runs/{run_id}/cancel")
+
+
+@engine
 def test_a_pipeline_is_shown_as_a_graph_and_what_failed_is_run_again(visit, browser, site, shoot):
     (site.folder / "ok").unlink(missing_ok=True)
     failed = site.ended(site.post("jobs/release/run")["id"])
