@@ -10237,7 +10237,7 @@ class Supervision(_Hooks):
 
     def _perform(self):
         earlier, number = self.progress.supervisor, len(self.progress.attempts)
-        self.boot = (earlier or self.header).get("boot")
+        self.boot = (earlier or {}).get("boot") or self.header["boot"]
         self.cgroups = cgroups_for(self.job)
         self.note("supervisor", pid=os.getpid(), start=self.signals.start, log=self._open_log(),
                   boot=boot_id(), keeper=self.keeper, cgroups=self.cgroups)
@@ -10351,7 +10351,8 @@ class Supervision(_Hooks):
         left = self.progress.open
         if left is None:
             return
-        if left["boot"] == boot_id():           # else its numbers are those of other processes
+        # Of another boot its numbers are those of other processes.
+        if (left["boot"] or self.header["boot"]) == boot_id():
             killed = kill_remnants(self.journal.run_id, left, self.job.grace)
             if killed:
                 self.info(f"Killed {killed} processes that were left")
