@@ -4651,10 +4651,47 @@ def run_text(run, style, usual=None, log=None):
         ("finished", style.moment(run["finished_at"])), ("duration", _run_time(run, style, usual)),
         ("retry at", style.moment(run["retry_at"])), ("exit", _exit(run)), ("node", run["node"]),
         ("log", log or run["log"])), style)
+    if run.get("steps"):
+        text += "\n" + steps_text(run, style)
     if not run["attempts"]:
         return text
     header = "ATTEMPT", "STARTED", "DURATION", "EXIT", "CPU", "MEMORY", "OUTPUT"
     return text + "\n" + table(header, [_attempt_row(row, style) for row in run["attempts"]], style)
+
+
+_DEEPEST_STEP = 12           # levels of steps that are drawn
+
+
+def steps_text(run, style):
+    """The graph of the steps of a run payload: each stands below the last step that it waits for,
+    and names those that it waits for where that does not tell all."""
+    steps, below, depth = {step["step"]: step for step in run["steps"]}, {None: []}, {}
+    for name, step in steps.items():
+        depth[name] = 1 + max((depth.get(need, 0) for need in step["depends_on"]), default=-1)
+    for name, step in steps.items():
+        needs = [need for need in step["depends_on"] if need in steps]
+        last = max(needs, key=lambda need: (depth[need], list(steps).index(need)), default=None)
+        below.setdefault(last, []).append(name)
+    rows, ahead = [], [(name, "") for name in reversed(below[None])]
+    while ahead:
+        name, prefix = ahead.pop()
+        rows.append(_step_row(run, steps[name], prefix, style))
+        indent = prefix.replace("`-", "  ").replace("|-", "| ")
+        for number, other in enumerate(reversed(below.get(name, ()))):
+            mark = "`- " if number == 0 else "|- "
+            ahead.append((other, (indent + mark) if len(indent) < 3 * _DEEPEST_STEP else indent))
+    return table(("STEP", "STATE", "TIME", "DURATION", "EXIT", "AFTER", "RUN", "NOTE"), rows, style)
+
+
+def _step_row(run, step, prefix, style):
+    needs = step["depends_on"]
+    after = ", ".join(need if kind == "succeeded" else f"{need} ({kind})"
+                      for need, kind in needs.items())
+    of = f"of run {step['parent']}" if step["parent"] != run["id"] else None
+    return (prefix + step["step"], step["state"], style.time(step["started_at"]),
+            _run_time(step, style, None), _exit(step),
+            after if len(needs) > 1 or "(" in after else None, step["id"],
+            "; ".join(filter(None, (_note(step, style), of))))
 
 
 def _attempt_row(attempt, style):
@@ -5743,7 +5780,7 @@ def plan_apply(db, sources, prune=False):
     if problems:
         raise Taken("\n".join(problems))
     if cycle:
-        raise RoexecError(cycle)
+        raise StartsItself(cycle)
     return changes
 
 
@@ -5760,6 +5797,10 @@ def _would_start_itself(known, changes):
 
 class Taken(RoexecError):
     """Jobs that another source has registered."""
+
+
+class StartsItself(RoexecError):
+    """A pipeline that would start itself through other jobs."""
 
 
 def perform_apply(db, changes, now, by=None):
@@ -6156,6 +6197,13 @@ def seen_job_ids(db):
             WHERE id IS NOT NULL)
         SELECT id FROM ran WHERE id IS NOT NULL UNION SELECT id FROM jobs WHERE NOT deleted
         ORDER BY id""")]
+
+
+def job_spec(db, job_id, version):
+    """The spec, as JSON, of a version of a job; None for one that is not there."""
+    row = db.execute("SELECT spec FROM versions WHERE job_id = ? AND version = ?",
+                     (job_id, version)).fetchone()
+    return row and row[0]
 
 
 def job_versions(db, job_id):
@@ -10953,6 +11001,7 @@ class _PipelineRun(Supervision):
         return b"".join(texts)[-MOST_FOR_HOOKS:]
 
 
+_TELL_EVERY = 0.1           # seconds
 _LOOK_AT_OTHERS = 0.5       # seconds between looks at the journals of steps in other hands
 _MOST_READY = 16            # steps that wait for a supervisor: each is an open file
 _OTHER_FILES = 64           # that a supervisor needs besides one for each step
@@ -11010,6 +11059,7 @@ class _Steps:
         self.stopped = None             # the reason for which no step is started any more
         self.timeout = None             # the reason where a timeout has passed
         self.looked, self.hands = time.monotonic(), _Hands(run)
+        self.untold, self.told = [], 0.0        # names of journals, and when some were told last
         self.pool = self.hands.pool
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most = min(run.job.parallel or math.inf, max(1, files - _OTHER_FILES))
@@ -11026,6 +11076,7 @@ class _Steps:
                 self._stop("parent")
             self._start_ready()
             if self.order.is_over:
+                self.tell()
                 return self._ended()
             if self.pool.waiting:
                 self.pool.hand_over()
@@ -11142,6 +11193,8 @@ class _Steps:
         others = len(self.on) > len(self.pool.runs() - {None})
         if others:
             seconds = min(seconds, _LOOK_AT_OTHERS)
+        if self.untold:
+            seconds = min(seconds, self.told + _TELL_EVERY - time.monotonic())
         events, returned = self.hands.poller.poll(milliseconds(max(0, seconds))), []
         self.pool.stalled = bool(self.pool.waiting and not events)
         for descriptor, _ in events:
@@ -11150,8 +11203,9 @@ class _Steps:
                 has_children()          # which reaps those that have ended
             else:
                 returned += self.pool.hear(descriptor)
-        for name in self.pool.take_telling():
-            self._tell(name)
+        self.untold += self.pool.take_telling()
+        if self.untold and time.monotonic() - self.told >= _TELL_EVERY:
+            self.tell()
         for journal in returned:
             self._take_back(journal)
         if others and time.monotonic() - self.looked >= _LOOK_AT_OTHERS:
@@ -11200,15 +11254,18 @@ class _Steps:
             self.run.info(f"Step {step} {end['state']}{_how(end)}",
                           "ERROR" if _is_failure(end) else "INFO")
         self.on.pop(self._name(step), None)
-        self._tell(self._name(step))
+        self.untold.append(self._name(step))
         for other in self.order.end(step, end["state"]):
             self._say_over(other, "skipped", "dependency")
             self._know(other, {"state": "skipped", "reason": "dependency"})
         if self.run.job.fail_fast and not self.stopped and _is_failure(end):
             self._stop("fail_fast")
 
-    def _tell(self, name):
-        if self.run.tell is not None:
+    def tell(self):
+        """Tell whoever has the store of what it can take in: some at a time, as each time is a
+        transaction."""
+        names, self.untold, self.told = self.untold, [], time.monotonic()
+        for name in names if self.run.tell is not None else ():
             self.run.tell(name)
 
     def _stop(self, reason):
@@ -11421,23 +11478,61 @@ def job_to_retry(db, run, settings=None):
     return effective_job(db, run["job_id"], settings)
 
 
+def whole_of(db, run, first=None):
+    """(row, step) of what a retry of a run repeats: of a step, its pipeline from there on."""
+    return (get_run(db, run["parent"]), first or run["step"]) if run["step"] else (run, first)
+
+
+def steps_to_retry(db, run, job, first=None, everything=False):
+    """What `request_run` is to know for a retry of a pipeline: as `taken` {step: run} of the steps
+    that are not repeated, and as `work` the folder that they share.
+
+    Repeated are those that did not succeed and what depends on them, the step `first` too, or with
+    `everything` all. Raises RoexecError where there is nothing to repeat, or no such step.
+    """
+    if first is not None and first not in job.steps():
+        raise RoexecError(f'there is no step "{printable(first)}" in job "{job.id}"'
+                          + nearest(first, job.steps()))
+    if everything or not job.pipeline:
+        return {}
+    rows = newest_steps(db, run)
+    order = StepOrder({step: spec.depends_on for step, spec in job.steps().items()})
+    again = steps_to_repeat(order, {step: (row["state"], row["reason"])
+                                    for step, row in rows.items()}, first)
+    if not again:
+        raise RoexecError(f"no step of run {run['id']} has failed; name the first to be repeated "
+                          "with --from, or write --all")
+    return {"taken": {step: rows[step]["id"] for step in order.wanted if step not in again},
+            "work": run["work"]}
+
+
+def newest_steps(db, run):
+    """{step: row} of the steps of a run, the newest of one that was repeated; those that a retry
+    has taken over are those of the earlier run."""
+    rows = {step: find_run_row(db, other)
+            for step, other in json.loads(run["taken"] or "{}").items()}
+    rows.update((row["step"], row) for row in step_rows(db, run["id"]))
+    return {step: row for step, row in rows.items() if row is not None}
+
+
 def job_in_effect(row, defaults):
     """The Job of a row, with defaults (a spec, or None) folded in."""
     return effective(Job(json.loads(row["spec"])), defaults)
 
 
 def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait=False, owner=None,
-                by=None, note=None):
+                by=None, note=None, taken=None, work=None):
     """Ask for a run of a job -> its id. It is queued; the server is told.
 
     `env` {name: text} is added to the job's; `name` is for a command that is not registered, which
     knows no overlap; with `owner` (`own_identity()`) only that process starts it; `by` is the name
     of the Caller who asks; `note(db, id)` is called in the transaction that adds it. What is given
     to secret params goes into `store.given` alone: who claims the run in this process passes it on.
-    Raises Refused and WrongParameters.
+    `taken` and `work` are those of `steps_to_retry`. Raises Refused and WrongParameters.
     """
     run_id, other, env = new_run_id(), None, env or {}
-    problems = job.problems_of(env)
+    problems = job.problems_of(env) + [f"the value of {key} is kept nowhere; give it again: --env "
+                                       f"{key}" for key, value in env.items() if value is None]
     if problems:
         raise WrongParameters("\n".join(problems))
     secrets = {key: env[key] for key in env if key in job.params and job.params[key].secret}
@@ -11453,7 +11548,8 @@ def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait
         add_run(db, id=run_id, job_id=job.id, name=name, version=version, trigger=trigger,
                 state="queued", queued_at=time.time(), retry_of=retry_of, priority=job.priority,
                 env=json.dumps(env) if env else None, owner=owner,
-                spec=None if name is None else json.dumps(job.spec))
+                spec=None if name is None else json.dumps(job.spec),
+                taken=json.dumps(taken) if taken else None, work=work)
         if action == "replace":
             _replace(db, other)
         if by is not None:
@@ -11521,10 +11617,8 @@ def _make_journal(db, folder, row, job, now, **more):
 def _prepare_steps(db, row, job, now):
     """The rows of the steps of a pipeline that starts -> what its header says about them."""
     known = {other["step"]: other for other in step_rows(db, row["id"])}    # of a lost journal
-    taken = {step: find_run_row(db, other)
-             for step, other in json.loads(row["taken"] or "{}").items()}
-    taken = {step: other for step, other in {**taken, **known}.items()
-             if other is not None and other["state"] in FINAL_STATES}
+    taken = {step: other for step, other in newest_steps(db, row).items()
+             if other["state"] in FINAL_STATES}
     steps = {spec["id"]: known[spec["id"]]["id"] if spec["id"] in known else new_run_id()
              for spec in job.pipeline if spec["id"] not in taken}
     for step in [step for step in steps if step not in known]:
@@ -11545,8 +11639,8 @@ def cancel_run(store, run_id, reason="user", by=None):
     """Cancel a run: a queued one is withdrawn, a running one ends gracefully. `by` is the name of
     the Caller who asks.
 
-    The wish is committed first, then told. Raises HasEnded for a run that has ended, RoexecError
-    for a step that is not on.
+    The wish is committed first, then told. Raises HasEnded for a run that has ended, and for a step
+    that was not begun.
     """
     with store.write() as db:
         run = get_run(db, run_id)
@@ -11554,8 +11648,8 @@ def cancel_run(store, run_id, reason="user", by=None):
         if state in FINAL_STATES:
             raise HasEnded(f"run {run_id} has ended already: {state}")
         if run["step"] and state == "queued":
-            raise RoexecError(f"step {run['step']} was not begun; cancel its pipeline, run "
-                              f"{run['parent']}")
+            raise HasEnded(f"step {run['step']} was not begun; cancel its pipeline, run "
+                           f"{run['parent']}")
         if state == "queued":
             finish_run(db, run_id, "cancelled", [], reason=reason, finished_at=time.time())
         else:
@@ -11648,7 +11742,10 @@ def take_in(db, journal):
 def _take_in_steps(db, journal, row, progress):
     """Take in the steps of a pipeline that has finished, as far as that was not done."""
     overs = {event["run"]: event for event in journal.events if event["event"] == "over"}
+    taken = {other["id"] for other in step_rows(db, row["id"]) if other["state"] in FINAL_STATES}
     for step, run_id in journal.steps():
+        if run_id in taken:
+            continue
         over, of_step = overs.get(run_id), Journal.glance(journal.path_of(run_id))
         if (over or of_step) and find_run_row(db, run_id) is None:
             _add_step(db, row, step, run_id, (over or of_step.events[0])["at"])
@@ -15977,6 +16074,15 @@ def run_payloads(store, db, rows):
     return [run_payload(*_completed(store, db, row)) for row in rows]
 
 
+def step_payloads(store, db, run):
+    """Payloads of the steps of a run, of its row, in order; each has `depends_on` too. Those that a
+    retry has taken over are those of the earlier run."""
+    rows, spec = newest_steps(db, run), job_spec(db, run["job_id"], run["version"])
+    steps = Job(json.loads(spec)).steps() if rows and spec else {}
+    payloads = run_payloads(store, db, [rows[step] for step in steps if step in rows])
+    return [{**payload, "depends_on": steps[payload["step"]].depends_on} for payload in payloads]
+
+
 def _completed(store, db, row):
     """A row of a run, and the rows of its attempts."""
     row, attempts = live_run(store, row)
@@ -16363,6 +16469,8 @@ def _apply(request, store, plan, dry_run):
             changes = plan(db)
         except Taken as taken:
             raise Refusal(409, "source", str(taken)) from None
+        except StartsItself as error:
+            raise Refusal(422, "invalid", str(error), errors=[]) from None
         if not dry_run:
             perform_apply(db, changes, time.time(), request.caller.name)
     if not dry_run:
@@ -16422,17 +16530,23 @@ def _post_run(request, store):
 
 
 def _post_retry(request, store):
-    """Run again what a run ran."""
+    """Run again what a run ran; of a pipeline the steps that did not succeed, those from a step on,
+    or all."""
     request.options()
-    given = _body_object(request, ("env", "params"))
+    given = _body_object(request, ("env", "params", "from", "all"))
+    first, everything = given.get("from"), given.get("all", False)
+    if not isinstance(first, (str, type(None))) or everything not in (False, True):
+        raise Refusal(400, "bad_request", "from is the id of a step, and all is true or false")
     with store.read() as db:
         run = _asked_run(db, request)
         try:
+            run, first = whole_of(db, run, first)
             job = job_to_retry(db, run)
+            steps = steps_to_retry(db, run, job, first, everything)
         except RoexecError as error:
             raise Refusal(409, "state", str(error)) from None
     env = {**json.loads(run["env"] or "{}"), **_given_env(given, job, request.caller)}
-    return _start(request, store, job, given, trigger="retry", env=env, retry_of=run["id"])
+    return _start(request, store, job, given, trigger="retry", env=env, retry_of=run["id"], **steps)
 
 
 def _start(request, store, job, given, **how):
@@ -19974,8 +20088,12 @@ def _cmd_show(session):
             payload, = job_payloads(db, [row], time.time(), session.settings)
             job = job_in_effect(row, None)
             return session.give(payload, lambda style: job_text(payload, job, style))
-        payload, = run_payloads(store, db, [find_run(db, target)])
+        row = find_run(db, target)
+        payload, = run_payloads(store, db, [row])
+        steps = step_payloads(store, db, row)
         usual = usual_durations(db, [payload["job_id"]]).get(payload["job_id"])
+    if steps:
+        payload["steps"] = steps
     log = payload["log"] and store.file(payload["log"])
     return session.give(payload, lambda style: run_text(payload, style, usual, log))
 
@@ -20217,8 +20335,13 @@ def _cmd_logs(session):
         time.sleep(0.1)
     if log is None:
         raise RoexecError(why_no_log(watch.run))
+    with session.store.read() as db:
+        has_steps = bool(step_rows(db, watch.run["id"]))
     try:
-        _print_log(session.store.file(log), options, watch.ended, chosen)
+        if has_steps:
+            _StepLogs(session.store, options, chosen).print(session.store.file(log), watch.ended)
+        else:
+            _print_log(session.store.file(log), options, watch.ended, chosen)
     except FileNotFoundError:
         raise RoexecError("the log of this run is not there (any more)") from None
 
@@ -20243,6 +20366,92 @@ def _print_log(path, options, ended, chosen):
         sys.stdout.buffer.flush()
         if lines.is_gap and not data:
             _say(f"{lines.end - lines.begin} bytes of the log were removed here")
+
+
+_STEP_BEGINS = Pattern(rb"\S{20} \[INFO\] Step (\S+) started, run=(\w+)\n?")
+_STEP_ENDS = Pattern(rb"\S{20} \[(?:INFO|ERROR)\] Step (\S+) (?!started|has lost)\w+(?:, .*)?\n?")
+
+
+class _StepLogs:
+    """Prints the log of a pipeline with those of its steps between its lines, by their instants:
+    all of a step comes between the lines that say when it has begun and ended."""
+
+    def __init__(self, store, options, chosen):
+        self.store, self.options, self.chosen = store, options, chosen
+        self.steps = {}                 # {step: [StoredLog, offset, lines that wait]} of those on
+        self.held = collections.deque(maxlen=max(0, options.tail)) if options.tail is not None \
+            else None
+
+    def print(self, path, ended):
+        """Print all there is, and what comes until the run has ended if that is asked for."""
+        ended = ended if self.options.follow else lambda: True
+        for lines in follow(path, ended, wait=self._wait):
+            for line in lines.data.splitlines(keepends=True):
+                self._take(line)
+        self._drain(b"\xff", True)
+        self._let_go()
+
+    def _take(self, line):
+        begins, ends = _STEP_BEGINS.fullmatch(line), _STEP_ENDS.fullmatch(line)
+        self._drain(line[:20], False)
+        if ends and ends[1] in self.steps:
+            self._drain(b"\xff", True, ends[1])
+            self.steps.pop(ends[1])[0].close()
+        self._write(line)
+        if begins:
+            with self.store.read() as db:
+                row = find_run_row(db, begins[2].decode())
+            log = row and live_log(self.store, row)
+            with contextlib.suppress(FileNotFoundError):
+                if log:
+                    self.steps[begins[1]] = [StoredLog(self.store.file(log)), 0,
+                                             collections.deque()]
+
+    def _drain(self, before, over, only=None):
+        """Print the lines of steps that are older than an instant, in their order."""
+        while True:
+            heads = []
+            for step in self.steps if only is None else (only,):
+                self._fill(self.steps[step], over)
+                if self.steps[step][2]:
+                    heads.append((self.steps[step][2][0][:20], step))
+            if not heads or min(heads)[0] >= before:
+                return
+            step = min(heads)[1]
+            self._write(self.steps[step][2].popleft(), step)
+
+    def _fill(self, step, over):
+        log, offset, waiting = step
+        if waiting:
+            return
+        found = next_lines(log, offset, over, 1 << 16)
+        if not found and log.refresh():
+            found = next_lines(log, offset, over, 1 << 16)
+        for lines in found:
+            step[1] = lines.end
+            waiting.extend(lines.data.splitlines(keepends=True))
+
+    def _write(self, line, step=None):
+        data = select_lines(matching_lines(line, **self.chosen), self.options.raw,
+                            self.options.stream)
+        if step is not None and not self.options.raw and self.options.stream is None:
+            stamp, bracket, text = data.partition(b"] ")
+            data = b"".join((stamp, bracket, step, b": ", text)) if bracket else data
+        if self.held is not None:
+            self.held.append(data)
+        else:
+            sys.stdout.buffer.write(data)
+
+    def _wait(self, seconds):
+        self._drain(b"\xff", False)
+        self._let_go()
+        time.sleep(seconds)
+
+    def _let_go(self):
+        sys.stdout.flush()
+        held, self.held = self.held or (), None
+        sys.stdout.buffer.write(b"".join(held))
+        sys.stdout.buffer.flush()
 
 
 def _print_logs(session, chosen):
@@ -20355,7 +20564,7 @@ def _cmd_run(session):
         with session.store.read() as db:
             job = effective_job(db, job_id, session.settings)
     if options.dry_run:
-        return _would_run(session, job.command, job.id)
+        return _would_run(session, job)
     if by_name:
         session.store.create()
     how = {"env": env, "name": options.name, "caller": by_name, "wait": options.queue,
@@ -20388,10 +20597,13 @@ def _job_of_words(name, words):
     return job_from_mapping({"id": job_id, "command": words}, _here())
 
 
-def _would_run(session, command, job_id=None):
-    """Print what a dry run does not run."""
-    text = (f"{job_id}: " if job_id else "") + f"would run {command_text(command)} (dry run)\n"
-    session.give({"job": job_id, "command": command, "dry_run": True}, lambda style: text)
+def _would_run(session, job, taken=()):
+    """Print what a dry run does not run; `taken` are steps that are not repeated."""
+    what = ", ".join(step for step in job.steps() if step not in taken) if job.pipeline \
+        else command_text(job.command)
+    session.give({"job": job.id, "command": job.command, "dry_run": True,
+                  **({"steps": what.split(", ")} if job.pipeline else {})},
+                 lambda style: f"{job.id or ''}: would run {what} (dry run)\n".removeprefix(": "))
 
 
 def _give_run(session, run_id):
@@ -20400,19 +20612,24 @@ def _give_run(session, run_id):
 
 def _cmd_exec(session):
     words = session.words()
-    return _would_run(session, words) if session.options.dry_run else exec_here(words)
+    if session.options.dry_run:
+        return _would_run(session, Job({"command": words}))
+    return exec_here(words)
 
 
 def _cmd_retry(session):
     store, target = session.settled, session.id()
     with store.read() as db:
-        run = find_run(db, target)
+        run, first = whole_of(db, find_run(db, target), session.options.from_)
         job = job_to_retry(db, run, session.settings)
+        how = steps_to_retry(db, run, job, first, session.options.all)
     if session.options.dry_run:
-        return _would_run(session, job.command, job.id)
-    how = {"env": json.loads(run["env"] or "{}"), "retry_of": run["id"], "trigger": "retry",
-           "by": session.caller.name}
-    return _give_run(session, request_run(store, job, **how) if store.server() is not None else
+        return _would_run(session, job, how.get("taken", ()))
+    env = {**json.loads(run["env"] or "{}"), **dict(map(_given_variable, session.options.env))}
+    how.update(env=env, retry_of=run["id"], trigger="retry", by=session.caller.name)
+    secret = any(param.secret and name in env for name, param in job.params.items())
+    return _give_run(session, request_run(store, job, **how)
+                     if store.server() is not None and not secret else
                      run_detached(store, job, settings=session.settings, **how))
 
 
@@ -20873,8 +21090,11 @@ _COMMANDS = (
             "resume backup-db", _WITH_ID, ("--all", None, "of all jobs", False), changes=True),
     Command("cancel", _cmd_cancel, "end runs, or withdraw those that are queued",
             "RUN | JOB ...", "cancel backup-db", _WITH_ID, changes=True),
-    Command("retry", _cmd_retry, "run again what a run ran", "RUN | JOB | latest", "retry latest",
-            _WITH_ID, changes=True),
+    Command("retry", _cmd_retry, "run again what a run ran, of a pipeline the steps that failed",
+            "RUN | JOB | latest", "retry latest", _WITH_ID,
+            ("--from", "STEP", "a step, and all that depend on it, as well", None),
+            ("--all", None, "all steps", False),
+            ("--env", "NAME=VALUE", "another variable; may be repeated", []), changes=True),
     Command("wait", _cmd_wait, "wait for a run, and end with its exit status",
             "RUN | JOB | latest", "wait latest", _WITH_ID),
     Command("token create", _cmd_token_create, "make a token for the HTTP API, and print it",

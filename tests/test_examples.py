@@ -34,7 +34,7 @@ def config():
 def test_the_examples_are_these():
     names = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.*"))
     assert names == ["alerts-test.yml", "alerts.yml", "config-local.yml", "docker/compose.yml",
-                     "github-actions.yml", "jobs.yml", "roexec.service"]
+                     "github-actions.yml", "jobs.yml", "pipeline.yml", "roexec.service"]
 
 
 def test_the_jobs_are_those_of_the_readme(jobs):
@@ -104,7 +104,7 @@ def cli(tmp_path):
     ("hello", ["--env", "KEY=VAL"], ["Hello", "from", "Roexec", "KEY is VAL"]),
     ("backup-db", [], ["dumping from db.internal as backup", "10240"]),
     ("sync", [], ["Jenkinsfile", "alerts-test.yml", "alerts.yml", "config-local.yml", "docker",
-                  "github-actions.yml", "jobs.yml", "roexec.service"]),
+                  "github-actions.yml", "jobs.yml", "pipeline.yml", "roexec.service"]),
 ])
 def test_a_job_runs_anywhere(cli, job, options, output):
     run = cli("run", "--id", job, *options)
@@ -186,3 +186,14 @@ def test_a_job_is_started_and_followed_from_a_pipeline(read, cli, server, tmp_pa
     (tmp_path / "env").unlink(missing_ok=True)
     status, output = perform(ROEXEC_TOKEN="wrong", GITHUB_RUN_ID="8", BUILD_TAG="b-8")
     assert status != 0 and "401" in output
+
+
+def test_the_pipeline_tests_each_python_and_packages_what_passed():
+    path = EXAMPLES / "pipeline.yml"
+    job, = roexec.read_job_file(path.read_text(encoding="utf-8"), str(path), str(EXAMPLES)).jobs
+    steps = job.steps()
+    pythons = [step for step in steps if step.startswith("python")]
+    assert [*steps] == ["clone", *pythons, "package"] and "python3.9" in pythons
+    assert all(steps[step].depends_on == {"clone": "succeeded"} for step in pythons)
+    assert list(steps["package"].depends_on) == pythons
+    assert len({steps[step].command for step in pythons}) == 1

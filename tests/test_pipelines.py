@@ -358,7 +358,7 @@ def test_what_is_killed_in_the_middle_goes_on_and_repeats_nothing(store, start, 
     run = await_state(store, run_id, *roexec.FINAL_STATES)
     assert (run["state"], sorted(marks())) == ("succeeded", ALL_ONCE), server.said
     assert set(ends(steps_of(store, run_id)).values()) == {"succeeded"}
-    assert os.listdir(store.file("active")) == []
+    wait_for(lambda: os.listdir(store.file("active")) == [])
     server.stop()
 
 
@@ -684,3 +684,204 @@ def test_a_pipeline_that_would_start_itself_is_refused_when_it_is_applied(store)
     apply(store, Job({"id": "q", "pipeline": [{"id": "x", "job": "p"}]}))
     with pytest.raises(roexec.RoexecError, match="would start itself: (p -> q -> p|q -> p -> q)"):
         apply(store, pipeline({"id": "a", "job": "q"}))
+
+
+# What a person sees, and does again.
+
+@pytest.fixture
+def cli(store, capfd):
+    """`cli(word, …)` performs a command line here -> (status, what it has printed, and said)."""
+    def call(*words):
+        status = roexec.main(["--store", store.path, *words])
+        return (status, *capfd.readouterr())
+    return call
+
+
+FAILING = (("a", "echo from a; echo V=1 >> $ROEXEC_OUTPUT; touch $ROEXEC_WORKDIR/made"),
+           ("b", "echo from b; test -e $ROEXEC_WORKDIR/made; exit ${FAIL-$V}", "a"),
+           ("c", "echo from c; sleep 0.05"), ("d", "echo from d", "b", "c"))
+
+
+def test_a_retry_repeats_only_what_failed_with_the_outputs_of_the_rest(store, cli):
+    apply(store, pipeline(*FAILING))
+    assert cli("run", "p")[0] == 1
+    first = read_runs(store, job_id="p", step=None)[0]
+    assert cli("retry", "p", "--dry-run")[1] == "p: would run b, d (dry run)\n"
+    again = cli("retry", "p", "--env", "FAIL=0")[1].strip()
+    assert cli("wait", again)[0] == 0
+    run = read_run(store, again)
+    assert (run["retry_of"], run["parent"], run["work"]) == (first["id"], None, first["id"])
+    assert list(steps_of(store, again)) == ["b", "d"]
+    assert cli("retry", "p") == (
+        1, "", f"roexec: no step of run {again} has failed; name the first to be repeated with "
+               "--from, or write --all\n")
+
+
+@pytest.mark.parametrize("options, repeated", [
+    (["--from", "c"], ["b", "c", "d"]), (["--from", "b"], ["b", "d"]),
+    (["--all"], ["a", "b", "c", "d"])])
+def test_a_retry_can_repeat_more(store, cli, options, repeated):
+    apply(store, pipeline(*FAILING))
+    cli("run", "p")
+    again = cli("retry", "p", "--env", "FAIL=0", *options)[1].strip()
+    assert cli("wait", again)[0] == 0 and list(steps_of(store, again)) == repeated
+    assert (read_run(store, again)["work"] == again) is (options == ["--all"])
+
+
+def test_a_retry_of_a_step_is_one_of_its_pipeline_from_there(store, cli):
+    apply(store, pipeline(*FAILING))
+    cli("run", "p")
+    step = steps_of(store, read_runs(store, step=None)[0]["id"])["c"]
+    assert cli("retry", step["id"], "--dry-run")[1] == "p: would run b, c, d (dry run)\n"
+    assert "there is no step" in cli("retry", "p", "--from", "x")[2]
+
+
+def test_a_retry_of_a_retry_takes_over_from_both(store, cli):
+    apply(store, pipeline(*FAILING))
+    cli("run", "p")
+    again = cli("retry", "p")[1].strip()
+    assert cli("wait", again)[0] == 1
+    third = cli("retry", "p", "--env", "FAIL=0")[1].strip()
+    assert cli("wait", third)[0] == 0 and list(steps_of(store, third)) == ["b", "d"]
+
+
+def test_the_graph_of_a_run_is_shown_in_text(store, cli):
+    apply(store, pipeline(*FAILING))
+    cli("run", "p")
+    again = cli("retry", "p", "--env", "FAIL=0")[1].strip()
+    cli("wait", again)
+    first = read_runs(store, job_id="p", step=None)[0]["id"]
+    lines = cli("show", again)[1].splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("STEP"))
+    rows = [line.replace("`- ", "`-").split() for line in lines[begin + 1:begin + 5]]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("a", "succeeded"), ("`-b", "succeeded"), ("`-d", "succeeded"), ("c", "succeeded")]
+    assert lines[begin + 1].endswith(f"of run {first}") and "b, c" in lines[begin + 3]
+    shown = json.loads(cli("show", again, "--json")[1])["steps"]
+    assert [(step["step"], step["parent"]) for step in shown] == [
+        ("a", first), ("b", again), ("c", first), ("d", again)]
+
+
+@pytest.mark.parametrize("wanted, drawn", [
+    ({"a": {}, "b": {"a": "succeeded"}, "c": {"a": "succeeded"}, "d": {"b": "failed"}},
+     ["a", "|- b", "|  `- d", "`- c"]),
+    ({"z": {"a": "succeeded"}, "a": {}}, ["a", "`- z"]),
+    ({f"s{n}": {f"s{n - 1}": "succeeded"} if n else {} for n in range(300)}, None)])
+def test_a_graph_is_drawn_below_what_is_waited_for(wanted, drawn):
+    steps = [{**dict.fromkeys(("started_at", "duration", "exit_code", "signal", "reason", "message",
+                               "retry_at")), "step": step, "depends_on": needs, "state": "queued",
+              "attempts": [], "count": 1, "id": step, "parent": "r", "job_id": "p"}
+             for step, needs in wanted.items()]
+    lines = roexec.steps_text({"id": "r", "steps": steps}, roexec.Style()).splitlines()[1:]
+    assert len(lines) == len(wanted)
+    if drawn:
+        assert [line.partition("  queued")[0].rstrip() for line in lines] == drawn
+
+
+def test_the_log_of_the_whole_has_the_lines_of_its_steps_between_its_own(store, cli):
+    apply(store, pipeline(*FAILING, ("e", "echo from e >&2; sleep 1.1; echo late", "c")))
+    cli("run", "p")
+    lines = [line.partition(" ")[2] for line in cli("logs", "p")[1].splitlines()]
+    for step in "abce":
+        begin = next(number for number, line in enumerate(lines) if f"Step {step} started" in line)
+        end = next(number for number, line in enumerate(lines)
+                   if f"Step {step} succeeded" in line or f"Step {step} failed" in line)
+        own = [number for number, line in enumerate(lines) if f"] {step}: " in line]
+        assert begin < min(own) and max(own) < end
+    assert "[OUT] a: from a" in lines and "[ERR] e: from e" in lines
+    assert cli("logs", "p", "--raw")[1].splitlines()[-1] == "late"
+    assert cli("logs", "p", "--stream", "err")[1] == "from e\n"
+    assert len(cli("logs", "p", "--tail", "3")[1].splitlines()) == 3
+    assert cli("logs", "p", "--grep", "from b$")[1].count("\n") == 1
+
+
+def test_a_log_that_is_followed_has_the_lines_of_steps_as_they_come(store, start, cli, tmp_path):
+    apply(store, pipeline(("a", f"echo hello; touch {tmp_path}/on; while [ ! -e {tmp_path}/go ]; "
+                                "do sleep 0.02; done; echo bye")))
+    server = start()
+    run_id = roexec.request_run(store, roexec_job(store), trigger="manual")
+    wait_for((tmp_path / "on").exists)
+
+    def go_on():
+        time.sleep(0.5)
+        (tmp_path / "go").touch()
+    in_child(go_on)
+    lines = cli("logs", run_id, "-f")[1]
+    assert lines.index("a: hello") < lines.index("a: bye") < lines.index("Completed")
+    server.stop()
+
+
+def test_steps_are_listed_only_when_asked_for(store, cli):
+    apply(store, pipeline(*FAILING))
+    cli("run", "p")
+    assert len(cli("list", "runs")[1].splitlines()) == 2
+    listed = cli("list", "runs", "--steps")[1]
+    assert len(listed.splitlines()) == 6 and "p/d" in listed
+
+
+def test_the_states_of_steps_are_seen_while_they_are_on(store, start, cli, tmp_path):
+    apply(store, pipeline(("a", "true"), ("b", f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done",
+                                          "a"), ("c", "true", "b")))
+    server = start()
+    run_id = roexec.request_run(store, roexec_job(store), trigger="manual")
+
+    def seen():
+        steps = json.loads(cli("show", run_id, "--json")[1]).get("steps", [])
+        return [step["state"] for step in steps] == ["succeeded", "running", "queued"]
+    wait_for(seen)
+    wait_for(lambda: steps_of(store, run_id)["a"]["state"] == "succeeded")    # taken in already
+    (tmp_path / "go").touch()
+    assert await_state(store, run_id, *roexec.FINAL_STATES)["state"] == "succeeded"
+    server.stop()
+
+
+# Parameters of a start.
+
+def test_what_is_given_is_checked_before_anything_starts(store, cli):
+    apply(store, pipeline(("a", "true"), params={"N": {"type": "integer"}}))
+    assert cli("run", "p")[::2] == (
+        125, "roexec: the parameter N has no default; give it with --env N=VALUE\n")
+    assert cli("run", "p", "--env", "N=x")[::2] == (
+        125, 'roexec: the parameter N is not an integer (it is "x")\n')
+    assert read_runs(store) == []
+    assert cli("run", "p", "--env", "N=7")[0] == 0
+
+
+def test_a_secret_given_on_the_command_line_is_kept_nowhere(store, cli, monkeypatch, marks):
+    apply(store, pipeline(("a", f'test "$T" = {SECRET}; echo $? >> {marks.path}; echo "$T"; false'),
+                          params={"T": {"secret": True}}))
+    monkeypatch.setenv("T", SECRET)
+    assert cli("run", "p", "--env", "T")[0] == 1 and marks() == ["0"]
+    files = grep(store.folder, SECRET)
+    assert files == ["roexec.db-wal"] or files == ["roexec.db"]     # the job itself tests for it
+    assert "a: ***" in cli("logs", "p")[1]
+    assert cli("retry", "p")[::2] == (1, "roexec: the value of T is kept nowhere; give it again: "
+                                         "--env T\n")
+    again = cli("retry", "p", "--env", "T")[1].strip()
+    assert cli("wait", again)[0] == 1 and marks() == ["0", "0"]
+
+
+def test_a_secret_given_to_a_server_reaches_the_run_and_nothing_on_disk(store, start, marks):
+    command = f'test ${{#T}} = {len(SECRET)}; echo $? >> {marks.path}; echo "$T"'
+    apply(store, pipeline(("a", command), params={"T": {"secret": True}}))
+
+    def prepare(scheduler):
+        run_id = roexec.request_run(scheduler.store, roexec_job(store), trigger="api",
+                                    env={"T": SECRET})
+        assert scheduler.store.given == {run_id: {"T": SECRET}}
+    server = start(prepare=prepare)
+    run_id = wait_for(lambda: read_runs(store))[0]["id"]
+    assert await_state(store, run_id, *roexec.FINAL_STATES)["state"] == "succeeded", server.said
+    assert marks() == ["0"] and grep(store.folder, SECRET) == []
+    assert json.loads(read_run(store, run_id)["env"]) == {"T": None}
+    server.stop()
+
+
+def test_a_queued_run_that_has_lost_its_secret_fails_and_says_so(store, start):
+    apply(store, Job({"id": "p", "command": "true", "directory": "/",
+                      "params": {"T": {"secret": True}}}))
+    run_id = roexec.request_run(store, roexec_job(store), trigger="api", env={"T": SECRET})
+    server = start()
+    run = await_state(store, run_id, *roexec.FINAL_STATES)
+    assert (run["state"], run["reason"]) == ("failed", "secret")
+    server.stop()
