@@ -11067,7 +11067,7 @@ class _Steps:
     def perform(self):
         """Go on until each step has ended -> the Ended of the pass."""
         self._restore()
-        deadline, reason = min(self._deadlines(), default=(math.inf, None))
+        deadline, reason = min(_deadlines_of(self.run), default=(math.inf, None))
         while True:
             if self.stopped != "parent" and self.run.is_cancelled():
                 self._stop("parent")
@@ -11081,13 +11081,6 @@ class _Steps:
             if self.pool.waiting:
                 self.pool.hand_over()
             self._hear(math.inf if self.stopped == "parent" else deadline - time.monotonic())
-
-    def _deadlines(self):
-        began, now = self.run.progress.attempts, time.time()
-        for limit, first, reason in ((self.run.job.timeout, began[-1], "timeout"),
-                                     (self.run.job.total_timeout, began[0], "total_timeout")):
-            if limit is not None:
-                yield time.monotonic() + first["started_at"] + limit - now, reason
 
     # What an earlier supervisor has left.
 
@@ -11299,6 +11292,15 @@ class _Steps:
         deadline = time.monotonic() + max(job.grace for job in self.jobs.values()) + 15
         while any(map(lock_is_held, paths)) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+def _deadlines_of(run):
+    """(monotonic instant, reason) of the timeouts of a pipeline whose pass is on."""
+    began, now = run.progress.attempts, time.time()
+    for limit, first, reason in ((run.job.timeout, began[-1], "timeout"),
+                                 (run.job.total_timeout, began[0], "total_timeout")):
+        if limit is not None:
+            yield time.monotonic() + first["started_at"] + limit - now, reason
 
 
 def _is_failure(end):
@@ -17477,7 +17479,7 @@ _MEMBERS = {
 }
 _REQUESTS = {
     "RunRequest": "env:text{} params:text{} queue:boolean",
-    "RetryRequest": "env:text{} params:text{}",
+    "RetryRequest": "env:text{} params:text{} from:text all:boolean",
     "PauseRequest": "for:text until:instant",
     "EmptyRequest": "",
     "TokenRequest": "name:text scopes:text[] role:text jobs:text expires:text",
