@@ -13696,7 +13696,7 @@ _STYLE = """
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--text); accent-color: var(--ok);
+body { margin: 0; background: var(--bg); color: var(--text);
   font: 14px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
@@ -14128,12 +14128,14 @@ const runPath = (id) => "runs/" + encodeURIComponent(id);
 // Server-sent events of a response: {type, id, data}; some are an id alone.
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", event = {type: "message", data: ""};
+  let rest = [], event = {type: "message", data: ""};
   for (;;) {
     const {value, done} = await reader.read();
     if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
+    rest.push(value);
+    if (!value.includes("\n")) continue;       // of a very long line
+    const lines = rest.join("").split("\n");
+    rest = [lines.pop()];
     for (const line of lines) {
       const field = line.slice(0, line.indexOf(":")), text = line.slice(field.length + 2);
       if (line === "") {
@@ -14189,6 +14191,8 @@ async function loadJobs() {
   changed();
 }
 
+const reloadJobs = atMostEach(1000, () => doing(loadJobs()));
+
 async function loadRuns() {
   const [active, failed] = await Promise.all([
     ask("runs" + parameters({state: "active", limit: 500})),
@@ -14218,12 +14222,12 @@ async function listen() {
   const response = await send("events", {signal: stream.stop.signal,
     headers: stream.last ? {"Last-Event-ID": stream.last} : {}});
   $("live").textContent = "live";
-  loadRuns();
+  doing(loadRuns());
   for await (const event of eventsOf(response)) {
     stream.last = event.id || stream.last;
     if (event.type === "run") takeRun(event.data);
     else if (event.type === "job") takeJobEvent(event.data);
-    else if (event.type === "reset") loadJobs();
+    else if (event.type === "reset") reloadJobs();
   }
 }
 
@@ -14235,7 +14239,7 @@ function forget(id) {
 function takeJobEvent({id, deleted}) {
   if (deleted) forget(id);
   else if (model.jobs.has(id)) model.stale.add(id);
-  else loadJobs();
+  else reloadJobs();
   if (view && view.tookJob) view.tookJob(id);
   changed();
 }
@@ -14296,7 +14300,7 @@ function openView() {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  $("main").replaceChildren(view.render());
+  $("main").replaceChildren(h("section"));
   draw();
   scrollTo(0, places.get(location.hash) || 0);
   if (!first) $("main").focus({preventScroll: true});
@@ -14510,8 +14514,7 @@ function overview(_, query) {
             href: address("overview", "", {...query, tag: ""})}, query.tag + " ×"))),
       h("div.side", runningNow(), failedLately()),
       h("div.jobs", !rows.items.length && h("p.empty",
-        model.jobs.size ? "No job matches." : model.complete
-          ? "No jobs yet: write a job file, and apply it." : "Loading …"),
+        model.complete ? "No such job." : "Loading …"),
       kept(rows.node)));
   }
 
@@ -14667,7 +14670,7 @@ function timeline(_, query) {
         h("div.chips", [6, 24, 72].map(zoom)), legend()),
       h("div.scale", {"aria-hidden": "true"}, h("div.what"),
         h("div.hours", hourMarks(from, to))),
-      !rows.items.length && h("p.empty", "No job matches."),
+      !rows.items.length && h("p.empty", "No such job."),
       kept(rows.node),
       h("div.told", {role: "region", "aria-label": "Explanation", "aria-live": "polite"},
         told));
@@ -14878,8 +14881,8 @@ function plot(runs) {
   const first = seconds(beginOf(timed[0])), last = seconds(beginOf(timed[timed.length - 1]));
   const placeOf = (run) => ({bottom: run.duration / longest * 100 + "%",
     left: (seconds(beginOf(run)) - first) / Math.max(1, last - first) * 100 + "%"});
-  return h("div.plot", {role: "img", "aria-label": "Durations of "
-    + many(timed.length, "run") + ", up to " + span(longest)},
+  return h("div.plot", {role: "img", "aria-label": many(timed.length, "run") + ", up to "
+    + span(longest)},
   h("span.top", span(longest)), h("span.from", moment(first)), h("span.to", moment(last)),
   h("div", timed.map((run) => mark(run, placeOf(run)))));
 }
@@ -15434,7 +15437,7 @@ function files(_, query) {
       result = await post("apply" + parameters({dry_run: dry ? 1 : ""}), sent);
       failure = null;
       checked = dry ? sent : null;
-      if (!dry) { loadJobs(); say("Applied."); }
+      if (!dry) reloadJobs();
     } catch (error) {
       [failure, result, checked] = [error, null, null];
     }
@@ -15531,7 +15534,7 @@ async function enter() {
   return true;
 }
 
-const VIEWS = {overview, timeline, job, run, files};
+const VIEWS = {__proto__: null, overview, timeline, job, run, files};
 
 addEventListener("hashchange", openView);
 let frame = 0;
