@@ -11793,6 +11793,8 @@ def post_notices(db, journal):
     payload = run_payload(row, attempts)
     for number, event in enumerate(asked):
         hook, name = job.hooks[event["hook"]][event["index"]], event["hook"]
+        if row["state"] not in FINAL_STATES and name not in LIVE_HOOKS:
+            continue                    # they tell of the end, which is not taken in yet
         if hook.kind == "run":
             _run_next(db, row, number, hook.target, os.path.dirname(journal.path))
             continue

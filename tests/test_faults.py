@@ -860,7 +860,7 @@ def test_a_store_that_is_mounted_to_be_read_shows_what_its_server_does(store, st
     folder.mkdir()
     run_id = roexec.request_run(store, job, trigger="manual")
     await_state(store, run_id, "running")
-    wait_for(lambda: roexec.live_log(store, run_id))
+    wait_for(lambda: roexec.live_log(store, read_run(store, run_id)))
     if os.geteuid() != 0 or subprocess.run(
             ["mount", "--bind", store.path, str(folder)], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("only root can mount a folder elsewhere")

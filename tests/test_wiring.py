@@ -392,6 +392,27 @@ def test_notices_of_a_run_that_no_server_looks_after_come_at_once_too(how, store
         server.stop()
 
 
+def test_notices_of_the_end_are_not_posted_before_it_is_taken_in(store, web):
+    """A run may have asked for them by the time at which somebody looks for the others."""
+    job = make_job(hooks={name: {"ping": web.url("/p")} for name in ("pre_run", "on_success")})
+    apply(store, job)
+    journal = claimed(store, job)
+    for name in ("pre_run", "on_success"):
+        journal.note("notice", hook=name, index=0)
+    for _ in range(2):
+        with store.write() as db:
+            roexec.post_live_notices(db, store, journal.run_id)
+    assert len(outbox(store)) == 1
+    journal.note("outcome", state="succeeded", reason=None)
+    journal.note("finished", log=None)
+    with store.write() as db:
+        roexec.take_in(db, journal)
+    journal.close()
+    assert len(outbox(store)) == 2
+    roexec.deliver(store, {}, time.time())
+    assert web.paths() == ["/p"], "what is true no more is not sent"
+
+
 def test_the_process_for_notices_is_none_of_a_run(store, web, tmp_path):
     """It is neither killed nor counted, and holds no lock: the run ends as lost when killed."""
     job = make_job("sleep 600", timeout=0.3, grace=0.1, leftovers="kill",
