@@ -33,10 +33,16 @@ def turn_on(store, **settings):
         roexec.set_settings(db, {"metrics": {"enabled": True, **settings}})
 
 
+def text_of(store, vitals=None):
+    """What /metrics answers."""
+    request = roexec.Request("GET", "/metrics")
+    request.route, request.vitals = roexec.find_routes("/metrics")[0]["GET"], vitals
+    return request.route.handler(request, store).body.decode()
+
+
 def metrics(store):
     """{name with its labels: value} as /metrics has them."""
-    request = roexec.Request("GET", "/metrics")
-    text = roexec._get_metrics(request, store).body.decode()
+    text = text_of(store)
     return {name: float(value) for name, value in (
         line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))}
 
@@ -197,14 +203,12 @@ def test_metrics_are_there_where_they_are_wanted_and_for_whom(store):
 
 def test_the_lag_is_that_of_the_scheduler(store):
     turn_on(store)
-    request = roexec.Request("GET", "/metrics")
     assert metrics(store)["roexec_scheduler_lag_seconds"] == 0
 
     class Vitals:
         def lag(self):
             return 12.5
-    request.vitals = Vitals()
-    assert b"\nroexec_scheduler_lag_seconds 12.5\n" in roexec._get_metrics(request, store).body
+    assert "\nroexec_scheduler_lag_seconds 12.5\n" in text_of(store, Vitals())
 
 
 # Prometheus.
@@ -225,11 +229,11 @@ def many(store):
 @pytest.mark.engine
 def test_promtool_finds_nothing_to_remark(many):
     promtool = tool("promtool", package="prometheus")
-    text = roexec._get_metrics(roexec.Request("GET", "/metrics"), many).body
+    text = text_of(many)
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True,
-                             timeout=60)
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
-    names = re.findall(r"^([^#]\S*(?: \S*)?) \S+$", text.decode(), re.M)
+                             text=True, timeout=60)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    names = re.findall(r"^([^#]\S*(?: \S*)?) \S+$", text, re.M)
     assert len(names) == len(set(names)) > 30
 
 
