@@ -17015,11 +17015,14 @@ class _Log:
 
     def slice(self, asked, begin, end, size):
         """The lines between two offsets, in chunks."""
-        for lines in follow(self.store.file(self.path), offset=begin):
-            if lines.begin >= end:
-                break
-            data = lines.data if lines.is_gap else lines.data[:end - lines.begin]
-            yield asked.form(lines.changed(data=data))
+        try:
+            for lines in follow(self.store.file(self.path), offset=begin):
+                if lines.begin >= end:
+                    break
+                data = lines.data if lines.is_gap else lines.data[:end - lines.begin]
+                yield asked.form(lines.changed(data=data))
+        except OSError as error:        # of the file, not of the client
+            raise RoexecError(str(error)) from None
         if asked.events:
             yield _event(b"window", {"next": end, "size": size, "state": self.state}, end)
 
@@ -17796,6 +17799,9 @@ def _answered(route, request, store, say):
         return route.handler(request, store)
     except RoexecError as error:
         return refusal_of(error).response()
+    except OSError as error:            # a log that is damaged, say
+        say(f"{request.method} {request.path}: {error}", "ERROR")
+        return Refusal(503, "unavailable", error.strerror or "a file cannot be read").response()
     except Exception:
         import traceback
         say(f"{request.method} {request.path} failed: {traceback.format_exc()}", "ERROR")

@@ -8,8 +8,8 @@ import threading
 import time
 
 import pytest
-from test_api import (LOG, NOW, ask, connection, database, error, logged, needs_tables,  # noqa: F401
-                      record, running, said, server, store, wait_for, write_log)
+from test_api import (LOG, NOW, ask, connection, database, error, logged,  # noqa: F401
+                      needs_tables, record, row_of, running, said, server, store, wait_for, write_log)
 from test_api_routes import become  # noqa: F401
 
 import roexec
@@ -113,12 +113,49 @@ def test_of_a_log_that_was_capped_the_gap_is_told(ask, capped, listen):
     status, content, headers = ask(f"/runs/{capped}/logs?raw=1")
     assert content == b"one\ntwo\nthreelate\n" and headers["Roexec-Gap"] == f"{END}-1000"
     assert ask(f"/runs/{capped}/logs?raw=1&offset=1000")[2]["Roexec-Gap"] is None
-    assert ask(f"/runs/{capped}/logs?offset=500")[1] == gap.replace(b"%d bytes" % (1000 - END), b"500 bytes").replace(
+    assert ask(f"/runs/{capped}/logs?offset=500")[1] == gap.replace(
+        b"%d bytes" % (1000 - END), b"500 bytes").replace(
         b"from=%d" % END, b"from=500") + LATE
     events = listen(f"/runs/{capped}/logs?offset=100").all()
     assert [(name, number) for name, number, _ in events] == [
         ("message", END), ("gap", 1000), ("message", 1032), ("window", 1032)]
     assert events[1][2] == {"from": END, "to": 1000}
+
+
+def pack(store, run_id):
+    path = row_of(store, run_id)["log"]
+    assert roexec.pack_log(store.folder, path, 1 << 40)
+    assert not os.path.exists(store.file(path))
+    return store.file(path) + ".gz"
+
+
+def test_a_log_that_was_packed_is_given_as_before(ask, listen, store):
+    run_id = logged(store, LOG + LATE * 5000)
+    paths = [f"/runs/{run_id}/logs{query}" for query in (
+        "", "?tail=1", "?offset=40&limit=100", "?follow=1&raw=1", "?stream=err")]
+    before = [ask(path)[1] for path in paths]
+    pack(store, run_id)
+    assert [ask(path)[1] for path in paths] == before
+    assert listen(paths[2]).all()[-1] == ("window", END + 32, {
+        "next": END + 32, "size": END + 32 * 5000, "state": "succeeded"})
+
+
+def test_a_log_that_is_damaged_is_told(ask, connection, said, store):
+    begins, ends = (logged(store, LOG + b"".join(
+        LATE[:28] + b"%d\n" % number for number in range(200_000))) for _ in range(2))
+    with open(pack(store, begins), "r+b") as file:
+        file.write(b"no gzip")
+    status, payload, _ = ask(f"/runs/{begins}/logs")
+    assert (status, payload["error"]["code"]) == (503, "unavailable")
+    assert payload["error"]["message"] == "the packed log is damaged"
+    with open(pack(store, ends), "r+b") as file:
+        file.seek(-3000, os.SEEK_END)
+        file.write(b"x" * 100)
+    with pytest.raises(http.client.IncompleteRead):
+        connection.request("GET", f"/api/v1/runs/{ends}/logs")
+        connection.getresponse().read()
+    assert [text.count("the packed log is damaged") for text in said] == [1, 1]
+    said.clear()
 
 
 # A log as events.
@@ -155,8 +192,8 @@ def test_a_log_is_followed_as_events_until_the_run_has_ended(listen, store):
     write_log(store, "live.log", LATE)
     assert listener.next()[2]["line"] == "late"
     finish(store, run_id, journal)
-    assert listener.all() == [("end", END + 32, {"state": "succeeded", "reason": None, "exit_code": 0,
-                                            "signal": None})]
+    assert listener.all() == [("end", END + 32, {
+        "state": "succeeded", "reason": None, "exit_code": 0, "signal": None})]
 
 
 def test_a_client_goes_on_behind_the_last_event_it_got(listen, error, store):
