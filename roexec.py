@@ -14954,14 +14954,14 @@ function givenBy(form) {
 // Run: what happened, the steps of a pipeline, the log.
 
 function run(id, query) {
-  let found = null, trouble = null, parent = null, steps = [], definition, log, lively = false;
+  let found = null, trouble = null, parent = null, definition, log, lively = false;
+  let pipeline = {steps: [], graph: {}};
 
   async function load() {
     try {
       found = await ask(runPath(id));
       parent = found.parent ? await ask(runPath(found.parent)) : null;
-      steps = (await ask("runs" + parameters({parent: found.parent || id, steps: 1, limit: 1000})))
-        .runs;
+      pipeline = await ask(runPath(found.parent || id) + "/steps");
       definition = definition || await jobOf(found.job_id);
       trouble = null;
     } catch (error) {
@@ -14979,7 +14979,6 @@ function run(id, query) {
     if (!found) return blank(trouble);
     const usual = found.step ? null : (definition || {}).usual;
     lively = lively || !isOver(found);          // what it needs then stays, so that nothing moves
-    const declared = ((definition || {}).spec || {}).pipeline;
     return h("section.run",
       h("div.head",
         h("h1", link("job", found.job_id), parent && [" / ", bdi(found.step)],
@@ -14998,7 +14997,7 @@ function run(id, query) {
         fact("Exit", found.signal || (found.exit_code ?? "–")),
         fact("Node", found.node || "–"),
         found.retry_at && fact("Next attempt", when(found.retry_at))),
-      declared && (steps.length || !isOver(found)) && graph(declared, steps, id),
+      pipeline.steps.length > 0 && graph(pipeline, id),
       found.attempts.length > 0 && attemptTable(found), log && kept(log.node));
   }
 
@@ -15053,39 +15052,37 @@ function attemptTable(found) {
 }
 
 // A pipeline as a graph: a column for each length of the longest way to a step.
-function graph(declared, runs, current) {
-  const states = new Map(runs.map((run) => [run.step, run]));
-  const needs = new Map(declared.map((step) => [step.id, [step.depends_on || []].flat()
-    .flatMap((one) => typeof one === "string" ? one : Object.keys(one))]));
+function graph(pipeline, current) {
+  const runs = new Map(pipeline.steps.map((run) => [run.step, run]));
+  const needs = new Map(Object.entries(pipeline.graph));
   const depth = new Map(), columns = [];
   const depthOf = (id) => {
     if (!depth.has(id)) {
       depth.set(id, 0);
-      depth.set(id, Math.max(-1, ...(needs.get(id) || []).map(depthOf)) + 1);
+      depth.set(id, Math.max(-1, ...needs.get(id).map(depthOf)) + 1);
     }
     return depth.get(id);
   };
-  for (const {id} of declared) (columns[depthOf(id)] = columns[depthOf(id)] || []).push(id);
+  for (const id of needs.keys()) (columns[depthOf(id)] = columns[depthOf(id)] || []).push(id);
   const place = new Map(columns.flatMap((ids, x) =>
     ids.map((id, y) => [id, {x: x * 200, y: y * 52}])));
   const high = Math.max(...columns.map((ids) => ids.length)) * 52 - 12;
   const wide = columns.length * 200 - 40;
-  const edges = declared.flatMap(({id}) => (needs.get(id) || []).filter((one) => place.has(one))
-    .map((one) => {
-      const a = place.get(one), b = place.get(id);
-      return svg("path", {d: `M${a.x + 160} ${a.y + 20}C${a.x + 180} ${a.y + 20} ${b.x - 20} `
-        + `${b.y + 20} ${b.x} ${b.y + 20}`});
-    }));
+  const edges = [...needs].flatMap(([id, some]) => some.map((one) => {
+    const a = place.get(one), b = place.get(id);
+    return svg("path", {d: `M${a.x + 160} ${a.y + 20}C${a.x + 180} ${a.y + 20} ${b.x - 20} `
+      + `${b.y + 20} ${b.x} ${b.y + 20}`});
+  }));
   return h("div.scroll.graph", {tabindex: 0, role: "group", "aria-label": "Steps"},
     h("div", {style: {width: wide + "px", height: high + "px"}},
       svg("svg", {width: wide, height: high, "aria-hidden": "true"}, edges),
-      declared.map(({id}) => {
-        const run = states.get(id), {x, y} = place.get(id);
+      [...needs.keys()].map((id) => {
+        const run = runs.get(id), {x, y} = place.get(id);
         const style = {left: x + "px", top: y + "px"};
         const said = [h("i", {class: run ? run.state : "waits"}), h("span", bdi(id)),
           quiet(run ? run.state === "running" && run.started_at
             ? when(run.started_at, "elapsed")
-            : run.duration ? span(run.duration) : stateWord(run.state) : "waits")];
+            : run.duration ? span(run.duration) : stateWord(run.state) : "–")];
         return run ? h("a.step", {href: address("run", run.id), style, "data-key": id,
           title: id + ": " + stateWord(run.state),
           "aria-current": run.id === current && "true"}, said)
@@ -16711,6 +16708,18 @@ def _get_run(request, store):
     return json_response(run).changed(until=math.inf if _is_still(run) else None)
 
 
+def _get_steps(request, store):
+    """The steps of a run of a pipeline so far, those that a retry has taken over too, and the graph
+    of all its steps: the ids of those that each depends on."""
+    request.options()
+    with store.read() as db:
+        run = _asked_run(db, request)
+        steps, spec = step_payloads(store, db, run), job_spec(db, run["job_id"], run["version"])
+    graph = Job(json.loads(spec)).steps() if spec else {}
+    return json_response({"steps": steps, "graph": {
+        step: list(each.depends_on) for step, each in graph.items()}})
+
+
 def _asked_run(db, request):
     """The row of the run in a path: its id, `latest`, a job's id or the beginning of the run's, as
     far as one sees it. What changes a run is given its id. Raises NoSuchRun."""
@@ -17459,6 +17468,7 @@ _MEMBERS = {
            "exit_code:integer? signal:text? attempts:Attempt[] retry_at:instant? progress:any "
            "node:text? log:text?",
     "RunPage": "runs:Run[] next:text?",
+    "Steps": "steps:Run[] graph:any",
     "BriefRun": "id:text job_id:text step:text? parent:text? trigger:text state:state reason:text? "
                 "slot:instant? last_slot:instant? count:integer queued_at:instant "
                 "started_at:instant? finished_at:instant? duration:number?",
@@ -17707,6 +17717,7 @@ ROUTES = tuple(_route(text, handler) for text, handler in (
      "steps -> 200:RunPage", _get_runs),
     ("GET /api/v1/history run:list jobs since until limit -> 200:History", _get_history),
     ("GET /api/v1/runs/{id} run:list -> 200:Run", _get_run),
+    ("GET /api/v1/runs/{id}/steps run:list -> 200:Steps", _get_steps),
     ("POST /api/v1/runs/{id}/cancel run:cancel < EmptyRequest -> 202:Run 409", _post_cancel),
     ("POST /api/v1/runs/{id}/retry run:create Idempotency-Key < RetryRequest -> "
      "202:Run 409 422", _post_retry),

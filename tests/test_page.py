@@ -462,7 +462,7 @@ def test_a_hidden_tab_holds_no_connection_and_goes_on_where_it_was(visit, browse
 
 
 @engine
-def test_a_pipeline_is_shown_as_a_graph_and_what_failed_is_run_again(visit, browser, site, shoot):
+def test_a_pipeline_is_shown_as_a_graph_and_run_again_from_a_step(visit, browser, site, shoot):
     (site.folder / "ok").unlink(missing_ok=True)
     failed = site.ended(site.post("jobs/release/run")["id"])
     assert failed["state"] == "failed"
@@ -472,11 +472,16 @@ def test_a_pipeline_is_shown_as_a_graph_and_what_failed_is_run_again(visit, brow
     shoot("failed")
     browser.click('.step[title="test: failed"]')
     browser.wait_text("testing", ".lines")
-    visit(site, f"#/run/{failed['id']}")
     (site.folder / "ok").touch()
-    browser.click(".actions button")
+    browser.click(".actions button")            # from this step on
     browser.wait('.step[title="publish: succeeded"]')
-    assert site.ended(run_in_address(browser))["retry_of"] == failed["id"]
+    again = run_in_address(browser)
+    assert site.ended(again)["retry_of"] == failed["id"]
+    old, new = ({step["step"]: step["id"] for step in site.get(f"runs/{run}/steps")["steps"]}
+                for run in (failed["id"], again))
+    assert {step for step in old if old[step] == new[step]} == {"build", "lint"}
+    assert browser.run("return document.querySelector(arguments[0]).hash",
+                       '.step[title="build: succeeded"]') == f"#/run/{old['build']}"
     shoot()
 
 
