@@ -6247,9 +6247,14 @@ class Repeated(RoexecError):
         self.run_id, self.same = run_id, same
 
 
+def purge_answers(db, now):
+    """Forget the answers that are as old as they may become."""
+    db.execute("DELETE FROM answers WHERE at <= ?", (now - _KEPT_ANSWER,))
+
+
 def keep_answer(db, key, request, run_id, now):
     """Note that a request with a key was answered by a run; raises Repeated where one was."""
-    db.execute("DELETE FROM answers WHERE at <= ?", (now - _KEPT_ANSWER,))
+    purge_answers(db, now)
     row = db.execute("SELECT run_id, request FROM answers WHERE key = ?", (key,)).fetchone()
     if row is not None:
         raise Repeated(row["run_id"], row["request"] == request)
@@ -6585,8 +6590,11 @@ def logs_of(db, ids):
 def remove_runs(db, ids, dry_run=False):
     """Remove runs that have ended, with their steps -> the ids that are gone, the paths of logs.
 
-    One stays that a run has asked for that is on: this keeps it from being asked for again.
+    One stays that a run has asked for that is on, which keeps it from being asked for again, and
+    one that is being retried, since what its steps have handed on is still needed.
     """
+    needed = _being_retried(db)
+    ids = [run_id for run_id in ids if run_id not in needed]
     ids = [row[0] for row in _in_parts(
         db, "SELECT id FROM runs WHERE id IN ({}) AND finished_at IS NOT NULL AND (cause IS NULL "
         "OR NOT EXISTS (SELECT 1 FROM runs AS other WHERE other.id = substr(runs.cause, 1, "
@@ -6596,6 +6604,16 @@ def remove_runs(db, ids, dry_run=False):
         _in_parts(db, "DELETE FROM attempts WHERE run_id IN ({})", ids)
         _in_parts(db, "DELETE FROM runs WHERE id IN ({})", ids)
     return ids, logs
+
+
+def _being_retried(db):
+    """The ids of the runs that active ones are retries of, and of those that these are."""
+    found, ids = set(), [row["retry_of"] for row in active_runs(db) if row["retry_of"]]
+    while ids:
+        found.update(ids)
+        rows = _in_parts(db, "SELECT retry_of FROM runs WHERE id IN ({})", ids)
+        ids = [row[0] for row in rows if row[0] and row[0] not in found]
+    return found
 
 
 def old_logs(db, before, after, limit):
@@ -13173,10 +13191,11 @@ class Upkeep:
 
     # The database.
 
-    def purge_notices(self):
-        """Forget notices that were settled long ago."""
+    def forget(self):
+        """Forget notices that were settled long ago, and answers to keys that hold no longer."""
         with self.store.write() as db:
             purge_notices(db, self.now - KEPT_NOTICES)
+            purge_answers(db, self.now)
 
     def give_back(self):
         """Make the database file smaller where a quarter of it holds nothing."""
@@ -13289,11 +13308,10 @@ class Steward:
         if 0 <= time.time() - last < _DAY:
             return
         with contextlib.suppress(UpkeepIsOn):
-            upkeep = keep_small(self._store, stopped=self._closed.is_set)
+            upkeep = keep_small(self._store, copy=True, stopped=self._closed.is_set)
             if upkeep.told():
                 self._say(f"Upkeep: {upkeep.told()}")
             if not self._closed.is_set():
-                upkeep.copy()
                 with self._store.write() as db:
                     set_meta(db, "upkeep", time.time())
 
@@ -13302,8 +13320,9 @@ def _told(error):
     return str(error) if isinstance(error, RoexecError) else f"{error.filename}: {error.strerror}"
 
 
-def keep_small(store, settings=None, **how):
-    """Do what the limits of the store and its jobs say -> the Upkeep; `how` is for that."""
+def keep_small(store, settings=None, copy=False, **how):
+    """Do what the limits of the store and its jobs say -> the Upkeep; `how` is for that. With
+    `copy` the daily copy of the database is made as well."""
     lock = hold_upkeep(store)
     try:
         upkeep = Upkeep(store, settings, **how)
@@ -13311,8 +13330,10 @@ def keep_small(store, settings=None, **how):
         upkeep.purge_logs()
         if not upkeep.dry_run:
             upkeep.tend_files()
-            upkeep.purge_notices()
+            upkeep.forget()
             upkeep.give_back()
+        if copy and not upkeep.stopped():
+            upkeep.copy()
         return upkeep
     finally:
         os.close(lock)
@@ -13505,8 +13526,9 @@ def restore(store, path, progress, dry_run=False):
         with tempfile.TemporaryDirectory() as fresh:
             _unpack(path, fresh, progress)
             return _check_unpacked(path, Store(fresh)), None
-    lock = hold_server_lock(store)
+    locks = [hold_server_lock(store)]
     try:
+        locks.append(hold_upkeep(store))
         _refuse_live_runs(store)
         fresh = store.file("restore.new")
         shutil.rmtree(fresh, ignore_errors=True)
@@ -13524,7 +13546,8 @@ def restore(store, path, progress, dry_run=False):
     except OSError as error:
         raise RoexecError(f"cannot restore {path}: {error.strerror or error}") from None
     finally:
-        os.close(lock)
+        for lock in locks:
+            os.close(lock)
 
 
 def _refuse_live_runs(store):

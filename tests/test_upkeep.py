@@ -145,11 +145,11 @@ def test_a_person_says_what_goes(store, how, left):
 def test_a_parent_goes_with_its_steps_and_theirs(store):
     add(store, "whole", 100)
     add(store, "step", 100, parent="whole", step="a", log=True)
-    add(store, "other", 100, parent="whole", step="b", job_id="other")
-    add(store, "inner", 100, parent="other", step="c", job_id="other")
+    add(store, "inner", 100, parent="step", step="c")
+    add(store, "job", 10, parent="inner", job_id="other")       # {job: other}, a run of its own
     add(store, "new", 0)
     upkeep = purge(store)
-    assert (ids(store), upkeep.freed["runs"], upkeep.freed["logs"]) == (["new"], 1, 1)
+    assert (ids(store), upkeep.freed["runs"], upkeep.freed["logs"]) == (["job", "new"], 1, 1)
     assert log_names(store) == []
 
 
@@ -173,6 +173,37 @@ def test_a_run_that_one_which_is_on_has_asked_for_stays(store):
         roexec.finish_run(db, "asker", "succeeded", [], finished_at=time.time())
     purge(store)
     assert ids(store) == ["newer", "asker"]
+
+
+def test_what_a_run_retries_stays_while_that_is_on(store):
+    """A retry takes over what steps have handed on."""
+    add(store, "first", 100)
+    add(store, "step", 100, parent="first", step="a")
+    add(store, "second", 99, retry_of="first")
+    add(store, "third", 1, "running", retry_of="second")
+    add(store, "new", 0)
+    purge(store)
+    assert ids(store) == ["first", "step", "second", "third", "new"]
+    with store.write() as db:
+        roexec.finish_run(db, "third", "succeeded", [], finished_at=time.time())
+    purge(store)
+    assert ids(store) == ["third", "new"]
+
+
+def test_settled_notices_and_old_answers_are_forgotten(store):
+    now = time.time()
+    with store.write() as db:
+        for days in (10, 1):
+            number = roexec.add_notice(db, "webhook", "http://x/", None, b"", now - days * DAY)
+            roexec.notice_sent(db, number)
+            db.execute("INSERT INTO answers VALUES (?, 'r', 'run', ?)", (str(days),
+                                                                       now - days * DAY + 60))
+        roexec.add_notice(db, "webhook", "http://x/", None, b"", now - 20 * DAY)
+    keep_small(store)
+    with store.read() as db:
+        states = [row[0] for row in db.execute("SELECT state FROM outbox ORDER BY id")]
+        answers = [row[0] for row in db.execute("SELECT key FROM answers")]
+    assert (states, answers) == (["sent", "waiting"], ["1"])
 
 
 def test_positions_and_the_last_run_of_a_job_stay(store):
