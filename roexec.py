@@ -13889,7 +13889,7 @@ th, td { text-align: right; padding: 4px 24px 4px 0; white-space: nowrap; font-w
 
 .log { margin-top: 24px; }
 .log .tools { margin-bottom: 8px; }
-.log .tools [role=status] { flex: 1; min-width: 8em; font-size: 12.5px; }
+.log .tools [role=status] { flex: 1; font-size: 12.5px; }
 .lines { height: max(60vh, 280px); overflow: auto; padding: 8px 0; }
 .lines > p { padding: 0 16px; }
 .line { display: grid; grid-template-columns: 6.5em minmax(0, 1fr); line-height: 1.55;
@@ -15020,7 +15020,7 @@ function run(id, query) {
         fact("Exit", found.signal || (found.exit_code ?? "–")),
         fact("Node", found.node || "–"),
         found.retry_at && fact("Next attempt", when(found.retry_at))),
-      pipeline.steps.length > 0 && graph(pipeline, id),
+      pipeline.steps.length > 0 && graph(pipeline, found.parent || id, id),
       found.attempts.length > 0 && attemptTable(found), log && kept(log.node));
   }
 
@@ -15075,7 +15075,7 @@ function attemptTable(found) {
 }
 
 // A pipeline as a graph: a column for each length of the longest way to a step.
-function graph(pipeline, current) {
+function graph(pipeline, top, current) {
   const runs = new Map(pipeline.steps.map((run) => [run.step, run]));
   const needs = new Map(Object.entries(pipeline.graph));
   const depth = new Map(), columns = [];
@@ -15103,9 +15103,9 @@ function graph(pipeline, current) {
         const run = runs.get(id), {x, y} = place.get(id);
         const style = {left: x + "px", top: y + "px"};
         const said = [h("i", {class: run ? run.state : "waits"}), h("span", bdi(id)),
-          quiet(run ? run.state === "running" && run.started_at
-            ? when(run.started_at, "elapsed")
-            : run.duration ? span(run.duration) : stateWord(run.state) : "–")];
+          quiet(!run ? "–" : run.parent !== top ? "taken over"
+            : run.state === "running" && run.started_at ? when(run.started_at, "elapsed")
+              : run.duration ? span(run.duration) : stateWord(run.state))];
         return run ? h("a.step", {href: address("run", run.id), style, "data-key": id,
           title: id + ": " + stateWord(run.state),
           "aria-current": run.id === current && "true"}, said)
