@@ -5166,6 +5166,7 @@ CREATE INDEX runs_active ON runs (job_id, seq)
     WHERE state IN ('queued', 'running') AND step IS NULL;
 CREATE UNIQUE INDEX runs_cause ON runs (cause) WHERE cause IS NOT NULL;
 CREATE INDEX runs_parent ON runs (parent) WHERE parent IS NOT NULL;
+CREATE INDEX runs_work ON runs (work) WHERE work IS NOT NULL;
 CREATE INDEX runs_logs ON runs (finished_at) WHERE log IS NOT NULL;
 CREATE TABLE attempts (
     run_id TEXT, number INTEGER, started_at REAL, finished_at REAL, exit_code INTEGER, signal TEXT,
@@ -6048,6 +6049,13 @@ def remove_steps(db, run_id):
     """Remove the rows of steps that were never begun, of a run that did not come to them."""
     db.execute("DELETE FROM runs WHERE parent = ? AND step IS NOT NULL AND state = 'queued'",
                (run_id,))
+
+
+def kept_work(db):
+    """The names of the scratch folders of runs that are on, or have their logs yet."""
+    return {row[0] for row in db.execute(
+        "SELECT work FROM runs WHERE work IS NOT NULL AND (log IS NOT NULL OR state IN ('queued', "
+        "'running'))")}
 
 
 def run_of_cause(db, cause):
@@ -10879,6 +10887,23 @@ def _make_work(folder, name, setup):
     os.symlink(real, base)
 
 
+def remove_unused_work(store):
+    """Remove the scratch folders of runs whose logs are gone."""
+    import shutil
+    if not os.path.isdir(store.file("work")):
+        return
+    names = os.listdir(store.file("work"))      # before it is asked which of them are needed
+    with store.read() as db:
+        unused = set(names) - kept_work(db)
+    for name in unused:
+        path = store.file(f"work/{name}")
+        if os.path.islink(path):
+            shutil.rmtree(os.readlink(path), ignore_errors=True)
+            os.unlink(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 _MOST_OUTPUTS, _LONGEST_OUTPUT = 1 << 20, 64 << 10      # bytes
 _OUTPUT_NAME = Pattern(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOADERS = Pattern(r"(?:LD|DYLD|PYTHON|PERL5|RUBY|GIT|ROEXEC|BASH_FUNC|GCONV)_?.*|PATH|IFS|ENV|"
@@ -13163,6 +13188,7 @@ class Upkeep:
                 return
             self.progress(number / len(jobs), f"{self.freed['logs packed']} logs packed")
             self._tend_folder(job_id)
+        remove_unused_work(self.store)
 
     def _tend_folder(self, job_id):
         limits = self._policy.of(job_id).log

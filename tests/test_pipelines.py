@@ -270,6 +270,25 @@ def test_steps_share_a_folder_that_stays_after_the_run(store, marks):
     assert os.stat(store.file(f"work/{run['id']}")).st_mode & 0o077 == 0
 
 
+def test_the_folder_of_a_run_goes_with_its_log_and_not_while_a_retry_uses_it(store, cli, tmp_path):
+    apply(store, pipeline(*FAILING))
+    cli("run", "p")
+    first = read_runs(store, step=None)[0]["id"]
+    again = cli("retry", "p", "--env", "FAIL=0")[1].strip()
+    cli("wait", again)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.symlink(elsewhere, store.file("work/gone"))
+    with store.write() as db:
+        roexec.set_log(db, first, None)
+    roexec.remove_unused_work(store)
+    assert os.listdir(store.file("work")) == [first] and not elsewhere.exists()
+    with store.write() as db:
+        roexec.set_log(db, again, None)
+    roexec.remove_unused_work(store)
+    assert os.listdir(store.file("work")) == []
+
+
 # Secrets.
 
 SECRET = "s3cr3t-Wert-4711"
