@@ -14563,7 +14563,7 @@ function overview(_, query) {
         h("div.chips", Object.keys(KINDS).map(chip),
           query.tag && h("a.chip", {"aria-current": "true",
             href: address("overview", "", {...query, tag: ""})}, query.tag + " ×"))),
-      h("div.side", runningNow(), failedLately()),
+      can("run:list") && h("div.side", runningNow(), failedLately()),
       h("div.jobs", !rows.items.length && h("p.empty",
         model.complete ? "No such job." : "Loading …"),
       kept(rows.node)));

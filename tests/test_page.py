@@ -549,6 +549,23 @@ def test_what_a_job_controls_is_text_wherever_it_is_shown(visit, browser, site, 
 
 
 @engine
+def test_a_token_for_jobs_alone_shows_jobs_alone(visit, browser, closed, screen):
+    token = closed.command("token", "create", "--name", f"jobs-{screen}", "--scope",
+                           "job:read").split()[-1]
+    visit(closed)
+    browser.type("#token", token + "\ue007")
+    browser.wait(".jobs .row")
+    browser.errors()
+    for address in ("#/timeline", "#/job/hello", "#/"):
+        browser.run("location.hash = arguments[0]", address)
+        browser.wait_text("hello", "main")
+    assert not browser.element(".side") and not browser.element(".actions > *")
+    browser.click("#who button")
+    browser.wait_text("Sign in")
+    browser.errors()
+
+
+@engine
 def test_who_signs_in_sees_only_what_the_token_allows(visit, browser, closed, screen, shoot):
     token = closed.command("token", "create", "--name", f"look-{screen}", "--role",
                            "viewer").split()[-1]
@@ -751,6 +768,12 @@ def test_a_thousand_jobs_are_there_at_once_and_stay_smooth(visit, browser, crowd
                                  ".length") == crowd.bars)
     assert browser.run("return document.querySelectorAll('.row').length") < 60
     shoot()
+    place = browser.run("return scrollY")
+    browser.click('.name[href="#/job/job-0995"]')
+    browser.wait_text("Definition")
+    browser.ask("POST", "/back", {})
+    browser.wait_text("job-0999")
+    assert browser.run("return scrollY") == place
 
 
 @engine
