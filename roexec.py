@@ -6424,13 +6424,18 @@ def _token_digest(text):
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
+def already_a_token(name):
+    """The Exists of a name that is in use."""
+    return Exists(f'there is a token "{name}" already; rotate it, or revoke it first')
+
+
 def add_token(db, token, creator, now, dry_run=False):
     """Keep a new token, which `token_of` has returned -> its text; `creator` is a Caller.
 
     Raises Exists. In a dry run that is all that it does.
     """
     if db.execute("SELECT 1 FROM tokens WHERE name = ?", (token["name"],)).fetchone():
-        raise Exists(f'there is a token "{token["name"]}" already; rotate it, or revoke it first')
+        raise already_a_token(token["name"])
     if dry_run:
         return None
     text, digest = _new_token()
@@ -7111,7 +7116,7 @@ class Lines(Value):
     __slots__ = ("begin", "end", "data", "is_gap")
 
 
-def _gap(begin, end, data):
+def gap_line(begin, end, data):
     """The line in place of removed ones; it bears the instant of the next line."""
     text = f" [INFO] {end - begin} bytes of the log were removed here: from={begin} to={end}\n"
     return Lines(begin=begin, end=end, data=data[:20] + text.encode(), is_gap=True)
@@ -7140,7 +7145,7 @@ def next_lines(log, offset, over, most):
     if not end:
         return []
     lines = Lines(begin=here, end=here + end, data=data[:end], is_gap=False)
-    return [_gap(offset, here, data), lines] if here > offset else [lines]
+    return [gap_line(offset, here, data), lines] if here > offset else [lines]
 
 
 def follow(path, ended=lambda: True, *, offset=0, wait=None):
@@ -11515,12 +11520,17 @@ def effective_job(db, job_id, settings=None):
 
 def job_to_retry(db, run, settings=None):
     """The Job that a retry of a run would run, as `effective_job`; raises RoexecError for none."""
+    check_retry(run)
+    return effective_job(db, run["job_id"], settings)
+
+
+def check_retry(run):
+    """Raise RoexecError where a run (a row or payload) cannot be retried."""
     if run["state"] not in FINAL_STATES:
         raise RoexecError(f"run {run['id']} has not ended yet: it is {run['state']}")
     if run["name"] is not None:
         raise RoexecError(f"run {run['id']} is of a command that is not registered; write "
                           "roexec run --name NAME -- COMMAND again")
-    return effective_job(db, run["job_id"], settings)
 
 
 def whole_of(db, run, first=None):
@@ -11530,25 +11540,35 @@ def whole_of(db, run, first=None):
 
 def steps_to_retry(db, run, job, first=None, everything=False):
     """What `request_run` is to know for a retry of a pipeline: as `taken` {step: run} of the steps
-    that are not repeated, and as `work` the folder that they share.
+    that are not repeated, and as `work` the folder that they share. Raises RoexecError as
+    `repeated_steps` does."""
+    rows = newest_steps(db, run)
+    again = repeated_steps(job, run, rows, first, everything)
+    if everything or not job.pipeline:
+        return {}
+    return {"taken": {step: rows[step]["id"] for step in job.steps() if step not in again},
+            "work": run["work"]}
 
-    Repeated are those that did not succeed and what depends on them, the step `first` too, or with
-    `everything` all. Raises RoexecError where there is nothing to repeat, or no such step.
+
+def repeated_steps(job, run, steps, first=None, everything=False):
+    """The steps that a retry of a run of a pipeline repeats: those that did not succeed and what
+    depends on them, the step `first` too, or with `everything` all.
+
+    `steps` are rows or payloads {step: newest}. Raises RoexecError where there is nothing to
+    repeat, or no such step.
     """
     if first is not None and first not in job.steps():
         raise RoexecError(f'there is no step "{printable(first)}" in job "{job.id}"'
                           + nearest(first, job.steps()))
     if everything or not job.pipeline:
-        return {}
-    rows = newest_steps(db, run)
+        return job.steps()
     order = StepOrder({step: spec.depends_on for step, spec in job.steps().items()})
     again = steps_to_repeat(order, {step: (row["state"], row["reason"])
-                                    for step, row in rows.items()}, first)
+                                    for step, row in steps.items()}, first)
     if not again:
         raise RoexecError(f"no step of run {run['id']} has failed; name the first to be repeated "
                           "with --from, or write --all")
-    return {"taken": {step: rows[step]["id"] for step in order.wanted if step not in again},
-            "work": run["work"]}
+    return again
 
 
 def newest_steps(db, run):
@@ -15662,8 +15682,9 @@ class Request:
     """A request: `method`, `path` and `query` as they were sent, `version` the 1 of HTTP/1.1,
     `headers` {lower-case name: [values]}, `length` of the body (bytes).
 
-    `route`, `arguments` (texts in the path), `body` (bytes), `caller` (a Caller) and `vitals`
-    (those of the scheduler, where there is one) are put in when they are known.
+    `route`, `arguments` (texts in the path), `body` (bytes), `caller` (a Caller), `vitals` (those
+    of the scheduler, where there is one) and `warnings` (a function that gives texts) are put in
+    when they are known.
     """
 
     def __init__(self, method, target, headers=None, *, version=1):
@@ -15671,6 +15692,7 @@ class Request:
         self.path, _, self.query = target.partition("?")
         self.length, self.arguments, self.body = 0, (), b""
         self.route = self.caller = self.vitals = None
+        self.warnings = list
 
     def header(self, name):
         """The value of a header; that of one that is repeated joined by commas; None without."""
@@ -16136,6 +16158,13 @@ def step_payloads(store, db, run):
     return [{**payload, "depends_on": steps[payload["step"]].depends_on} for payload in payloads]
 
 
+def whole_payload(store, db, run):
+    """The payload of a run, of its row, with those of its `steps` if it has some."""
+    payload, = run_payloads(store, db, [run])
+    steps = step_payloads(store, db, run)
+    return {**payload, "steps": steps} if steps else payload
+
+
 def _completed(store, db, row):
     """A row of a run, and the rows of its attempts."""
     row, attempts = live_run(store, row)
@@ -16379,7 +16408,7 @@ def _get_status(request, store):
     return json_response({
         "store": store.path if whole else None, "process": os.getpid() if whole else None,
         "health": trouble or "healthy", "jobs": len(jobs), "running": states.count("running"),
-        "queued": states.count("queued"), "warnings": [],
+        "queued": states.count("queued"), "warnings": request.warnings() if whole else [],
         "unsent_notices": list(map(notice_payload, notices))})
 
 
@@ -16416,8 +16445,8 @@ def _put_one_job(request, store):
                           "there, or delete it first")
         return plan_apply(db, {source: file.jobs})
 
-    changes = _apply(request, store, plan, _flag(options, "dry_run"))
-    answer = _changes_response(changes, file.warnings, _flag(options, "dry_run"))
+    changes, missing = _apply(request, store, plan, _flag(options, "dry_run"))
+    answer = _changes_response(changes, [*file.warnings, *missing], _flag(options, "dry_run"))
     return answer.changed(status=201) if changes[0]["change"] == "added" else answer
 
 
@@ -16430,7 +16459,7 @@ def _delete_one_job(request, store):
         _check_version(request, job_id, row)
         return [Change(id=job_id, change="removed", source=row["source"])]
 
-    return _changes_response(_apply(request, store, plan, dry_run), (), dry_run)
+    return _changes_response(*_apply(request, store, plan, dry_run), dry_run)
 
 
 def _check_version(request, job_id, row):
@@ -16464,7 +16493,8 @@ def _post_apply(request, store):
         return [change for change in plan_apply(db, sources, prune)
                 if change.change != "removed" or caller.sees(change.id)]
 
-    return _changes_response(_apply(request, store, plan, dry_run), warnings, dry_run)
+    changes, missing = _apply(request, store, plan, dry_run)
+    return _changes_response(changes, warnings + missing, dry_run)
 
 
 def _texts_of(body, source):
@@ -16515,7 +16545,8 @@ def _read_or_refuse(read):
 
 
 def _apply(request, store, plan, dry_run):
-    """Carry out the [Change] that `plan(db)` gives -> what has, or would have, become of jobs."""
+    """Carry out the [Change] that `plan(db)` gives -> what has, or would have, become of jobs, and
+    sentences about jobs that they run, and that there are not."""
     with store.read() if dry_run else store.write() as db:
         before = {row["id"]: Job(json.loads(row["spec"])) for row in list_jobs(db)}
         try:
@@ -16526,10 +16557,18 @@ def _apply(request, store, plan, dry_run):
             raise Refusal(422, "invalid", str(error), errors=[]) from None
         if not dry_run:
             perform_apply(db, changes, time.time(), request.caller.name)
+        missing = missing_jobs(db, changes)
     if not dry_run:
         store.wake()
-    return [{"id": change.id, "change": change.change,
-             "diff": job_diff(before.get(change.id), change.job)} for change in changes]
+    return [{"id": change.id, "change": change.change, "diff": job_diff(
+        before.get(change.id), change.job)} for change in changes], missing
+
+
+def missing_jobs(db, changes):
+    """Sentences about jobs that those of changes run, and that there are not."""
+    jobs = [change.job for change in changes if change.job]
+    ids = {*(job_ids(db) if db else ()), *(job.id for job in jobs)}
+    return [text for job in jobs for text in check_references(job, ids)]
 
 
 def _changes_response(changes, warnings, dry_run):
@@ -16753,7 +16792,7 @@ def _get_run(request, store):
     """A run."""
     request.options()
     with store.read() as db:
-        run, = run_payloads(store, db, [_asked_run(db, request)])
+        run = whole_payload(store, db, _asked_run(db, request))
     return json_response(run).changed(until=math.inf if _is_still(run) else None)
 
 
@@ -16773,15 +16812,15 @@ def _asked_run(db, request):
     """The row of the run in a path: its id, `latest`, a job's id or the beginning of the run's, as
     far as one sees it. What changes a run is given its id. Raises NoSuchRun."""
     target, caller = request.arguments[0], request.caller
-    row = find_run_row(db, target)
-    if row is None and request.method in ("GET", "HEAD"):
+    row, reads = find_run_row(db, target), request.method in ("GET", "HEAD")
+    if row is None and reads:
         if target == "latest":
             row, = list_runs(db, run_filter(job_ids=_visible_jobs(db, caller)), 1) or [None]
         elif caller.sees(target) or len(target) >= 4:
             with contextlib.suppress(NoSuchRun):
                 row = find_run(db, target)
     if row is None or not caller.sees(row["job_id"]):
-        raise NoSuchRun(f'there is no run "{printable(target)}"')
+        raise NoSuchRun(f'there is no run {"or job " if reads else ""}"{printable(target)}"')
     return row
 
 
@@ -17805,6 +17844,9 @@ def find_routes(path):
     return found, arguments
 
 
+NO_ROUTE = "there is nothing of this name here"
+
+
 def admitted(request, place):
     """The Route of a request that may pass the gate; its arguments are put into the request."""
     routes, request.arguments = find_routes(request.path)
@@ -17818,7 +17860,7 @@ def admitted(request, place):
         raise Refusal(405, "method_not_allowed", f"{request.path} knows {allowed} only",
                       headers={"Allow": allowed})
     if route is None:
-        raise Refusal(404, "not_found", "there is nothing of this name here")
+        raise Refusal(404, "not_found", NO_ROUTE)
     if request.header("expect") not in (None, "100-continue"):
         raise Refusal(417, "expectation_failed", "only 100-continue can be expected")
     return route
@@ -17952,6 +17994,7 @@ class _Connection:
             route = admitted(request, self.place)
             self.read_body(request)
             unread, request.vitals = False, self.server.vitals
+            request.warnings = self.server.warnings
             response = answer(route, request, self.server.store, self.server.say)
             if response.feed is not None and self.server.streams.is_full:
                 raise Refusal(503, "busy", "too many clients follow something; try again later",
@@ -18078,6 +18121,7 @@ class _Server:
     request_queue_size = 128
 
     vitals = None                       # of the scheduler of the same process
+    warnings = list                     # a function that gives texts on what is wrong with the host
     dated = None, None
 
     def start(self, store, access, say):
@@ -18312,7 +18356,623 @@ def _why_not(error, host, port):
 
 
 # ==== 19 client ===================================================================================
-# With --url a command asks a server through its API what it else asks the store.
+# A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
+# server, what they else ask the store, and get the same payloads. One connection is kept, each
+# answer has a deadline and a largest size, and no redirect is followed, since the token would go
+# where it leads. The token is in no error.
+
+_CONNECT_TIME = 10              # seconds
+_SILENCE_TIME = 45              # seconds without a byte; a stream shows each 15 that it lives
+_WHOLE_TIME = 120               # seconds from a request to the end of its answer
+_GONE_TIME = 120                 # seconds for which a server that has answered once is tried again
+_MOST_ANSWERED = 64 << 20       # bytes
+_MOST_OF_LINE = 16 << 20        # bytes of an event
+_TOKEN = Pattern(r"[!-~]+")
+
+
+class Unreachable(RoexecError):
+    """A server that does not answer; `sent` says whether it may have got the request."""
+
+    def __init__(self, text, sent=False):
+        super().__init__(text)
+        self.sent = sent
+
+
+class Denied(RoexecError):
+    """Something that a server refuses: `status` is that of HTTP, `code` and `members` those of the
+    error, as far as it is one of the API."""
+
+    def __init__(self, text, status, code=None, members=None):
+        super().__init__(text)
+        self.status, self.code, self.members = status, code, members or {}
+
+
+class Strange(RoexecError):
+    """An answer that is none of roexec's API, or of another version of it."""
+
+
+class _Wire:
+    """HTTP to the server at a URL, by one connection that is kept."""
+
+    def __init__(self, url, token):
+        import urllib.parse
+        parts = urllib.parse.urlsplit(url)
+        try:
+            self.host, port = parts.hostname, parts.port
+        except ValueError:
+            port = self.host = None
+        if parts.scheme not in ("http", "https") or not self.host or parts.query or parts.fragment:
+            raise ValueError(f"{printable(url.partition('@')[2] or url)} is no URL of a server; "
+                             "write for example https://roexec.example.com:8080")
+        if "@" in parts.netloc:
+            raise ValueError("a token does not belong into the URL; put it into ROEXEC_TOKEN")
+        if token and not _TOKEN.fullmatch(token):
+            raise ValueError("the token has a character that no token has; it is one word")
+        self.tls = parts.scheme == "https"
+        self.port = port or (443 if self.tls else 80)
+        self.path = parts.path.rstrip("/")
+        self.url = f"{parts.scheme}://{parts.netloc}{self.path}"
+        self.headers = {"User-Agent": f"roexec/{__version__}"}
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
+        self._kept = None
+
+    def connect(self):
+        """A new connection; raises Unreachable."""
+        import http.client
+        kind, how = http.client.HTTPConnection, {"timeout": _CONNECT_TIME}
+        if self.tls:
+            kind, how["context"] = http.client.HTTPSConnection, _trust()
+        connection = kind(self.host, self.port, **how)
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise Unreachable(self._why(error)) from None
+        connection.sock.settimeout(_SILENCE_TIME)
+        return connection
+
+    def _why(self, error):
+        """Why one cannot connect, and what to do about it."""
+        if isinstance(error, socket.gaierror):
+            return f"the name {self.host} of {self.url} is not known here: {error.strerror}"
+        if isinstance(error, ConnectionRefusedError):
+            return (f"nothing listens on port {self.port} of {self.host}: does a server run there, "
+                    "and does it listen beyond its own host (server: {host: …})?")
+        if isinstance(error, socket.timeout):
+            return f"{self.url} does not answer within {_CONNECT_TIME}s"
+        if type(error).__name__ == "SSLCertVerificationError":
+            return (f"the certificate of {self.host} is not trusted: {error.verify_message}; where "
+                    "it is by an authority of your own, SSL_CERT_FILE names the file of that")
+        if type(error).__name__.startswith("SSL"):
+            return (f"{self.host} does not speak TLS on port {self.port} "
+                    f"({error.reason or error}); should it be http:// instead?")
+        return f"cannot connect to {self.url}: {error.strerror or error}"
+
+    def request(self, method, path, body=None, headers=None):
+        """Send a request -> its response, of which nothing was read but the head.
+
+        Where a connection that was kept has ended meanwhile, what can be sent twice is. Raises
+        Unreachable.
+        """
+        headers = {**self.headers, **(headers or {})}
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            try:
+                return self._send(kept, method, path, body, headers)
+            except Unreachable:
+                if method != "GET" and "Idempotency-Key" not in headers:
+                    raise
+        return self._send(self.connect(), method, path, body, headers)
+
+    def _send(self, connection, method, path, body, headers):
+        import http.client
+        deadline = _Deadline(connection)
+        try:
+            connection.request(method, self.path + path, body, headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            deadline.cancel()
+            connection.close()
+            raise Unreachable(self._broken(error, deadline), sent=True) from None
+        response.connection, response.deadline = connection, deadline
+        return response
+
+    def _broken(self, error, deadline):
+        """What has become of a connection."""
+        kind = type(error).__name__
+        if deadline.passed or isinstance(error, socket.timeout):
+            return f"{self.url} does not answer in time"
+        if kind == "RemoteDisconnected":
+            return (f"{self.url} has ended the connection without an answer"
+                    + ("" if self.tls else "; should it be https:// instead?"))
+        if kind in ("BadStatusLine", "UnknownProtocol", "LineTooLong"):
+            return f"what answers at {self.url} does not speak HTTP"
+        return f"the connection to {self.url} broke in the middle of an answer"
+
+    def pieces(self, response):
+        """The body of a response, in pieces as they come; raises Unreachable where it is cut."""
+        import http.client
+        try:
+            for piece in iter(lambda: response.read1(1 << 16), b""):
+                yield piece
+            if response.length or response.deadline.passed:
+                raise http.client.IncompleteRead(b"")
+            response.close()
+            if not response.will_close:
+                self._kept, response.connection = response.connection, None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise Unreachable(self._broken(error, response.deadline), sent=True) from None
+        finally:
+            response.deadline.cancel()
+            if response.connection is not None:
+                response.connection.close()
+
+    def close(self):
+        """End the connection that is kept."""
+        if self._kept is not None:
+            self._kept.close()
+
+    def body(self, response):
+        """The whole body of a response (bytes); raises RoexecError."""
+        data = bytearray()
+        for piece in self.pieces(response):
+            data += piece
+            if len(data) > _MOST_ANSWERED:
+                raise Strange(f"an answer of {self.url} is larger than "
+                              f"{format_size(_MOST_ANSWERED)}")
+        return bytes(data)
+
+
+class _Deadline:
+    """Ends a connection that has not done in time what it is to do, however it dawdles."""
+
+    def __init__(self, connection):
+        self.socket, self.passed = connection.sock, False
+        self.timer = threading.Timer(_WHOLE_TIME, self.end)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def end(self):
+        self.passed = True
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def cancel(self):
+        """It was done, or need not be."""
+        self.timer.cancel()
+
+
+def _trust():
+    """The SSLContext that trusts whom the system does, or SSL_CERT_FILE and SSL_CERT_DIR name."""
+    try:
+        import ssl
+    except ImportError:
+        raise RoexecError("this Python has no ssl, so https:// cannot be spoken") from None
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+class _Asking:
+    """Requests to the API of the server at a URL. Raises ValueError for no URL, or no token."""
+
+    def __init__(self, url, token, say):
+        self.wire, self.say = _Wire(url, token), say
+        self.has_token = bool(token)
+
+    @property
+    def name(self):
+        """What messages call it."""
+        return self.wire.url
+
+    def open(self, method, path, query=None, body=None, headers=None):
+        """The response to a request below /api/v1, if that is one of success; raises RoexecError.
+        """
+        import urllib.parse
+        words = {name: text for name, text in (query or {}).items() if text not in (None, "")}
+        target = f"/api/v1/{path}" + (f"?{urllib.parse.urlencode(words)}" if words else "")
+        body = json.dumps(body).encode() if body is not None else None
+        response = self.wire.request(method, target, body, headers)
+        if not 200 <= response.status < 300:
+            raise self._refusal(response)
+        return response
+
+    def ask(self, method, path, query=None, body=None, headers=None):
+        """What the answer to a request says (an object); raises RoexecError."""
+        response = self.open(method, path, query, body, headers)
+        data = self.wire.body(response)
+        if response.status == 204:
+            return {}
+        payload = _object_of(response, data)
+        if payload is None:
+            raise Strange(f"what answers at {self.name} is no server of roexec: it sent "
+                          f"{printable(response.getheader('Content-Type') or 'nothing')[:80]}")
+        return payload
+
+    def _refusal(self, response):
+        """The error that a response means."""
+        status, place = response.status, response.getheader("Location") or "elsewhere"
+        if 300 <= status < 400:
+            response.deadline.cancel()
+            response.connection.close()
+            return Strange(f"{self.name} redirects to {printable(place)[:200]}; the token does not "
+                           "go there by itself: write that URL")
+        error = (_object_of(response, self.wire.body(response)) or {}).get("error")
+        if not isinstance(error, dict):
+            return Denied(f"{self.name} answers {status} {printable(response.reason)[:80]}, and it "
+                          "is not roexec that says so", status)
+        text = "\n".join(map(printable, str(error.get("message"))[:100_000].splitlines()))
+        if status == 401:
+            text = (f"{self.name} does not know this token, or it has expired" if self.has_token
+                    else f"{self.name} wants a token: put it into ROEXEC_TOKEN; on its host roexec "
+                    "token create makes one")
+        elif status == 405 or error.get("message") == NO_ROUTE:
+            text = f"{self.name} does not know how to do this: {self._versions()}"
+        return Denied(text, status, error.get("code"), error)
+
+    def _versions(self):
+        """Which versions meet here."""
+        theirs = "of an unknown version"
+        with contextlib.suppress(RoexecError):
+            response = self.wire.request("GET", "/api/v1/me")
+            me = _object_of(response, self.wire.body(response)) or {}
+            theirs = printable(str(me.get("version", theirs)))[:40]
+        return f"the roexec there is {theirs}, this one is {__version__}"
+
+    def puzzled(self, error):
+        """The error that a payload means from which something expected was missing."""
+        return Strange(f"{self.name} answers something else than expected "
+                       f"({type(error).__name__}): {self._versions()}")
+
+    def every(self, path, name, **query):
+        """All items of a list, page by page."""
+        items, cursor = [], None
+        while True:
+            payload = self.ask("GET", path, {"limit": 1000, **query, "cursor": cursor})
+            items += payload[name]
+            cursor = payload["next"]
+            if not cursor or not payload[name]:
+                return items
+            if len(items) > _MOST_ITEMS:
+                raise Strange(f"{self.name} lists more than {_MOST_ITEMS} {name}")
+
+    def patiently(self, ask):
+        """What `ask()` gives, asked again for a while where the server is gone; raises
+        RoexecError."""
+        until, told = time.monotonic() + _GONE_TIME, False
+        while True:
+            try:
+                return ask()
+            except RoexecError as error:
+                if time.monotonic() > until or not _may_pass(error):
+                    raise
+                if not told:
+                    self.say(f"{error}; trying again for {format_duration(_GONE_TIME)}")
+            told = True
+            time.sleep(_RETRY_PAUSE)
+
+
+class Remote(_Asking):
+    """The server at a URL, as commands ask it; they ask the store of this host the same."""
+
+    # Jobs.
+
+    def jobs(self):
+        """Payloads of all jobs."""
+        return self.every("jobs", "jobs")
+
+    def job(self, job_id):
+        """The payload of a job; raises RoexecError."""
+        return self.ask("GET", f"jobs/{_in_path(job_id)}")
+
+    def find(self, target):
+        """(payload of the job, None) of the id of a job, else (None, that of the run meant)."""
+        try:
+            return self.job(target), None
+        except Denied as error:
+            if error.status not in (403, 404):
+                raise
+            job_denied = error
+        try:
+            return None, self.run(target)
+        except Denied as error:
+            raise job_denied if (error.status, job_denied.status) == (404, 403) else error
+
+    def slots(self, job_id, after, count):
+        """Payloads of the next slots, those > `after`, of a job or of all."""
+        query = {"from": format_instant(after + 1), "count": count}
+        path = f"jobs/{_in_path(job_id)}/next" if job_id else "next"
+        return self.ask("GET", path, query)["slots"] if count else []
+
+    def foresight(self, job_id, after, end, duration):
+        """The payload of all slots > `after` and < `end`, of a job or of all."""
+        if job_id:
+            self.job(job_id)
+        return self.ask("GET", "next", {"jobs": job_id, "from": format_instant(after + 1),
+                                        "to": format_instant(end), "duration": duration})
+
+    def why(self, job_id, text):
+        """The payload of why a job has not run; raises ValueError for no instant."""
+        try:
+            return self.ask("GET", f"jobs/{_in_path(job_id)}/why", {"at": text})
+        except Denied as error:
+            if error.status == 400:
+                raise ValueError(str(error).removeprefix("at: ")) from None
+            raise
+
+    def status(self):
+        """The payload of whether the server is healthy."""
+        return self.ask("GET", "status")
+
+    def exported(self, ids):
+        """The specs of jobs, or of all, as a file has to have them."""
+        return self.ask("GET", "export", {"jobs": ",".join(ids)},
+                        headers={"Accept": "application/json"})["jobs"]
+
+    def apply(self, texts, prune, dry_run):
+        """Apply job files, {source: text} -> their answer; raises RoexecError."""
+        body = {"files": [{"source": source, "text": text} for source, text in texts.items()]}
+        return self.ask("POST", "apply", {"prune": int(prune), "dry_run": int(dry_run)}, body)
+
+    def put(self, job, dry_run):
+        """Register a Job -> the answer, as `apply` gives it; raises RoexecError."""
+        return self.ask("PUT", f"jobs/{_in_path(job.id)}", {"dry_run": int(dry_run)}, job.spec)
+
+    def delete(self, ids, dry_run):
+        """Delete jobs, none of them if one does not exist."""
+        for dry in (1,) if dry_run else (1, 0) if len(ids) > 1 else (0,):
+            for job_id in ids:
+                self.ask("DELETE", f"jobs/{_in_path(job_id)}", {"dry_run": dry})
+
+    def pause(self, ids, pausing, until):
+        """Pause the schedules of jobs until an instant (seconds), or resume them."""
+        body = {"until": format_instant(until)} if pausing and until != math.inf else {}
+        for job_id in ids:
+            self.ask("POST", f"jobs/{_in_path(job_id)}/{'pause' if pausing else 'resume'}", None,
+                     body)
+
+    def now(self):
+        """The time there (seconds)."""
+        return parse_instant(self.ask("GET", "me")["now"], None)
+
+    # Runs.
+
+    def runs(self, groups, job_id=None, since=None, steps=False):
+        """Payloads of runs, newest first, of each of some groups ([state], how many or None)."""
+        found = {}
+        for states, limit in groups:
+            query = {"state": ",".join(states), "job": job_id, "steps": int(steps),
+                     "since": since and format_instant(since)}
+            if limit is None or limit > 1000:
+                listed = self.every("runs", "runs", **query)[:limit]
+            else:
+                listed = self.ask("GET", "runs", {**query, "limit": limit})["runs"] if limit else ()
+            found.update((run["id"], run) for run in listed)
+        return list(found.values())
+
+    def run(self, target):
+        """The payload of the run that a person means; raises RoexecError."""
+        return self.ask("GET", f"runs/{_in_path(target)}")
+
+    def usual(self, job_ids):
+        """{job id: seconds} that runs of jobs take usually, as far as that is known here."""
+        try:
+            jobs = self.every("jobs", "jobs", ids=",".join(sorted(job_ids)[:100]), brief=1)
+        except Denied:
+            return {}
+        return {job["id"]: job["usual"] for job in jobs if job["usual"] is not None}
+
+    def start(self, job_id, env, queue):
+        """Start a run of a job -> its id; however the connection breaks, it is one run."""
+        import secrets
+        headers = {"Idempotency-Key": secrets.token_hex(16)}
+        body = {"env": env, "queue": queue}
+        path = f"jobs/{_in_path(job_id)}/run"
+        try:
+            return self.ask("POST", path, None, body, headers)["id"]
+        except Unreachable as error:
+            if not error.sent:
+                raise
+        return self.patiently(lambda: self.ask("POST", path, None, body, headers)["id"])
+
+    def retried(self, run, first, everything):
+        """(Job, steps that would not be repeated) of a retry of the run of a payload."""
+        check_retry(run)
+        if run["step"]:
+            run, first = self.run(run["parent"]), first or run["step"]
+        job = Job(self.job(run["job_id"])["spec"])
+        steps = {step["step"]: step for step in run.get("steps", ())}
+        again = repeated_steps(job, run, steps, first, everything)
+        return job, [step for step in steps if step not in again]
+
+    def retry(self, run, env, first, everything):
+        """Run again what the run of a payload ran -> the id of the new run."""
+        body = {"env": env, "all": everything, **({"from": first} if first else {})}
+        return self.ask("POST", f"runs/{_in_path(run['id'])}/retry", None, body)["id"]
+
+    def cancel(self, run_id):
+        """Cancel a run -> its state by then."""
+        return self.ask("POST", f"runs/{_in_path(run_id)}/cancel")["state"]
+
+    def wait(self, target):
+        """The payload of a run once it has ended."""
+        run, pause = self.run(target), 0.1
+        while run["state"] not in FINAL_STATES:
+            time.sleep(pause)
+            run, pause = self.patiently(lambda: self.run(run["id"])), min(2, pause * 1.5)
+        return run
+
+    # Logs.
+
+    def log(self, target, tail=None):
+        """Yield the Lines of the log of a run as it is now."""
+        response = self.open("GET", f"runs/{_in_path(target)}/logs", {"tail": tail})
+        response.deadline.cancel()
+        rest = b""
+        for piece in self.wire.pieces(response):
+            whole, newline, rest = (rest + piece).rpartition(b"\n")
+            yield from _lines_in(whole + newline)
+        yield from _lines_in(rest)
+
+    # Tokens, and who has changed what.
+
+    def tokens(self):
+        """Payloads of all tokens."""
+        return self.every("tokens", "tokens")
+
+    def add_token(self, token, dry_run):
+        """Make a token, as `token_of` has it -> its text, or None in a dry run."""
+        if dry_run:
+            if any(known["name"] == token["name"] for known in self.tokens()):
+                raise already_a_token(token["name"])
+            return None
+        expires = token["expires_at"]
+        return self.ask("POST", "tokens", None, {
+            "name": token["name"], "scopes": token["scopes"], "jobs": token["pattern"],
+            "expires": expires and format_instant(expires)})["token"]
+
+    def rotate_token(self, name, dry_run):
+        """Give a token a new text -> that, or None in a dry run."""
+        if dry_run:
+            return self.ask("GET", f"tokens/{_in_path(name)}") and None
+        return self.ask("POST", f"tokens/{_in_path(name)}/rotate")["token"]
+
+    def revoke_tokens(self, names, dry_run):
+        """Remove tokens, none of them if one does not exist."""
+        for name in names:
+            self.ask("GET", f"tokens/{_in_path(name)}")
+        for name in () if dry_run else names:
+            self.ask("DELETE", f"tokens/{_in_path(name)}")
+
+    def audit(self, limit):
+        """Payloads of the newest changes."""
+        if limit > 1000:
+            return self.every("audit", "audit")[:limit]
+        return self.ask("GET", "audit", {"limit": limit})["audit"] if limit else []
+
+
+_MOST_ITEMS = 1_000_000
+_RETRY_PAUSE = 1.0              # seconds
+
+
+class Following:
+    """The log of a run as it grows, an iterable of Lines, whatever becomes of the connection or the
+    server meanwhile. Once it is over `outcome` says what has become of the run: its state,
+    exit_code, signal. It can be gone through again, from where it was left."""
+
+    def __init__(self, remote, run_id, tail=None):
+        self.remote, self.run_id, self.tail = remote, run_id, tail
+        self.last = self.gap = self.outcome = None
+
+    def __iter__(self):
+        response = self._begin()
+        while response.status != 204:
+            response.deadline.cancel()
+            try:
+                for events in _events_in(self.remote.wire.pieces(response)):
+                    yield from self._take(events)
+            except Unreachable:         # what comes of it `patiently` finds out
+                pass
+            if self.outcome is not None:
+                return
+            time.sleep(_RETRY_PAUSE)
+            response = self.remote.patiently(self._begin)
+        self.remote.wire.body(response)
+        self.outcome = self.remote.run(self.run_id)
+
+    def _begin(self):
+        headers, query = {"Accept": "text/event-stream"}, {"follow": 1}
+        if self.last is None:
+            query["tail"] = self.tail
+        else:
+            headers["Last-Event-ID"] = self.last
+        return self.remote.open("GET", f"runs/{_in_path(self.run_id)}/logs", query, headers=headers)
+
+    def _take(self, events):
+        """Yield the Lines of events; what was yielded is not asked for again."""
+        data, last = b"", self.last
+        for kind, last, payload in events:
+            if kind == "gap":
+                yield from _some_lines(data)
+                data, self.gap = b"", payload
+            elif kind == "end":
+                self.outcome = payload
+            else:
+                line = stamped_line(payload)
+                if self.gap is not None:
+                    yield gap_line(self.gap["from"], self.gap["to"], line)
+                    self.gap = None
+                data += line
+        yield from _some_lines(data)
+        self.last = last
+
+
+def _events_in(pieces):
+    """Yield lists of (kind, id, data) of the pieces of a stream of events (WHATWG HTML, 9.2.6)."""
+    rest, last = b"", None
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n\n")
+        events = []
+        for event in whole:
+            fields = dict(line.partition(": ")[::2] for line in event.decode().split("\n"))
+            last = fields.get("id", last)
+            if "data" in fields:
+                events.append((fields.get("event"), last, json.loads(fields["data"])))
+        yield events
+        if len(rest) > _MOST_OF_LINE:
+            raise Strange(f"an event is larger than {format_size(_MOST_OF_LINE)}")
+
+
+_GAP = Pattern(rb"(?m)^.{20} \[INFO\] \d+ bytes of the log were removed here: "
+               rb"from=(\d+) to=(\d+)\n")
+
+
+def _lines_in(data):
+    """Yield Lines of the text of a log, in which those that stand for others can be told."""
+    at = 0
+    for gap in _GAP.finditer(data):
+        yield from _some_lines(data[at:gap.start()])
+        yield Lines(begin=int(gap[1]), end=int(gap[2]), data=gap[0], is_gap=True)
+        at = gap.end()
+    yield from _some_lines(data[at:])
+
+
+def _some_lines(data):
+    return [Lines(data=data, is_gap=False)] if data else []
+
+
+def stamped_line(payload):
+    """A line of a log as it is stored (bytes), of its payload."""
+    text = payload["line"].encode(errors="replace")
+    if "base64" in payload:
+        text = base64.b64decode(payload["base64"])
+    if payload["time"] is None:
+        return text + b"\n"
+    tag = payload["stream"].upper() + ("~" if payload["partial"] else "")
+    return f"{payload['time']} [{tag}] ".encode() + text + b"\n"
+
+
+def _may_pass(error):
+    """Whether what is wrong may be over by itself: the server begins again, or is too busy."""
+    return isinstance(error, Unreachable) or isinstance(error, Denied) and error.status in (
+        502, 503, 504)
+
+
+def _in_path(text):
+    import urllib.parse
+    return urllib.parse.quote(text, safe="")
+
+
+def _object_of(response, data):
+    """The object that an answer is, None where it is none."""
+    if "json" not in (response.getheader("Content-Type") or ""):
+        return None
+    try:
+        payload = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return payload if isinstance(payload, dict) else None
 
 
 # ==== 20 host =====================================================================================
@@ -19617,11 +20277,13 @@ def _store_in_use():
 # What a command works with.
 
 class Session:
-    """A command that is performed: its options, the configuration, the store it reaches."""
+    """A command that is performed: its options, the configuration, the store it reaches, or, where
+    it is to ask a server elsewhere, its `url`."""
 
     def __init__(self, command, options):
         self.command, self.options = command, options
-        self._config = self._store = None
+        self.url = _url_to_ask(command, options)
+        self._config = self._store = self._asked = None
         self._uid = os.getuid()         # root may become somebody else
 
     @property
@@ -19645,6 +20307,8 @@ class Session:
     @property
     def store(self):
         """The Store, located at the first use; by then this process is its owner's."""
+        if self.url:
+            raise Usage(_only_here(self.command, self.options))
         if self._store is None:
             path = locate_store(self.options.store, self.config)
             if path is None:            # a second server has a store of its own
@@ -19664,6 +20328,24 @@ class Session:
         except StoreFailure as error:
             _say(f"what has ended meanwhile cannot be recorded: {error}")
         return self.store
+
+    @property
+    def asked(self):
+        """Whom the command asks: a Remote, or the Local that is this host's store."""
+        if self._asked is None and self.url:
+            try:
+                self._asked = Remote(self.url, _token_to_bear(self.options), _say)
+            except ValueError as error:
+                raise Usage(str(error)) from None
+            if self.options.verbose:
+                _say(f"the server is {self._asked.name}")
+        self._asked = self._asked or Local(self)
+        return self._asked
+
+    def close(self):
+        """End the connection to a server, if there is one."""
+        if self.url and self._asked:
+            self._asked.wire.close()
 
     @property
     def style(self):
@@ -19715,21 +20397,261 @@ class Session:
             sys.stdout.write(text(self.style))
 
     def report(self, changes):
-        """Tell the server and the person what has, or would have, become of ids: (id, what)."""
+        """Tell the person what has, or would have, become of ids: (id, what)."""
         dry = self.options.dry_run
-        if not dry:
-            self.store.wake()
         self.give({"changes": [{"id": name, "change": what} for name, what in changes],
                    "dry_run": dry},
                   lambda style: "".join(f"{name}: {what}{' (dry run)' * dry}\n"
                                         for name, what in changes))
 
+    def nothing(self, what):
+        """Say where nothing was found, and whether a server runs there."""
+        if self.url:
+            return _say(f"no {what} on {self.asked.name}")
+        store = self.store
+        there = "" if store.exists else " (there is no store there yet)"
+        return _say(f"no {what} in {store.path}{there}; "
+                    f"{'no' if store.server() is None else 'a'} server runs on it")
 
-def _nothing(store, what):
-    """Say where nothing was found, and whether a server runs there."""
-    there = "" if store.exists else " (there is no store there yet)"
-    _say(f"no {what} in {store.path}{there}; "
-         f"{'no' if store.server() is None else 'a'} server runs on it")
+
+def _url_to_ask(command, options):
+    """The URL of the server that a command is to ask, None for the store of this host."""
+    if options.url is not None and not command.asks:
+        raise Usage(_only_here(command, options))
+    if options.url is not None and options.store:
+        raise Usage("--store is for a store of this host, --url for a server; write one of them")
+    url = options.url
+    if url is None and not options.store and command.name != "server":
+        url = os.environ.get("ROEXEC_URL") or None
+    if options.token is not None and url is None:
+        raise Usage("--token is for a server; write --url too")
+    return url
+
+
+def _token_to_bear(options):
+    return (options.token or os.environ.get("ROEXEC_TOKEN") or "").strip()
+
+
+def _only_here(command, options):
+    name = {"run": "run --name", "logs": "logs of many runs"}.get(command.name, command.name)
+    where = "do without --url" if options.url is not None else "unset ROEXEC_URL, or write --store"
+    return f"{name}: this is for a store of this host alone; {where}"
+
+
+class Local:
+    """The store of this host, as commands ask it; they ask a server elsewhere, Remote, the same."""
+
+    def __init__(self, session):
+        self.session = session
+
+    # Jobs.
+
+    def jobs(self):
+        """Payloads of all jobs."""
+        payloads = self._jobs()
+        if any(payload["active"] for payload in payloads):
+            settle(self.session.store)  # only then there can be anything to take in
+            payloads = self._jobs()
+        return payloads
+
+    def _jobs(self):
+        session = self.session
+        if not session.store.exists:
+            return []
+        with session.store.read() as db:
+            return job_payloads(db, list_jobs(db), time.time(), session.settings)
+
+    def job(self, job_id):
+        """The payload of a job; raises RoexecError."""
+        session = self.session
+        with session.store.read() as db:
+            payload, = job_payloads(db, [get_job(db, job_id)], time.time(), session.settings)
+        return payload
+
+    def find(self, target):
+        """(payload of the job, None) of the id of a job, else (None, that of the run meant)."""
+        with self.session.settled.read() as db:
+            is_job = find_job(db, target) is not None
+        return (self.job(target), None) if is_job else (None, self.run(target))
+
+    def slots(self, job_id, after, count):
+        """Payloads of the next slots, those > `after`, of a job or of all."""
+        with self.session.store.read() as db:
+            jobs, zone = self._jobs_due(db, job_id, after)
+        return coming_slots(jobs, after, zone, count)
+
+    def foresight(self, job_id, after, end, duration):
+        """The payload of all slots > `after` and < `end`, of a job or of all."""
+        session = self.session
+        with session.store.read() as db:
+            jobs, zone = self._jobs_due(db, job_id, after)
+            jobs = [job for job in jobs if job.enabled and job.schedule]
+            ids, most = [job.id for job in jobs], in_effect(db, session.settings)[2]
+            usual = usual_durations(db, ids) if duration is None else dict.fromkeys(ids, duration)
+        return foresight(jobs, after + 1, end, zone, usual, most)
+
+    def _jobs_due(self, db, job_id, after):
+        """([Job], tzinfo of those that name none): one, or all that are not paused."""
+        defaults, zone, _ = in_effect(db, self.session.settings)
+        rows = [get_job(db, job_id)] if job_id else [
+            row for row in list_jobs(db) if row["paused"] <= max(after, time.time())]
+        return [job_in_effect(row, defaults) for row in rows], zone
+
+    def why(self, job_id, text):
+        """The payload of why a job has not run; raises ValueError for no instant."""
+        store = self.session.settled
+        with store.read() as db:
+            return explanation(store, db, job_id, text, self.session.settings)
+
+    def status(self):
+        """The payload of whether the server is healthy."""
+        session = self.session
+        store = session.settled
+        process, health, states, jobs = store.server(), "there is no store yet", [], []
+        notices = []
+        if store.exists:
+            health = "no server runs" if process is None else (
+                "healthy" if _answers(store) else STUCK)
+            with store.read() as db:
+                states, jobs = [run["state"] for run in active_runs(db)], job_ids(db)
+                notices = unsent_notices(db)
+                if health == "healthy":
+                    health = store.trouble() or _overdue(db, session.settings) or health
+        return {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
+                "running": states.count("running"), "queued": states.count("queued"),
+                "warnings": _warnings(store, session.config),
+                "unsent_notices": [notice_payload(row) for row in notices]}
+
+    def exported(self, ids):
+        """The specs of jobs, or of all, as a file has to have them."""
+        with self.session.store.read() as db:
+            return [job.spec for job in exported_jobs(db, ids or job_ids(db))]
+
+    def delete(self, ids, dry_run):
+        """Delete jobs, none of them if one does not exist."""
+        with self.session.change() as db:
+            for job_id in ids:
+                get_job(db, job_id)
+            if not dry_run:
+                delete_jobs(db, ids, time.time(), self.session.caller.name)
+        self.tell(dry_run)
+
+    def pause(self, ids, pausing, until):
+        """Pause the schedules of jobs until an instant (seconds), or resume them."""
+        with self.session.store.write() as db:
+            for job_id in ids:
+                pause_job(db, job_id, pausing, until, self.session.caller.name)
+        self.tell()
+
+    def tell(self, dry_run=False):
+        """Tell the server that something was changed."""
+        if not dry_run:
+            self.session.store.wake()
+
+    def now(self):
+        """The time there (seconds)."""
+        return time.time()
+
+    # Runs.
+
+    def runs(self, groups, job_id=None, since=None, steps=False):
+        """Payloads of runs, newest first, of each of some groups ([state], how many or None)."""
+        store, rows = self.session.settled, []
+        if not store.exists:
+            return []
+        with store.read() as db:
+            for states, limit in groups:
+                where = run_filter(states, job_id, since, steps=steps)
+                rows += list_runs(db, where, -1 if limit is None else limit)
+            return run_payloads(store, db, rows)
+
+    def run(self, target):
+        """The payload of the run that a person means; raises RoexecError."""
+        store = self.session.settled
+        with store.read() as db:
+            return whole_payload(store, db, find_run(db, target))
+
+    def usual(self, job_ids):
+        """{job id: seconds} that runs of jobs take usually, as far as that is known."""
+        with self.session.store.read() as db:
+            return usual_durations(db, job_ids)
+
+    def retried(self, run, first, everything):
+        """(Job, steps that would not be repeated) of a retry of the run of a payload."""
+        with self.session.store.read() as db:
+            _, job, how = self._retry(db, run, first, everything)
+        return job, how.get("taken", ())
+
+    def _retry(self, db, run, first, everything):
+        run, first = whole_of(db, get_run(db, run["id"]), first)
+        job = job_to_retry(db, run, self.session.settings)
+        return run, job, steps_to_retry(db, run, job, first, everything)
+
+    def retry(self, run, env, first, everything):
+        """Run again what the run of a payload ran -> the id of the new run."""
+        session, store = self.session, self.session.store
+        with store.read() as db:
+            run, job, how = self._retry(db, run, first, everything)
+        env = {**json.loads(run["env"] or "{}"), **env}
+        how.update(env=env, retry_of=run["id"], trigger="retry", by=session.caller.name)
+        secret = any(param.secret and name in env for name, param in job.params.items())
+        if store.server() is not None and not secret:
+            return request_run(store, job, **how)
+        return run_detached(store, job, settings=session.settings, **how)
+
+    def cancel(self, run_id):
+        """Cancel a run -> its state by then."""
+        store = self.session.store
+        cancel_run(store, run_id, by=self.session.caller.name)
+        with store.read() as db:
+            return get_run(db, run_id)["state"]
+
+    def wait(self, target):
+        """The row of a run once it has ended."""
+        watch = _Watch(self.session.settled, target)
+        while not watch.ended():
+            time.sleep(0.1)
+        return watch.run
+
+    # Tokens, and who has changed what.
+
+    def tokens(self):
+        """Payloads of all tokens."""
+        if not self.session.store.exists:
+            return []
+        with self.session.store.read() as db:
+            return [token_payload(row) for row in list_tokens(db)]
+
+    def add_token(self, token, dry_run):
+        """Make a token, as `token_of` has it -> its text, or None in a dry run."""
+        session = self.session
+        if not dry_run:
+            session.store.create()
+        if not session.store.exists:
+            return None
+        with session.change() as db:
+            return add_token(db, token, session.caller, time.time(), dry_run)
+
+    def rotate_token(self, name, dry_run):
+        """Give a token a new text -> that, or None in a dry run."""
+        with self.session.change() as db:
+            get_token(db, name)
+            return None if dry_run else renew_token(db, name, self.session.caller, time.time())
+
+    def revoke_tokens(self, names, dry_run):
+        """Remove tokens, none of them if one does not exist."""
+        with self.session.change() as db:
+            for name in names:
+                get_token(db, name)
+            for name in () if dry_run else names:
+                remove_token(db, name, self.session.caller, time.time())
+
+    def audit(self, limit):
+        """Payloads of the newest changes."""
+        if not self.session.store.exists:
+            return []
+        with self.session.store.read() as db:
+            return [audit_payload(row) for row in list_audit(db, limit)]
 
 
 # Job files.
@@ -19739,13 +20661,14 @@ def _is_job_file(name):
 
 
 class _JobFiles:
-    """The job files at some paths, all read: the jobs of each, and what is wrong.
+    """The job files at some paths, `given`: once they are read the jobs of each, and what is wrong.
 
     `jobs` is {absolute path: [Job]} of those that could be read, `labels` {absolute path: path as
     given} of all, `folders` the folders among the paths; `problems` and `warnings` are texts.
     """
 
-    def __init__(self, paths, defaults):
+    def __init__(self, paths):
+        self.given = paths
         self.jobs, self.labels, self.folders, self.repeated = {}, {}, set(), []
         self.problems, self.warnings = [], []
         for path in paths:
@@ -19753,11 +20676,15 @@ class _JobFiles:
                 self._expand(path)
             except RoexecError as error:
                 self.problems.append(str(error))
+
+    def read(self, defaults):
+        """Read them all; `defaults` is the spec of the configuration's."""
         for source, label in self.labels.items():
             try:
                 self.jobs[source] = self._read(source, label, defaults)
             except RoexecError as error:
                 self.problems += str(error).splitlines()
+        return self
 
     def _expand(self, path):
         if path == "-":
@@ -19837,14 +20764,14 @@ class JobFiles:
             self._apply()
 
     def _apply(self):
-        files = _JobFiles(self.paths, self.defaults)
+        files = _JobFiles(self.paths).read(self.defaults)
         told = [(text, "ERROR") for text in files.problems]
         try:
             files.check_ids()
             with self.store.write() as db:
                 changes = plan_apply(db, files.sources(list_jobs(db)), prune=True)
                 perform_apply(db, changes, time.time(), "server")
-                missing = _missing_jobs(db, changes)
+                missing = missing_jobs(db, changes)
         except RoexecError as error:
             changes, missing = [], []
             told += [(text, "ERROR") for text in str(error).splitlines()]
@@ -19857,13 +20784,6 @@ class JobFiles:
                 self.say(f"Job {change.id} {change.change}")
         # What was in the way, be it a full disk or a job of the same id, may go by itself.
         self._told, self._again = told, time.monotonic() + 60 if told else None
-
-
-def _missing_jobs(db, changes):
-    """Sentences about jobs that those of changes run, and that there are not."""
-    jobs = [change.job for change in changes if change.job]
-    ids = {*(job_ids(db) if db else ()), *(job.id for job in jobs)}
-    return [text for job in jobs for text in check_references(job, ids)]
 
 
 def _look_of(path):
@@ -19885,9 +20805,12 @@ def _look_of(path):
 def _cmd_apply(session):
     if not session.options.file:
         raise Usage(f"name the job files: roexec {session.command.example}")
-    files = _JobFiles(session.options.file, session.config.defaults)
+    files = _JobFiles(session.options.file)
     if files.repeated:
         raise Usage(f"{files.repeated[0]} is given twice")
+    if session.url:
+        return _apply_there(session, files)
+    files.read(session.config.defaults)
     for text in files.warnings:
         _say(f"warning: {text}")
     if files.problems:
@@ -19896,8 +20819,61 @@ def _cmd_apply(session):
     return _register(session, files.sources, session.options.prune)
 
 
+def _apply_there(session, files):
+    """Have the server read the files; it names them by what they are called here."""
+    options, asked = session.options, session.asked
+    if files.problems:
+        raise RoexecError("\n".join(files.problems))
+    names = {source_name(label): label for label in files.labels.values()}
+    texts = {name: _file_text(label) for name, label in names.items()}
+    for folder in map(source_name, files.given) if options.prune and files.folders else ():
+        texts.update((job["source"], "jobs: []") for job in asked.jobs() if _has_left(
+            job["source"], folder, texts))
+    try:
+        answer = asked.apply(texts, options.prune, options.dry_run)
+    except Denied as error:
+        raise RoexecError(_with_labels(error, names)) from None
+    _report_answer(session, answer)
+
+
+def _report_answer(session, answer):
+    """Say what a server has made of jobs."""
+    for text in answer["warnings"]:
+        _say(f"warning: {printable(text)}")
+    session.report([(change["id"], change["change"]) for change in answer["changes"]])
+
+
+def source_name(path):
+    """What a server calls the job file at a path of this host: the path as it was written."""
+    return os.path.normpath(path).lstrip("/")
+
+
+def _file_text(label):
+    data = sys.stdin.buffer.read() if label == "<stdin>" else _read_bytes(label)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RoexecError(f"{label}: byte {error.start} is not UTF-8") from None
+
+
+def _has_left(source, folder, texts):
+    """Whether a source was a file of a folder in which it is no more."""
+    return bool(source) and source not in texts and os.path.dirname(source) == folder \
+        and _is_job_file(os.path.basename(source))
+
+
+def _with_labels(error, names):
+    """The text of what a server has found wrong with files, which are called as they are here."""
+    problems = error.members.get("errors")
+    if not isinstance(problems, list) or not problems:
+        return str(error)
+    return "\n".join(printable(str(Problem(**{
+        **{name: problem.get(name) for name in Problem.__slots__},
+        "file": names.get(problem.get("file"), problem.get("file"))}))) for problem in problems)
+
+
 def _cmd_add(session):
-    options, folder = session.options, _here()
+    options, folder = session.options, None if session.url else _here()
     job_id = session.id()
     settings = [_pair(text, "--set", "KEY=VALUE") for text in options.set]
     mapping = {"id": job_id}
@@ -19908,6 +20884,8 @@ def _cmd_add(session):
     job = job_from_mapping(mapping, folder, settings)
     if "directory" not in dict(settings):           # the user's home, not where this was written
         job = Job({key: value for key, value in job.spec.items() if key != "directory"})
+    if session.url:
+        return _report_answer(session, session.asked.put(job, options.dry_run))
     return _register(session, lambda rows: {None: [job]})
 
 
@@ -19924,7 +20902,7 @@ def _register(session, sources, prune=False):
     if dry and not store.exists:
         changes = [Change(id=job.id, change="added", job=job)
                    for jobs in sources([]).values() for job in jobs]
-        missing = _missing_jobs(None, changes)
+        missing = missing_jobs(None, changes)
     else:
         if not dry:
             store.create()
@@ -19932,9 +20910,10 @@ def _register(session, sources, prune=False):
             changes = plan_apply(db, sources(list_jobs(db)), prune)
             if not dry:
                 perform_apply(db, changes, time.time(), session.caller.name)
-            missing = _missing_jobs(db, changes)
+            missing = missing_jobs(db, changes)
     for text in missing:
         _say(f"warning: {text}")
+    session.asked.tell(dry)
     session.report([(change.id, change.change) for change in changes])
     jobs = [change.job for change in changes if change.job]
     if any(job.schedule and job.enabled for job in jobs) and store.server() is None:
@@ -19943,20 +20922,13 @@ def _register(session, sources, prune=False):
 
 def _cmd_delete(session):
     ids = session.ids()
-    with session.change() as db:
-        for job_id in ids:
-            get_job(db, job_id)
-        if not session.options.dry_run:
-            delete_jobs(db, ids, time.time(), session.caller.name)
+    session.asked.delete(ids, session.options.dry_run)
     session.report([(job_id, "deleted") for job_id in ids])
 
 
 def _cmd_export(session):
-    options = session.options
-    with session.store.read() as db:
-        ids = [*options.id, *options.ids] or job_ids(db)
-        jobs = exported_jobs(db, ids)
-    session.give({"jobs": [job.spec for job in jobs]}, lambda style: job_to_yaml(jobs))
+    specs = session.asked.exported([*session.options.id, *session.options.ids])
+    session.give({"jobs": specs}, lambda style: job_to_yaml(map(Job, specs)))
 
 
 def _cmd_edit(session):
@@ -20058,74 +21030,72 @@ def _agrees(question):
 
 
 def _cmd_pause(session):
-    options, changes = session.options, []
+    options, asked = session.options, session.asked
     pausing, until = session.command.name == "pause", math.inf
     if pausing and options.for_ is not None:
-        until = math.ceil(time.time() + _duration_of("--for", options.for_))
+        until = math.ceil(asked.now() + _duration_of("--for", options.for_))
     if options.all and (options.id or options.ids):
         raise Usage("--all is for all jobs; write it without an id")
-    with session.change() as db:
-        for job_id in job_ids(db) if options.all else session.ids():
-            before = get_job(db, job_id)["paused"]
-            changes.append((job_id, _pause_in_words(before, until if pausing else 0)))
-            if not session.options.dry_run:
-                pause_job(db, job_id, pausing, until, session.caller.name)
-    session.report(changes)
+    jobs = asked.jobs() if options.all else [asked.job(job_id) for job_id in session.ids()]
+    if not options.dry_run:
+        asked.pause([job["id"] for job in jobs], pausing, until)
+    session.report([(job["id"], _pause_in_words(job, until if pausing else 0)) for job in jobs])
 
 
-def _pause_in_words(before, until):
-    """What becomes of a job that was paused until an instant, 0 or infinity among them."""
+def _pause_in_words(job, until):
+    """What becomes of the job of a payload that is paused until an instant, 0 or infinity too."""
     if not until:
-        return "resumed" if before > time.time() else "not paused"
-    if before == until:
+        return "resumed" if job["paused"] else "not paused"
+    end = None if until == math.inf else format_instant(until)
+    if job["paused"] and job["paused_until"] == end:
         return "already paused"
-    return "paused" if until == math.inf else f"paused until {format_instant(until)}"
+    return f"paused until {end}" if end else "paused"
 
 
 # Commands that show.
 
 def _cmd_list_jobs(session):
-    payloads = _listed_jobs(session)
-    if any(payload["active"] for payload in payloads):
-        settle(session.store)           # only then there can be anything to take in
-        payloads = _listed_jobs(session)
+    payloads = session.asked.jobs()
     if not payloads:
-        _nothing(session.store, "jobs")
+        session.nothing("jobs")
     session.give(page("jobs", payloads),
                  lambda style: jobs_table(payloads, style) if payloads else "")
 
 
-def _listed_jobs(session):
-    if not session.store.exists:
-        return []
-    with session.store.read() as db:
-        return job_payloads(db, list_jobs(db), time.time(), session.settings)
-
-
 def _cmd_list_runs(session):
-    options = session.options
+    options, asked = session.options, session.asked
     states = _asked_states(options.state)
     since = options.since and _since(options.since)
-    store, rows, payloads, usual = session.settled, [], [], {}
-    if store.exists:
-        with store.read() as db:
-            for chosen, limit in ((("queued",), -1), (("running",), -1),
-                                  (FINAL_STATES, 0 if options.active else max(0, options.limit))):
-                chosen = [state for state in chosen if state in states]
-                where = run_filter(chosen, options.job, since, steps=options.steps)
-                rows += list_runs(db, where, limit) if chosen else []
-            if not rows and options.job:
-                get_job(db, options.job)
-            payloads = run_payloads(store, db, rows)
-            usual = usual_durations(db, {row["job_id"] for row in rows
-                                         if row["state"] == "running"})
+    most = 0 if options.active else max(0, options.limit)
+    groups = [([state for state in chosen if state in states], limit) for chosen, limit in (
+        (("queued",), None), (("running",), None), (FINAL_STATES, most))]
+    payloads = asked.runs([group for group in groups if group[0]], options.job, since,
+                          options.steps)
+    if not payloads and options.job:
+        asked.job(options.job)
     if not payloads:
-        _nothing(store, "runs")
-    elif store.server() is None and any(
-            row["state"] == "queued" and not row["owner"] for row in rows):
-        _say("what is queued waits for a server; none runs on this store")
+        session.nothing("runs")
+    elif not session.url:
+        _say_what_waits(session.store, payloads)
     session.give(page("runs", payloads),
-                 lambda style: runs_table(payloads, style, usual) if payloads else "")
+                 lambda style: runs_table(payloads, style, _usual_of(asked, payloads, style))
+                 if payloads else "")
+
+
+def _say_what_waits(store, payloads):
+    """Say that no server starts what waits for one."""
+    queued = {payload["id"] for payload in payloads if payload["state"] == "queued"}
+    if queued and store.server() is None:
+        with store.read() as db:
+            waits = any(row["id"] in queued and not row["owner"] for row in active_runs(db))
+        if waits:
+            _say("what is queued waits for a server; none runs on this store")
+
+
+def _usual_of(asked, payloads, style):
+    """{job id: seconds} that what is running takes usually, where that is shown."""
+    running = {payload["job_id"] for payload in payloads if payload["state"] == "running"}
+    return asked.usual(running) if running and style.now is not None else {}
 
 
 def _asked_states(texts):
@@ -20154,21 +21124,12 @@ def _instant_of(text, what="no instant"):
 
 
 def _cmd_show(session):
-    target, store = session.id(), session.settled
-    with store.read() as db:
-        if target in job_ids(db):
-            row = get_job(db, target)
-            payload, = job_payloads(db, [row], time.time(), session.settings)
-            job = job_in_effect(row, None)
-            return session.give(payload, lambda style: job_text(payload, job, style))
-        row = find_run(db, target)
-        payload, = run_payloads(store, db, [row])
-        steps = step_payloads(store, db, row)
-        usual = usual_durations(db, [payload["job_id"]]).get(payload["job_id"])
-    if steps:
-        payload["steps"] = steps
-    log = payload["log"] and store.file(payload["log"])
-    return session.give(payload, lambda style: run_text(payload, style, usual, log))
+    job, run = session.asked.find(session.id())
+    if job is not None:
+        return session.give(job, lambda style: job_text(job, Job(job["spec"]), style))
+    log = run["log"] and not session.url and session.store.file(run["log"])
+    return session.give(run, lambda style: run_text(
+        run, style, _usual_of(session.asked, [run], style).get(run["job_id"]), log))
 
 
 def _cmd_next(session):
@@ -20176,26 +21137,30 @@ def _cmd_next(session):
     after = math.ceil(_instant_of(options.from_) if options.from_ else time.time()) - 1
     if options.to is None and options.duration is not None:
         raise Usage("--duration is for --to, which shows what runs would meet")
-    if options.cron is not None:
-        jobs, zone = [_job_of_cron(options)], in_effect(None, session.settings)[1]
-        give = _give_slots if options.to is None else _give_foresight
-        return give(session, jobs, after, zone)
-    if options.timezone:
+    if options.timezone and options.cron is None:
         raise Usage("--timezone is for --cron; a job has its own")
-    ids = [session.id()] if options.id or options.ids else []
-    with session.store.read() as db:
-        defaults, zone, _ = in_effect(db, session.settings)
-        rows = [get_job(db, job_id) for job_id in ids] or [
-            row for row in list_jobs(db) if row["paused"] <= max(after, time.time())]
-        jobs = [job_in_effect(row, defaults) for row in rows]
-        if options.to is not None:
-            return _give_foresight(session, jobs, after, zone, db)
-    if ids and rows[0]["paused"] > time.time():
-        paused = rows[0]["paused"]
-        until, before = ("", "") if paused == math.inf else (
-            f" until {format_instant(paused)}", " before that")
-        _say(f'job "{ids[0]}" is paused{until}: these slots{before} will be skipped')
-    return _give_slots(session, jobs, after, zone)
+    give = _give_slots if options.to is None else _give_foresight
+    if options.cron is not None:
+        return give(session, _OfCron(options, session.settings), None, after)
+    return give(session, session.asked, session.id() if options.id or options.ids else None, after)
+
+
+class _OfCron:
+    """The slots of an expression, asked for as those of jobs are."""
+
+    def __init__(self, options, settings):
+        self.jobs, self.settings = [_job_of_cron(options)], settings
+        self.zone = in_effect(None, settings)[1]
+
+    def slots(self, _, after, count):
+        """Payloads of its next slots."""
+        return coming_slots(self.jobs, after, self.zone, count)
+
+    def foresight(self, _, after, end, duration):
+        """The payload of all of them for some time."""
+        usual = {} if duration is None else {self.jobs[0].id: duration}
+        return foresight(self.jobs, after + 1, end, self.zone, usual,
+                         in_effect(None, self.settings)[2])
 
 
 def _job_of_cron(options):
@@ -20210,35 +21175,33 @@ def _job_of_cron(options):
                           "timezone": options.timezone})
 
 
-def _give_slots(session, jobs, after, zone):
-    """Print the next slots of jobs, in order."""
+def _give_slots(session, asked, job_id, after):
+    """Print the next slots of a job or of all, in order."""
     count = session.options.count
-    payloads = coming_slots(jobs, after, zone, 10 if count is None else max(0, count))
-    if not payloads:
-        for job in jobs if len(jobs) == 1 else ():
-            why = ("is disabled" if not job.enabled else "has no further slots" if job.schedule
-                   else "has no schedule")
-            _say(f'job "{job.id}" {why}')
+    job = job_id and asked.job(job_id)
+    if job and job["paused"]:
+        until, before = (f" until {job['paused_until']}", " before that") if job["paused_until"] \
+            else ("", "")
+        _say(f'job "{job_id}" is paused{until}: these slots{before} will be skipped')
+    payloads = asked.slots(job_id, after, 10 if count is None else max(0, count))
+    if job and not payloads:
+        why = ("is disabled" if not job["enabled"] else "has no further slots" if job["schedule"]
+               else "has no schedule")
+        _say(f'job "{job_id}" {why}')
     session.give({"slots": payloads},
                  lambda style: slots_table(payloads, style) if payloads else "")
 
 
-def _give_foresight(session, jobs, after, zone, db=None):
-    """Print all slots of jobs until --to, and what would become of them."""
+def _give_foresight(session, asked, job_id, after):
+    """Print all slots of a job or of all until --to, and what would become of them."""
     options = session.options
     end = _instant_of(options.to)
     if options.count is not None:
         raise Usage("--to shows all slots until then; do without --count")
     if end <= after:
         raise Usage(f"--to {options.to} is before the first instant asked for")
-    jobs = [job for job in jobs if job.enabled and job.schedule]
-    ids = [job.id for job in jobs]
-    if options.duration is not None:
-        usual = dict.fromkeys(ids, _duration_of("--duration", options.duration))
-    else:
-        usual = usual_durations(db, ids) if db else {}
-    most = in_effect(db, session.settings)[2]
-    payload = foresight(jobs, after + 1, end, zone, usual, most)
+    duration = options.duration and _duration_of("--duration", options.duration)
+    payload = asked.foresight(job_id, after, end, duration)
     session.give(payload, lambda style: foresight_text(payload, style))
 
 
@@ -20253,12 +21216,10 @@ def _duration_of(option, text):
 
 def _cmd_why(session):
     job_id, *words = session.ids()
-    store = session.settled
-    with store.read() as db:
-        try:
-            payload = explanation(store, db, job_id, " ".join(words), session.settings)
-        except ValueError as error:
-            raise Usage(str(error)) from None
+    try:
+        payload = session.asked.why(job_id, " ".join(words))
+    except ValueError as error:
+        raise Usage(str(error)) from None
     session.give(payload, lambda style: explanation_text(payload, style))
 
 
@@ -20292,23 +21253,19 @@ _ANSWER_PATIENCE = 5    # seconds for a server to notice that it was woken
 
 
 def _cmd_status(session):
-    store = session.settled
-    process, health, states, jobs = store.server(), "there is no store yet", [], []
-    notices = []
-    if store.exists:
-        health = "no server runs" if process is None else (
-            "healthy" if _answers(store) else STUCK)
-        with store.read() as db:
-            states, jobs = [run["state"] for run in active_runs(db)], job_ids(db)
-            notices = unsent_notices(db)
-            if health == "healthy":
-                health = store.trouble() or _overdue(db, session.settings) or health
-    warnings = [f"{found.about}: {found.text}" for found in status_warnings(store, session.config)]
-    payload = {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
-               "running": states.count("running"), "queued": states.count("queued"),
-               "warnings": warnings, "unsent_notices": [notice_payload(row) for row in notices]}
+    try:
+        payload = session.asked.status()
+    except Unreachable as error:
+        _say(error)
+        return 3
     session.give(payload, lambda style: status_text(payload, style))
-    return 3 if process is None else 0 if health == "healthy" and not warnings else 1
+    if payload["process"] is None and not session.url:
+        return 3
+    return 0 if payload["health"] == "healthy" and not payload["warnings"] else 1
+
+
+def _warnings(store, config):
+    return [f"{found.about}: {found.text}" for found in status_warnings(store, config)]
 
 
 def _answers(store):
@@ -20400,6 +21357,8 @@ def _cmd_logs(session):
         return _print_logs(session, chosen)
     if options.job:
         raise Usage("--job is for the logs of many runs; name a run or a job, or write --job")
+    if session.url:
+        return _print_lines(_log_there(session), options, chosen)
     watch = _Watch(session.settled, session.id())
     while True:
         over, log = watch.ended(), watch.log()
@@ -20432,8 +21391,22 @@ def _print_log(path, options, ended, chosen):
         with StoredLog(path) as log:
             offset = log.tail(max(0, options.tail))
     ended = ended if options.follow else lambda: True
+    _print_lines(follow(path, ended, offset=offset, wait=time.sleep), options, chosen)
+
+
+def _log_there(session):
+    """The Lines of the log of a run elsewhere."""
+    options, asked, target = session.options, session.asked, session.id()
+    tail = None if options.tail is None else max(0, options.tail)
+    if not options.follow:
+        return asked.log(target, tail)
+    return Following(asked, asked.run(target)["id"], tail)
+
+
+def _print_lines(log, options, chosen):
+    """Print what is asked for of the Lines of a log."""
     sys.stdout.flush()
-    for lines in follow(path, ended, offset=offset, wait=time.sleep):
+    for lines in log:
         data = select_lines(matching_lines(lines.data, **chosen), options.raw, options.stream)
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -20585,36 +21558,26 @@ def _failure_of(error):
 
 
 def _cmd_wait(session):
-    watch = _Watch(session.settled, session.id())
-    while not watch.ended():
-        time.sleep(0.1)
-    return exit_status(watch.run)
+    return exit_status(session.asked.wait(session.id()))
 
 
 def _cmd_cancel(session):
-    store, targets = session.settled, session.ids()
-    with store.read() as db:
-        runs = [_run_to_cancel(db, target) for target in targets]
-    changes = []
-    for run in runs:
-        state = "cancelled"
-        if not session.options.dry_run:
-            cancel_run(store, run["id"], by=session.caller.name)
-            with store.read() as db:
-                state = get_run(db, run["id"])["state"]
-        changes.append((run["id"], state if state == "cancelled" else "is being cancelled"))
+    asked, changes = session.asked, []
+    for run_id in [_run_to_cancel(asked, target)["id"] for target in session.ids()]:
+        state = "cancelled" if session.options.dry_run else asked.cancel(run_id)
+        changes.append((run_id, state if state == "cancelled" else "is being cancelled"))
     session.report(changes)
 
 
-def _run_to_cancel(db, target):
-    """The row of the run that `cancel` means: the only active one, where a job was named."""
-    active = active_runs(db, target)
+def _run_to_cancel(asked, target):
+    """The payload of the run that `cancel` means: the only active one, where a job was named."""
+    active = asked.runs([(ACTIVE_STATES, None)], target)
     if len(active) > 1:
         raise RoexecError(f'job "{target}" has several active runs; name those that you mean: '
-                          + ", ".join(run["id"] for run in active))
-    if not active and target in job_ids(db):
+                          + ", ".join(run["id"] for run in reversed(active)))
+    job, run = (None, active[0]) if active else asked.find(target)
+    if job is not None:
         raise RoexecError(f'job "{target}" has no active run')
-    run = active[0] if active else find_run(db, target)
     if run["state"] in FINAL_STATES:
         raise RoexecError(f"run {run['id']} has ended already: {run['state']}")
     return run
@@ -20632,6 +21595,8 @@ def _cmd_run(session):
         raise Usage("a command behind -- needs a name: roexec run --name NAME -- COMMAND")
     if by_name:
         job = _job_of_words(options.name, session.words())
+    elif session.url:
+        return _run_there(session, session.id(), env)
     else:
         job_id = session.id()
         with session.store.read() as db:
@@ -20645,6 +21610,53 @@ def _cmd_run(session):
     if not options.detach:
         return run_here(session.store, job, **how)
     return _give_run(session, run_detached(session.store, job, **how))
+
+
+def _run_there(session, job_id, env):
+    """Have a server run a job, and print what it prints -> its exit status."""
+    options, asked = session.options, session.asked
+    if options.dry_run:
+        return _would_run(session, Job(asked.job(job_id)["spec"]))
+    run_id = asked.start(job_id, env, options.queue)
+    if options.detach:
+        return _give_run(session, run_id)
+
+    def interrupted(number, frame):     # Ctrl-C ends the run, as it does here; a second one us
+        signal.signal(number, signal.default_int_handler)
+        _cancel_there(asked, run_id)
+
+    before = {number: signal.signal(number, interrupted)
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return exit_status(_show_output(session, Following(asked, run_id)))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_output(session, following):
+    """Print what a run prints as it comes -> what has become of it."""
+    try:
+        for lines in following:
+            for name, file in (("out", sys.stdout), ("err", sys.stderr)):
+                file.buffer.write(select_lines(lines.data, stream=name))
+                file.flush()
+    except Denied as error:
+        if error.status != 404 and error.code != "forbidden":
+            raise
+        if error.status != 404:         # that is a run which ended before it had a log
+            _say(f"{error}; so what run {following.run_id} prints is not shown")
+        return session.asked.wait(following.run_id)
+    return following.outcome
+
+
+def _cancel_there(asked, run_id):
+    """Cancel a run because of Ctrl-C; raises KeyboardInterrupt where that cannot be."""
+    try:
+        asked.cancel(run_id)
+    except RoexecError as error:
+        _say(f"{error}; run {run_id} goes on")
+        raise KeyboardInterrupt from None
 
 
 def _given_variable(text):
@@ -20691,19 +21703,12 @@ def _cmd_exec(session):
 
 
 def _cmd_retry(session):
-    store, target = session.settled, session.id()
-    with store.read() as db:
-        run, first = whole_of(db, find_run(db, target), session.options.from_)
-        job = job_to_retry(db, run, session.settings)
-        how = steps_to_retry(db, run, job, first, session.options.all)
-    if session.options.dry_run:
-        return _would_run(session, job, how.get("taken", ()))
-    env = {**json.loads(run["env"] or "{}"), **dict(map(_given_variable, session.options.env))}
-    how.update(env=env, retry_of=run["id"], trigger="retry", by=session.caller.name)
-    secret = any(param.secret and name in env for name, param in job.params.items())
-    return _give_run(session, request_run(store, job, **how)
-                     if store.server() is not None and not secret else
-                     run_detached(store, job, settings=session.settings, **how))
+    asked, options = session.asked, session.options
+    run = asked.run(session.id())
+    if options.dry_run:
+        return _would_run(session, *asked.retried(run, options.from_, options.all))
+    env = dict(map(_given_variable, options.env))
+    return _give_run(session, asked.retry(run, env, options.from_, options.all))
 
 
 # Tokens of the HTTP API, and who has changed what.
@@ -20719,12 +21724,7 @@ def _cmd_token_create(session):
         token = token_of(spec, caller, now, host_zone())
     except ValueError as error:
         raise Usage(str(error)) from None
-    if not options.dry_run:
-        session.store.create()
-    text = None
-    if session.store.exists:
-        with session.change() as db:
-            text = add_token(db, token, caller, now, options.dry_run)
+    text = session.asked.add_token(token, options.dry_run)
     if Caller(scopes=token["scopes"]).may("job:write"):
         _say("this token may define jobs (job:write), and so run any command as the user of the "
              "server")
@@ -20740,42 +21740,28 @@ def _give_token(session, name, text):
 
 
 def _cmd_token_list(session):
-    payloads = []
-    if session.store.exists:
-        with session.store.read() as db:
-            payloads = [token_payload(row) for row in list_tokens(db)]
+    payloads = session.asked.tokens()
     if not payloads:
-        _nothing(session.store, "tokens")
+        session.nothing("tokens")
     session.give(page("tokens", payloads),
                  lambda style: tokens_table(payloads, style) if payloads else "")
 
 
 def _cmd_token_rotate(session):
-    name, text = session.id(), None
-    with session.change() as db:
-        get_token(db, name)
-        if not session.options.dry_run:
-            text = renew_token(db, name, session.caller, time.time())
-    return _give_token(session, name, text)
+    name = session.id()
+    return _give_token(session, name, session.asked.rotate_token(name, session.options.dry_run))
 
 
 def _cmd_token_revoke(session):
     names = session.ids()
-    with session.change() as db:
-        for name in names:
-            get_token(db, name)
-        for name in () if session.options.dry_run else names:
-            remove_token(db, name, session.caller, time.time())
+    session.asked.revoke_tokens(names, session.options.dry_run)
     session.report([(name, "revoked") for name in names])
 
 
 def _cmd_audit(session):
-    payloads = []
-    if session.store.exists:
-        with session.store.read() as db:
-            payloads = [audit_payload(row) for row in list_audit(db, max(0, session.options.limit))]
+    payloads = session.asked.audit(max(0, session.options.limit))
     if not payloads:
-        _nothing(session.store, "changes")
+        session.nothing("changes")
     session.give(page("audit", payloads),
                  lambda style: audit_table(payloads, style) if payloads else "")
 
@@ -20990,6 +21976,7 @@ def _cmd_server(session):
         if not options.no_http:
             http = start_http(store, host, port, say, access)
             http.vitals = scheduler.vitals
+            http.warnings = lambda: _warnings(store, session.config)
             stack.callback(http.close)
             address = f"http{'s' if access.tls else ''}://%s:%d" % http.address
             prepare_access(store, http, say)
@@ -21026,7 +22013,7 @@ def _owned_paths(session):
 
 def _check_job_files(files):
     """Say what is wrong; raise RoexecError where there are no earlier jobs that could stay."""
-    read = _JobFiles(files.paths, files.defaults)
+    read = _JobFiles(files.paths).read(files.defaults)
     if read.problems and not files.store.exists:
         raise RoexecError("\n".join(read.problems))
     for text in read.problems:
@@ -21064,11 +22051,12 @@ def _reload(session, files):
 
 class Command:
     """A command: its name, the function of a Session, its help, what stands behind the name, an
-    example, its options, and whether it changes something."""
+    example, its options, whether it changes something, and whether it can ask a server."""
 
-    def __init__(self, name, function, help, usage, example, *options, changes=False):
+    def __init__(self, name, function, help, usage, example, *options, changes=False, asks=True):
         self.name, self.function, self.help, self.usage = name, function, help, usage
-        self.example, self.options, self.changes = example, (*_GLOBAL, *options), changes
+        self.example, self.options = example, (*_GLOBAL, *options)
+        self.changes, self.asks = changes, asks
         self.takes_ids = _WITH_ID in options or usage.startswith(("FILE", "[FOLDER", "bash"))
         self.takes_words = "-- COMMAND" in usage
 
@@ -21076,10 +22064,14 @@ class Command:
 _GLOBAL = (
     ("--config", "FILE", "the configuration", None),
     ("--store", "PATH", "the store: a folder, or a database file that ends in .db", None),
+    ("--url", "URL", "ask this server, instead of a store of this host; else $ROEXEC_URL", None),
+    ("--token", "TOKEN", "the token for it; better in $ROEXEC_TOKEN, since all users of a host can "
+     "see the words of a command", None),
     ("-v --verbose", None, "say more; show where an unexpected error happened", False),
     ("--json", None, "print JSON", False),
     ("--dry-run", None, "say what would be done, and do nothing", False),
 )
+_GLOBAL_WITH_VALUE = tuple(option[0] for option in _GLOBAL if option[1] is not None)
 _WITH_ID = ("--id", "ID", "the id; it may also stand alone", [])
 
 _COMMANDS = (
@@ -21091,7 +22083,7 @@ _COMMANDS = (
             ("--detach", None, "do not wait for it: print the id of the run", False),
             ("--queue", None, "wait for a run of the job that is on", False), changes=True),
     Command("exec", _cmd_exec, "run a command and record nothing",
-            "-- COMMAND [ARGUMENT ...]", "exec -- ls -la", changes=True),
+            "-- COMMAND [ARGUMENT ...]", "exec -- ls -la", changes=True, asks=False),
     Command("add", _cmd_add, "register a job, or change it",
             "ID [--schedule CRON] [--set KEY=VALUE] -- COMMAND [ARGUMENT ...]",
             'add tidy --schedule "0 3 * * *" --set timeout=1h -- rm -rf /tmp/x', _WITH_ID,
@@ -21103,7 +22095,7 @@ _COMMANDS = (
             ("--prune", None, "also remove jobs that the files no longer have", False),
             changes=True),
     Command("edit", _cmd_edit, "change a job in an editor ($VISUAL, else $EDITOR)", "JOB",
-            "edit backup-db", _WITH_ID, changes=True),
+            "edit backup-db", _WITH_ID, changes=True, asks=False),
     Command("delete", _cmd_delete, "remove jobs; their history stays", "JOB [JOB ...]",
             "delete tidy", _WITH_ID, changes=True),
     Command("export", _cmd_export, "print jobs as a job file", "[JOB ...]", "export > jobs.yml",
@@ -21112,7 +22104,7 @@ _COMMANDS = (
             "FILE [--user USER | --system]", "import crontab /etc/crontab --system > jobs.yml",
             ("--user", "USER", "whose crontab it is, if not yours", None),
             ("--system", None, "its lines name a user, as in /etc/crontab and /etc/cron.d",
-             False)),
+             False), asks=False),
     Command("list jobs", _cmd_list_jobs, "list the jobs", "", "list jobs"),
     Command("list runs", _cmd_list_runs, "list the runs that are on, then the latest that ended",
             "", "list runs --job backup-db --state failed",
@@ -21139,7 +22131,7 @@ _COMMANDS = (
             "logs export --format json --since 24h > logs.json",
             ("--format", "FORMAT", "json (a list, streamed), ndjson or text (json)", None),
             ("--since", "TIME", "only lines since: 24h, or an instant", None),
-            ("--job", "JOB", "only those of this job", None)),
+            ("--job", "JOB", "only those of this job", None), asks=False),
     Command("next", _cmd_next, "list the next times at which jobs are due", "[JOB]",
             "next backup-db --count 5", _WITH_ID,
             ("--count", "N", "how many (10)", None),
@@ -21154,7 +22146,8 @@ _COMMANDS = (
     Command("status", _cmd_status, "tell whether the server is healthy", "", "status"),
     Command("doctor", _cmd_doctor, "look for what is wrong with this host, the store and its jobs",
             "[--job JOB]", "doctor --job backup-db",
-            ("--job", "JOB", "compare the environment of a job with the one here", None)),
+            ("--job", "JOB", "compare the environment of a job with the one here", None),
+            asks=False),
     Command("pause", _cmd_pause, "stop the schedules of jobs", "JOB [JOB ...] | --all",
             "pause backup-db --for 2h", _WITH_ID,
             ("--all", None, "of all jobs", False),
@@ -21193,17 +22186,17 @@ _COMMANDS = (
             "[--older TIME] [--keep N] [--job JOB]", "maintenance purge --older 30d --keep 10",
             ("--older", "TIME", "those that ended longer ago than this", None),
             ("--keep", "N", "not the newest N of each job", None),
-            ("--job", "JOB", "only those of this job", None), changes=True),
+            ("--job", "JOB", "only those of this job", None), changes=True, asks=False),
     Command("maintenance check", _cmd_maintenance_check,
             "look for damage in the store, and mend what a crash has left", "",
-            "maintenance check", changes=True),
+            "maintenance check", changes=True, asks=False),
     Command("maintenance backup", _cmd_maintenance_backup,
             "write the store into one archive, consistent while all goes on", "FILE [--logs]",
             "maintenance backup /backup/roexec.tar.gz --logs",
-            ("--logs", None, "also the logs", False), changes=True),
+            ("--logs", None, "also the logs", False), changes=True, asks=False),
     Command("maintenance restore", _cmd_maintenance_restore,
             "put a backup in the place of the store", "FILE",
-            "maintenance restore /backup/roexec.tar.gz", changes=True),
+            "maintenance restore /backup/roexec.tar.gz", changes=True, asks=False),
     Command("server", _cmd_server, "run jobs on schedule, and serve the HTTP API",
             "[--jobs PATH]", "server --jobs jobs.yml",
             ("--jobs", "PATH", "a job file or folder to follow; may be repeated", []),
@@ -21211,19 +22204,19 @@ _COMMANDS = (
             ("--port", "N", "the port to listen on (8080)", None),
             ("--no-http", None, "do without the HTTP API", False),
             ("--drain", "TIME", "when asked to end, wait so long for runs first", None),
-            changes=True),
+            changes=True, asks=False),
     Command("init", _cmd_init, "write a configuration and a job file with comments",
-            "[FOLDER]", "init", changes=True),
+            "[FOLDER]", "init", changes=True, asks=False),
     Command("install", _cmd_install, "install this program, and a service that runs the server",
             "[--user | --as USER]", "install --dry-run",
             ("--user", None, "for you alone", False),
             ("--as", "USER", "who runs the server: roexec, or root for jobs of several users",
-             None), changes=True),
+             None), changes=True, asks=False),
     Command("uninstall", _cmd_uninstall, "remove program and service; store and jobs stay",
             "[--user]", "uninstall --dry-run",
-            ("--user", None, "what was installed for you alone", False), changes=True),
+            ("--user", None, "what was installed for you alone", False), changes=True, asks=False),
     Command("completion", _cmd_completion, "print a script that completes command lines in a shell",
-            "bash | zsh | fish", "completion bash > /etc/bash_completion.d/roexec"),
+            "bash | zsh | fish", "completion bash > /etc/bash_completion.d/roexec", asks=False),
 )
 _OWN_STATUS = ("run", "exec", "wait")   # they end as the command did; 125 is left for roexec
 
@@ -21260,7 +22253,7 @@ def _split(words):
     rest = list(words)
     while rest and rest[0].startswith("-"):
         before.append(rest.pop(0))
-        if before[-1] in ("--store", "--config") and rest:
+        if before[-1] in _GLOBAL_WITH_VALUE and rest:
             before.append(rest.pop(0))
     if not rest:
         raise Usage("a command is missing; see roexec --help")
@@ -21339,7 +22332,8 @@ def _parser(command):
         if isinstance(default, list):
             how.update({"action": "extend", "nargs": "+"} if metavar.endswith("...") else
                        {"action": "append"})
-        if flags == "--dry-run" and not command.changes:
+        if flags == "--dry-run" and not command.changes or (
+                flags in ("--url", "--token") and not command.asks):
             text = argparse.SUPPRESS
         parser.add_argument(*flags.split(), dest=_attribute(flags), help=text, **how)
     parser.add_argument("-h", "--help", action="store_true", help="show this")
@@ -21369,8 +22363,15 @@ def _perform(words):
     if "-h" in words or "--help" in words:
         sys.stdout.write(_parser(command).format_help())
         return 0
-    options = _parse(command, words, behind)
-    return command.function(Session(command, options)) or 0
+    session = Session(command, _parse(command, words, behind))
+    try:
+        return command.function(session) or 0
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if not session.url or session.options.verbose:
+            raise
+        raise session.asked.puzzled(error) from None
+    finally:
+        session.close()
 
 
 def _open_standard_streams():
