@@ -16158,13 +16158,6 @@ def step_payloads(store, db, run):
     return [{**payload, "depends_on": steps[payload["step"]].depends_on} for payload in payloads]
 
 
-def whole_payload(store, db, run):
-    """The payload of a run, of its row, with those of its `steps` if it has some."""
-    payload, = run_payloads(store, db, [run])
-    steps = step_payloads(store, db, run)
-    return {**payload, "steps": steps} if steps else payload
-
-
 def _completed(store, db, row):
     """A row of a run, and the rows of its attempts."""
     row, attempts = live_run(store, row)
@@ -16792,7 +16785,7 @@ def _get_run(request, store):
     """A run."""
     request.options()
     with store.read() as db:
-        run = whole_payload(store, db, _asked_run(db, request))
+        run, = run_payloads(store, db, [_asked_run(db, request)])
     return json_response(run).changed(until=math.inf if _is_still(run) else None)
 
 
@@ -18755,6 +18748,10 @@ class Remote(_Asking):
         """The payload of the run that a person means; raises RoexecError."""
         return self.ask("GET", f"runs/{_in_path(target)}")
 
+    def steps(self, run):
+        """Payloads of the steps of the run of a payload."""
+        return self.ask("GET", f"runs/{_in_path(run['id'])}/steps")["steps"]
+
     def usual(self, job_ids):
         """{job id: seconds} that runs of jobs take usually, as far as that is known here."""
         try:
@@ -18782,7 +18779,7 @@ class Remote(_Asking):
         if run["step"]:
             run, first = self.run(run["parent"]), first or run["step"]
         job = Job(self.job(run["job_id"])["spec"])
-        steps = {step["step"]: step for step in run.get("steps", ())}
+        steps = {step["step"]: step for step in self.steps(run)}
         again = repeated_steps(job, run, steps, first, everything)
         return job, [step for step in steps if step not in again]
 
@@ -20569,7 +20566,14 @@ class Local:
         """The payload of the run that a person means; raises RoexecError."""
         store = self.session.settled
         with store.read() as db:
-            return whole_payload(store, db, find_run(db, target))
+            payload, = run_payloads(store, db, [find_run(db, target)])
+        return payload
+
+    def steps(self, run):
+        """Payloads of the steps of the run of a payload."""
+        store = self.session.store
+        with store.read() as db:
+            return step_payloads(store, db, get_run(db, run["id"]))
 
     def usual(self, job_ids):
         """{job id: seconds} that runs of jobs take usually, as far as that is known."""
@@ -21127,7 +21131,11 @@ def _cmd_show(session):
     job, run = session.asked.find(session.id())
     if job is not None:
         return session.give(job, lambda style: job_text(job, Job(job["spec"]), style))
-    log = run["log"] and not session.url and session.store.file(run["log"])
+    steps, log = session.asked.steps(run), run["log"]
+    if steps:
+        run["steps"] = steps
+    if log and not session.url:
+        log = session.store.file(log)
     return session.give(run, lambda style: run_text(
         run, style, _usual_of(session.asked, [run], style).get(run["job_id"]), log))
 

@@ -20,6 +20,11 @@ jobs:
   - {id: hello, command: "echo hi; echo bad >&2; printf part; exit 3", tags: [x], name: Greet}
   - {id: tick, schedule: "0 5 * * *", timezone: Europe/Berlin, command: [date], env: {A: "1.10"}}
   - {id: off, schedule: "@daily", enabled: false, command: "true"}
+  - id: chain
+    pipeline:
+      - {id: one, command: "echo from one"}
+      - {id: two, command: "echo from two; exit 4", depends_on: one}
+      - {id: three, command: "echo from three", depends_on: two}
   - {id: slow, command: "echo begun; sleep 60; echo never"}
 """
 
@@ -90,6 +95,7 @@ def ran(registered, call):
     """The id of a run of `hello` that has ended."""
     runs = read_runs(registered.store, job_id="hello", state="failed")
     if not runs:
+        assert call("run chain")[0] == 4
         assert call("run hello")[0] == 3
         runs = read_runs(registered.store, job_id="hello", state="failed")
     return runs[-1]["id"]
@@ -157,6 +163,13 @@ SAME = """
     cancel hello
     cancel nothing
     retry hello --dry-run
+    retry hello --from lost
+    retry chain --dry-run
+    retry chain --from one --dry-run --json
+    retry chain --from four --dry-run
+    show chain
+    list runs --steps --job chain
+    run chain --dry-run
     retry nothing
     run hello --dry-run
     run nothing
@@ -217,7 +230,8 @@ def test_the_output_of_a_run_elsewhere_comes_as_it_was_and_its_exit_status_too(r
     status, out, _ = call("run hello --detach")
     assert status == 0 and re.fullmatch(r"\w{10}\n", out)
     assert call("wait", out.strip())[0] == 3
-    assert json.loads(call("run hello --detach --json")[1])["run"]
+    run_id = json.loads(call("run hello --detach --json")[1])["run"]
+    assert call("wait", run_id)[0] == 3
     status, out, _ = call("retry latest")
     assert status == 0 and read_runs(registered.store, id=out.strip())[0]["trigger"] == "retry"
     assert call("wait", out.strip())[0] == 3
