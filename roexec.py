@@ -11861,11 +11861,18 @@ def post_notices(db, journal):
         if hook.kind == "run":
             _run_next(db, row, number, hook.target, os.path.dirname(journal.path))
             continue
-        log = row["log"] or Progress(journal.events).log
+        log = _log_of_failure(db, row) or row["log"] or Progress(journal.events).log
         output = output_tail(os.path.join(folder, log)) if log and name != "pre_run" else None
         for notice in build_notices(hook, name, payload, key=str(number), output=output,
                                     host=socket.gethostname(), now=time.time(), name=job.name):
             add_notice(db, now=time.time(), **notice)
+
+
+def _log_of_failure(db, row):
+    """The log of the step of a run that has failed first, or None."""
+    failed = [step for step in step_rows(db, row["id"]) if step["log"] is not None
+              and step["state"] in ("failed", "timed_out", "lost")]
+    return min(failed, key=lambda step: step["finished_at"])["log"] if failed else None
 
 
 def post_live_notices(db, store, name):

@@ -144,6 +144,22 @@ def test_the_hooks_of_the_whole_know_how_it_ended_and_what_was_printed(store, ma
     assert marks() == ["begin", "failed 4", "from a", "from b", "end"]
 
 
+def test_a_notice_of_the_whole_has_the_output_of_the_step_that_failed(store):
+    perform(store, ("a", "echo from a"), ("b", "echo from b; exit 4", "a"), ("c", "echo from c"),
+            hooks={"on_failure": {"mail": "ops@example.com"}})
+    with store.read() as db:
+        body, = db.execute("SELECT body FROM outbox").fetchone()
+    assert b"from b" in body and b"from a" not in body
+
+
+def test_the_notices_of_a_step_are_its_own(store):
+    run, steps = perform(store, {"id": "a", "command": "false", "hooks": {
+        "on_failure": {"webhook": "http://127.0.0.1:1/x"}}}, ("b", "true"))
+    with store.read() as db:
+        rows = [tuple(row) for row in db.execute("SELECT run_id, kind FROM outbox")]
+    assert rows == [(steps["a"]["id"], "webhook")]
+
+
 def test_the_whole_may_be_skipped_by_its_condition_and_leaves_no_steps(store, marks):
     run, steps = perform(store, ("a", f"echo a >> {marks.path}"), condition="false")
     assert (run["state"], run["reason"], steps, marks()) == ("skipped", "condition", {}, [])
