@@ -19,11 +19,15 @@ The file is read from top to bottom; a section uses only sections above it.
     14  pipelines  steps in order, in parallel, and again from where they failed
     15  scheduler  the loop of the server, claims, recovery, the launcher
     16  upkeep     retention, purge, check, backup, restore
-    17  page       the web page, served with a strict content policy
-    18  api        routes, the one gate, streaming
-    19  client     a server elsewhere, for the same commands
-    20  host       what a host needs: doctor, install, init, completion
-    21  cli        one function per command; main(argv) -> exit status
+    17  views      what there is to say of jobs and runs, the same for the CLI and the API
+    18  page       the web page, served with a strict content policy
+    19  gate       what an HTTP request asks for, who asks, and whether they may
+    20  streams    logs that are followed and events, all of them from one look at the store
+    21  api        the routes, their functions and their description
+    22  http       connections, their limits, TLS
+    23  client     a server elsewhere, for the same commands
+    24  host       what a host needs: doctor, install, init, completion
+    25  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -13720,7 +13724,177 @@ def _forget_missing_logs(store):
                 lose_logs(db, job_id, missing, when)
 
 
-# ==== 17 page =====================================================================================
+# ==== 17 views ====================================================================================
+# What there is to say of the store, as payloads: of jobs and runs, why a job has not run, metrics.
+# The API and --json of the CLI give the same.
+
+def in_effect(db, settings=None):
+    """(defaults of all jobs, tzinfo of those that name none, how many runs at once or None), by
+    the settings of the last server, else those passed; without a store `db` is None."""
+    settings = db and get_settings(db) or settings or {}
+    scheduler = settings.get("scheduler") or {}
+    name = scheduler.get("timezone")
+    return (settings.get("defaults") or {}, get_zone(name) if name else host_zone(),
+            scheduler.get("max_concurrent"))
+
+
+def job_payloads(db, rows, now, settings=None):
+    """Payloads of rows of jobs, as they are in effect, with their next runs after `now`; the
+    settings count where the store has none of a server."""
+    defaults, zone, _ = in_effect(db, settings)
+    usual, payloads = usual_durations(db, [row["id"] for row in rows]), []
+    for row in rows:
+        job = job_in_effect(row, defaults)
+        coming = next_run(job, now, zone, row["paused"], row["position"])
+        payloads.append(job_payload(row, job, coming, zone, now, usual.get(row["id"])))
+    return payloads
+
+
+def exported_jobs(db, ids):
+    """Jobs as a file has to describe them, in which one without a folder would get that of the
+    file. Raises NoSuchJob."""
+    specs = [json.loads(get_job(db, job_id)["spec"]) for job_id in ids]
+    return [effective(Job.from_spec(spec), {"directory": "~"}) for spec in specs]
+
+
+def coming_slots(jobs, after, zone, count):
+    """Payloads of the next slots of jobs, those > `after`, in order, `count` at most."""
+    def slots(job):
+        return ((slot, job.id, job) for slot in upcoming_slots(job, after, zone))
+
+    merged = heapq.merge(*map(slots, jobs))
+    return [slot_payload(job, slot, zone) for slot, _, job in itertools.islice(merged, count)]
+
+
+def foresight(jobs, start, end, zone, usual, max_concurrent):
+    """The payload of what `foresee` says about jobs; `usual` is {job id: seconds}."""
+    foreseen = foresee(jobs, start, end, zone, usual, max_concurrent)
+    return foresight_payload(foreseen, zone, [job.id for job in jobs if job.id not in usual])
+
+
+def explanation(store, db, job_id, text=None, settings=None):
+    """The payload of why a job has not run at an instant, as it was written, or what there is to
+    say now, of its latest and of its next slot. Raises NoSuchJob, and ValueError for no instant."""
+    known = _known_of(store, db, job_id, settings)
+    job, zone = known.job, known.zone
+    if text:
+        return explanation_payload(job, _why_at(db, known, text), zone)
+    slots = (last_slot(job, math.floor(known.now) + 1, zone),
+             next(upcoming_slots(job, known.now, zone), None))
+    answers = [(slot, _why(db, known, slot)) for slot in slots if slot is not None]
+    return explanation_payload(job, [(None, explain(known)), *answers], zone)
+
+
+def _why_at(db, known, text):
+    """The answers to an instant as it was written."""
+    instants, gap = local_instants(text, known.job.zone(known.zone))
+    if not gap:
+        return [(instant, _why(db, known, instant)) for instant in instants]
+    instant, = instants
+    moved = is_moved(known.job, instant, known.zone)
+    return [(instant, [{"reason": "gap", "next": instant},
+                       *(_why(db, known, instant) if moved else ())])]
+
+
+def _why(db, known, instant):
+    row = newest_slot_row(db, known.job.id, instant)
+    others = runs_on_at(db, known.job.id, instant)
+    alive = row and last_decision(db, row)
+    return explain(known, instant, Met(row=row, others=others, alive=alive))
+
+
+def _known_of(store, db, job_id, settings):
+    """What `explain` wants to know of a job."""
+    row, (defaults, zone, most) = get_job(db, job_id), in_effect(db, settings)
+    active = [{**dict(run), **_attempts_of(store, db, run, job_id)} for run in active_runs(db)]
+    limits = {}
+    for run in active:
+        if run["state"] == "queued" and run["job_id"] not in limits:
+            with contextlib.suppress(NoSuchJob):
+                limits[run["job_id"]] = 0 if run["name"] is not None else effective_job(
+                    db, run["job_id"], settings).max_concurrent
+    newest = newest_slot_row(db, job_id)
+    paused_since = newest["slot"] if newest and newest["reason"] == "paused" else None
+    return Known(
+        now=time.time(), zone=zone, paused=row["paused"], paused_since=paused_since,
+        versions=[(since, effective(Job.from_spec(json.loads(spec)), defaults))
+                  for since, spec in job_versions(db, job_id)],
+        position=row["position"], active=active, limits=limits, max_concurrent=most,
+        held=paused_in_queue(db, time.time()), server=store.server() is not None)
+
+
+def _attempts_of(store, db, run, job_id):
+    """How far a running run of the job is."""
+    if run["job_id"] != job_id or run["state"] != "running":
+        return {}
+    payload, = run_payloads(store, db, [run])
+    if not payload["attempts"]:
+        return {}
+    return {"attempt": len(payload["attempts"]),
+            "started_at": parse_instant(payload["attempts"][0]["started_at"], None),
+            "retry_at": payload["retry_at"] and parse_instant(payload["retry_at"], None)}
+
+
+def run_payloads(store, db, rows):
+    """Payloads of rows of runs; what a running one has done so far its journal says."""
+    return [run_payload(*_completed(store, db, row)) for row in rows]
+
+
+def step_payloads(store, db, run):
+    """Payloads of the steps of a run, of its row, in order; each has `depends_on` too. Those that a
+    retry has taken over are those of the earlier run."""
+    rows, spec = newest_steps(db, run), job_spec(db, run["job_id"], run["version"])
+    steps = Job(json.loads(spec)).steps() if rows and spec else {}
+    payloads = run_payloads(store, db, [rows[step] for step in steps if step in rows])
+    return [{**payload, "depends_on": steps[payload["step"]].depends_on} for payload in payloads]
+
+
+def _completed(store, db, row):
+    """A row of a run, and the rows of its attempts."""
+    row, attempts = live_run(store, row)
+    return row, get_attempts(db, row["id"]) if attempts is None else attempts
+
+
+def metric_samples(db, most, now):
+    """The samples of all jobs: of the first `most` by id one by one, those of others as one."""
+    counters, (defaults, zone, _) = read_counters(db), in_effect(db)
+    running, queued = count_running(db), count_running(db, "queued")
+    samples, others, known = [], [], set()
+    for row in list_jobs(db):
+        job_id = row["id"]
+        job = job_in_effect(row, defaults)
+        gauges = {"roexec_next_run_timestamp_seconds":
+                  next_run(job, now, zone, row["paused"], row["position"]),
+                  "roexec_runs_active": running.get(job_id, 0),
+                  "roexec_runs_queued": queued.get(job_id, 0)}
+        known.add(job_id)
+        if len(known) <= most:
+            samples += job_samples(job_id, counters.get(job_id, {}), gauges)
+        else:
+            others.append((counters.get(job_id, {}), gauges))
+    for job_id in {*running, *queued} - known:      # of commands that are not registered
+        others.append(({}, {"roexec_runs_active": running.get(job_id, 0),
+                            "roexec_runs_queued": queued.get(job_id, 0)}))
+    return samples + (job_samples(OTHER_JOBS, *_summed(others)) if others else [])
+
+
+def _summed(jobs):
+    """The counters and gauges of several jobs as those of one: of instants, the last success and
+    the next run."""
+    counters, gauges = {}, {}
+    for more, gauges_of_one in jobs:
+        for key, value in more.items():
+            counters[key] = max(value, counters.get(key, 0)) if key[0] == "success" \
+                else value + counters.get(key, 0)
+        for name, value in gauges_of_one.items():
+            if value is not None and name.endswith("_seconds"):
+                gauges[name] = min(value, gauges.get(name, value))
+            elif value is not None:
+                gauges[name] = value + gauges.get(name, 0)
+    return counters, gauges
+
+
+# ==== 18 page =====================================================================================
 # What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
 # script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
 # stands here is what is sent: there is no step in between.
@@ -15656,31 +15830,17 @@ def _source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ==== 18 api ======================================================================================
-# HTTP: what a request asks for, who may ask, and the answers. Each route is a line of ROUTES with
-# the scope that it needs; one gate stands before all of them, and lets in who bears a token, and
-# over loopback the server's own user and root. Handlers are functions of (request, store) and know
-# no sockets. Whatever a client does, it can hold a thread or memory for a bounded time and size.
+# ==== 19 gate =====================================================================================
+# HTTP before any route: what a request asks for, read strictly, who is at the other end, and the
+# one gate, which lets in who bears a token, and over loopback the server's own user and root.
 
 OPEN = "open"                   # the scope of a route that anybody may use
 PAGE = "page"                   # that of what anybody's browser may get, by a name of ours
 ANY = "any"                     # that of one for whoever is known, with whatever scopes
 
-_MOST_HEAD = 16 << 10           # bytes of a request before its body
+MOST_HEAD = 16 << 10            # bytes of a request before its body
 _MOST_FIELDS = 100              # of a head
 _MOST_BODY = 1 << 20            # bytes
-_MOST_CONNECTIONS = 1024
-_OF_ONE_PEER = 128              # connections of one address elsewhere
-_FOR_THE_OWNER = 64             # connections that nobody but the owner gets
-_HEAD_TIME = 10                 # seconds from the first byte of a head to its last
-_IDLE_TIME = 30                 # seconds of waiting for a request, for its body, or for a reader
-_LINGER_TIME = 1                # seconds of listening to a client that was refused
-_CLOSING_TIME = 2               # seconds that open requests have when the server ends
-_MOST_LISTED = 1000             # items of a page
-_MOST_HISTORIES = 100           # jobs
-_MOST_SLOTS = 10_000            # of an answer
-_LARGE_BODY = 2048              # bytes from which on it is compressed
-_MOST_BYTES = 1 << 62           # of a log
 
 
 # What a route gets and gives.
@@ -15718,7 +15878,7 @@ class Request:
         known = [name for name, place, _ in self.route.named_parameters() if place == "query"]
         options = {}
         for part in filter(None, self.query.split("&")):
-            name, _, value = map(_unquoted, part.replace("+", " ").partition("="))
+            name, _, value = map(unquoted, part.replace("+", " ").partition("="))
             if name not in known:
                 raise Refusal(400, "bad_request", f'unknown parameter "{printable(name)}"'
                               + nearest(name, known))
@@ -15728,7 +15888,7 @@ class Request:
         return options
 
 
-def _unquoted(text):
+def unquoted(text):
     import urllib.parse
     try:
         return urllib.parse.unquote(text, errors="strict")
@@ -15775,7 +15935,7 @@ _TARGET = Pattern(r"/(?:[!$&-~\"]|%[0-9A-Fa-f]{2})*")
 _FIELD_NAME = Pattern(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE = Pattern(r"[^\x00-\x08\n-\x1f\x7f]*")
 _HOST_FIELD = Pattern(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
-_LENGTH = Pattern(r"\d{1,18}", "a")
+DIGITS = Pattern(r"\d{1,18}", "a")
 
 
 def parse_head(head):
@@ -15820,7 +15980,7 @@ def _body_length(request):
         raise Refusal(411, "length_required", "send the body with a Content-Length, not in chunks")
     if lengths is None:
         return 0
-    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
+    if len(lengths) > 1 or not DIGITS.fullmatch(lengths[0]):
         raise Refusal(400, "bad_request", "the Content-Length is no number, or not the only one")
     if int(lengths[0]) > _MOST_BODY:
         raise Refusal(413, "body_too_large", f"a body has at most {_MOST_BODY} bytes")
@@ -15844,8 +16004,8 @@ def peer_uid(connection):
     uid 0 and inode 0, so a row without an inode proves nothing. And a port is free again once both
     ends are gone: only if ours is still connected afterwards the row cannot be of a later client.
     """
-    ours, theirs = map(_end, (connection.getsockname(), connection.getpeername()))
-    if not (_is_loopback(ours[0]) and _is_loopback(theirs[0])):
+    ours, theirs = map(packed_end, (connection.getsockname(), connection.getpeername()))
+    if not (is_loopback(ours[0]) and is_loopback(theirs[0])):
         return None
     rows = set()
     for table in ("tcp", "tcp6"):
@@ -15872,14 +16032,14 @@ def _rows_between(lines, local, remote):
 _MAPPED = b"\0" * 10 + b"\xff\xff"          # an IPv4 address as one of IPv6 (RFC 4291, 2.5.5.2)
 
 
-def _end(address):
+def packed_end(address):
     """(packed address, port) of one end, that of a v4-mapped address as of IPv4."""
     host, port = address[0].partition("%")[0], address[1]
     packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     return packed[12:] if packed.startswith(_MAPPED) else packed, port
 
 
-def _is_loopback(packed):
+def is_loopback(packed):
     return packed[0] == 127 if len(packed) == 4 else packed == b"\0" * 15 + b"\1"
 
 
@@ -15968,7 +16128,7 @@ _HOST_NAME_ALONE = Pattern(r"\[.*\]|[^:]*")
 def _packed(name):
     """The packed address of an IP literal of a URL, b"" of anything else."""
     try:
-        return _end((name.strip("[]"), 0))[0]
+        return packed_end((name.strip("[]"), 0))[0]
     except (OSError, ValueError):
         return b""
 
@@ -16010,12 +16170,12 @@ def _bearer(request, host, place):
         raise _no_token("write Authorization: Bearer TOKEN")
     row = place.token(text)
     if row is None or name not in (None, row["name"]):
-        raise _no_token("there is no such token, or it has expired", _BAD_TOKEN)
+        raise _no_token("there is no such token, or it has expired", BAD_TOKEN)
     return Caller(name=f"token {row['name']}", scopes=tuple(row["scopes"].split(",")),
                   pattern=row["pattern"])
 
 
-_BAD_TOKEN = "invalid_token"
+BAD_TOKEN = "invalid_token"
 
 
 class Failures:
@@ -16042,133 +16202,319 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# Payloads, the same for --json of the CLI.
+# ==== 20 streams ==================================================================================
+# Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
+# without arguments that say whether there is more by now. One thread serves all of them and looks
+# once at the store for all, so that a thousand cost no thousand threads, and each is given what its
+# client takes, at its own pace.
 
-def in_effect(db, settings=None):
-    """(defaults of all jobs, tzinfo of those that name none, how many runs at once or None), by
-    the settings of the last server, else those passed; without a store `db` is None."""
-    settings = db and get_settings(db) or settings or {}
-    scheduler = settings.get("scheduler") or {}
-    name = scheduler.get("timezone")
-    return (settings.get("defaults") or {}, get_zone(name) if name else host_zone(),
-            scheduler.get("max_concurrent"))
-
-
-def job_payloads(db, rows, now, settings=None):
-    """Payloads of rows of jobs, as they are in effect, with their next runs after `now`; the
-    settings count where the store has none of a server."""
-    defaults, zone, _ = in_effect(db, settings)
-    usual, payloads = usual_durations(db, [row["id"] for row in rows]), []
-    for row in rows:
-        job = job_in_effect(row, defaults)
-        coming = next_run(job, now, zone, row["paused"], row["position"])
-        payloads.append(job_payload(row, job, coming, zone, now, usual.get(row["id"])))
-    return payloads
+EVENT_STREAM = "text/event-stream"
+_MOST_STREAMS = 1000
+SHARE = 256 << 10               # bytes that are read at once, for one of them
+_LOOK_TIME = 0.02               # seconds between looks at what streams wait for, of a few
+_BEAT_TIME = 15                 # seconds after which a stream of events shows that it lives
+_STALL_TIME = 600               # seconds for which a client may take nothing
+_RECHECK_TIME = 10              # seconds between looks whether a client may still read
+_EVENTS_AT_ONCE = 500           # that a client who missed some gets in one piece
 
 
-def exported_jobs(db, ids):
-    """Jobs as a file has to describe them, in which one without a folder would get that of the
-    file. Raises NoSuchJob."""
-    specs = [json.loads(get_job(db, job_id)["spec"]) for job_id in ids]
-    return [effective(Job.from_spec(spec), {"directory": "~"}) for spec in specs]
+def event_bytes(name, data, number):
+    """An event of a stream (WHATWG HTML, 9.2.5), the bytes of it."""
+    return b"event: %b\nid: %d\ndata: %b\n\n" % (name, number, json.dumps(data).encode())
 
 
-def coming_slots(jobs, after, zone, count):
-    """Payloads of the next slots of jobs, those > `after`, in order, `count` at most."""
-    def slots(job):
-        return ((slot, job.id, job) for slot in upcoming_slots(job, after, zone))
+class _WatchedRun:
+    """A run that is followed: its state, its StoredLog and the `end` of that, once it has one."""
 
-    merged = heapq.merge(*map(slots, jobs))
-    return [slot_payload(job, slot, zone) for slot, _, job in itertools.islice(merged, count)]
+    def __init__(self, store, run_id):
+        self.store, self.run_id, self.followers = store, run_id, 0
+        self.ended, self.row, self.outcome, self.log, self.end = False, None, None, None, 0
+        self.missing = False            # whether it was removed from the store
 
-
-def foresight(jobs, start, end, zone, usual, max_concurrent):
-    """The payload of what `foresee` says about jobs; `usual` is {job id: seconds}."""
-    foreseen = foresee(jobs, start, end, zone, usual, max_concurrent)
-    return foresight_payload(foreseen, zone, [job.id for job in jobs if job.id not in usual])
-
-
-def explanation(store, db, job_id, text=None, settings=None):
-    """The payload of why a job has not run at an instant, as it was written, or what there is to
-    say now, of its latest and of its next slot. Raises NoSuchJob, and ValueError for no instant."""
-    known = _known_of(store, db, job_id, settings)
-    job, zone = known.job, known.zone
-    if text:
-        return explanation_payload(job, _why_at(db, known, text), zone)
-    slots = (last_slot(job, math.floor(known.now) + 1, zone),
-             next(upcoming_slots(job, known.now, zone), None))
-    answers = [(slot, _why(db, known, slot)) for slot in slots if slot is not None]
-    return explanation_payload(job, [(None, explain(known)), *answers], zone)
-
-
-def _why_at(db, known, text):
-    """The answers to an instant as it was written."""
-    instants, gap = local_instants(text, known.job.zone(known.zone))
-    if not gap:
-        return [(instant, _why(db, known, instant)) for instant in instants]
-    instant, = instants
-    moved = is_moved(known.job, instant, known.zone)
-    return [(instant, [{"reason": "gap", "next": instant},
-                       *(_why(db, known, instant) if moved else ())])]
+    def look(self, row, changed=True):
+        """See what has become of it, by its row where the store has changed."""
+        path = None
+        if changed and row is None:
+            self.missing = self.ended = True
+        elif changed:
+            self.row = row
+            self.outcome = {name: row[name] for name in ("state", "reason", "exit_code", "signal")}
+            self.ended, path = row["state"] in FINAL_STATES, row["log"]
+        if self.log is None:
+            path = path or not self.ended and live_log(self.store, self.row)
+            if path:
+                with contextlib.suppress(FileNotFoundError):
+                    self.log = StoredLog(self.store.file(path))
+        if self.log is not None:
+            self.log.refresh()
+            self.end = self.log.end()
 
 
-def _why(db, known, instant):
-    row = newest_slot_row(db, known.job.id, instant)
-    others = runs_on_at(db, known.job.id, instant)
-    alive = row and last_decision(db, row)
-    return explain(known, instant, Met(row=row, others=others, alive=alive))
+class Lookout:
+    """What streams wait for, looked at once for all of them: the id of the `newest` event, and the
+    runs that are followed."""
+
+    def __init__(self, store):
+        self.store, self.version, self.newest = store, None, 0
+        self.runs, self.latest = {}, (None, None)
+
+    def look(self):
+        """See what there is by now; raises RoexecError."""
+        version, rows = self.store.memo.version(), {}
+        changed = version is None or version != self.version
+        if changed:
+            with self.store.read() as db:
+                self.newest = event_span(db)[1]
+                rows = run_rows(db, self.runs) if self.runs else rows
+            self.version = version
+        for run_id, run in self.runs.items():
+            run.look(rows.get(run_id), changed)
+
+    @property
+    def pause(self):
+        """Seconds until the next look: less while a log is about to begin, more for many runs."""
+        soon = any(run.log is None and run.outcome["state"] == "running"
+                   for run in self.runs.values())
+        return (_LOOK_TIME / 4 if soon else _LOOK_TIME) + len(self.runs) / 5000
+
+    def join(self, run_id):
+        """The _WatchedRun of a run; `leave` it. Raises NoSuchRun."""
+        run = self.runs.get(run_id)
+        if run is None:
+            run = _WatchedRun(self.store, run_id)
+            with self.store.read() as db:
+                run.look(get_run(db, run_id))
+            self.runs[run_id] = run
+        run.followers += 1
+        return run
+
+    def leave(self, run):
+        """Say that one follower less is there."""
+        run.followers -= 1
+        if run.followers == 0:
+            del self.runs[run.run_id]
+            if run.log is not None:
+                run.log.close()
+
+    def events_after(self, seen):
+        """([(run or job, job id, bytes of the event)] behind an event, the id of the last of them);
+        (None, the newest id) where some of them are gone. Of several about one thing it is the
+        last, and says what has become of it by now."""
+        asked = seen, self.newest
+        if self.latest[0] != asked:
+            self.latest = asked, self._read_events(seen)
+        return self.latest[1]
+
+    def _read_events(self, seen):
+        with self.store.read() as db:
+            first, newest = event_span(db)
+            if seen < first - 1:
+                return None, newest
+            rows = list_events(db, seen, _EVENTS_AT_ONCE)
+            last = {(row["job_id"], row["run_id"]): row["id"] for row in rows}
+            runs = run_rows(db, [run_id for _, run_id in last if run_id])
+            registered = {job_id for job_id, run_id in last if run_id is None
+                          and find_job(db, job_id) is not None}
+        found = []
+        for (job_id, run_id), number in sorted(last.items(), key=lambda item: item[1]):
+            if run_id is None:
+                event = {"id": job_id, "deleted": job_id not in registered}
+                found.append(("job", job_id, event_bytes(b"job", event, number)))
+            elif run_id in runs:
+                event = brief_run_payload(runs[run_id])
+                found.append(("run", job_id, event_bytes(b"run", event, number)))
+        return found, max(last.values(), default=newest)
 
 
-def _known_of(store, db, job_id, settings):
-    """What `explain` wants to know of a job."""
-    row, (defaults, zone, most) = get_job(db, job_id), in_effect(db, settings)
-    active = [{**dict(run), **_attempts_of(store, db, run, job_id)} for run in active_runs(db)]
-    limits = {}
-    for run in active:
-        if run["state"] == "queued" and run["job_id"] not in limits:
-            with contextlib.suppress(NoSuchJob):
-                limits[run["job_id"]] = 0 if run["name"] is not None else effective_job(
-                    db, run["job_id"], settings).max_concurrent
-    newest = newest_slot_row(db, job_id)
-    paused_since = newest["slot"] if newest and newest["reason"] == "paused" else None
-    return Known(
-        now=time.time(), zone=zone, paused=row["paused"], paused_since=paused_since,
-        versions=[(since, effective(Job.from_spec(json.loads(spec)), defaults))
-                  for since, spec in job_versions(db, job_id)],
-        position=row["position"], active=active, limits=limits, max_concurrent=most,
-        held=paused_in_queue(db, time.time()), server=store.server() is not None)
+class _Stream:
+    """A connection that Streams serves: the iterator of what comes, what its client has not taken
+    yet, and, while it waits, the function that says whether there is more."""
+
+    def __init__(self, connection, chunks, request, response, recheck):
+        self.connection, self.chunks, self.path = connection, chunks, request.path
+        self.chunked, self.recheck = request.version == 1, recheck
+        self.beats = response.type == EVENT_STREAM
+        self.pending, self.ready, self.over = b"", None, False
+        self.taken_at = self.checked_at = time.monotonic()
+
+    def put(self, data):
+        """Let some bytes be sent."""
+        self.pending = memoryview(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+
+    def is_gone(self):
+        """Whether its client has gone; what that still says is dropped."""
+        try:
+            return not self.connection.recv(1 << 12)
+        except OSError as error:
+            return not _would_block(error)
 
 
-def _attempts_of(store, db, run, job_id):
-    """How far a running run of the job is."""
-    if run["job_id"] != job_id or run["state"] != "running":
-        return {}
-    payload, = run_payloads(store, db, [run])
-    if not payload["attempts"]:
-        return {}
-    return {"attempt": len(payload["attempts"]),
-            "started_at": parse_instant(payload["attempts"][0]["started_at"], None),
-            "retry_at": payload["retry_at"] and parse_instant(payload["retry_at"], None)}
+def _would_block(error):
+    return isinstance(error, BlockingIOError) or type(error).__name__ in (
+        "SSLWantReadError", "SSLWantWriteError")
 
 
-def run_payloads(store, db, rows):
-    """Payloads of rows of runs; what a running one has done so far its journal says."""
-    return [run_payload(*_completed(store, db, row)) for row in rows]
+class Streams:
+    """Serves lasting streams, in a thread that begins with the first of them."""
+
+    def __init__(self, store, say, close_connection):
+        self.lookout, self.say, self.close_connection = Lookout(store), say, close_connection
+        self.all, self.new, self.taken = {}, collections.deque(), set()
+        self.poller, self.mutex = select.poll(), threading.Lock()
+        self.thread, self.closed, self.told = None, False, None
+
+    def add(self, connection, request, response, recheck):
+        """Take a connection over, whose head was sent -> whether there is a place for it."""
+        with self.mutex:
+            if self.closed or len(self.taken) >= _MOST_STREAMS:
+                return False
+            self.taken.add(connection)
+            self.new.append(_Stream(connection, response.feed(self.lookout), request, response,
+                                    recheck))
+            if self.thread is None:
+                self.reader, self.writer = quiet_pipe()
+                self.poller.register(self.reader, select.POLLIN)
+                self.thread = threading.Thread(target=self.run, name="streams", daemon=True)
+                self.thread.start()
+        os.write(self.writer, b"w")
+        return True
+
+    @property
+    def is_full(self):
+        """Whether there is no further place."""
+        return len(self.taken) >= _MOST_STREAMS
+
+    def close(self):
+        """End all streams where they are; a client sees that there would be more."""
+        with self.mutex:
+            self.closed, thread = True, self.thread
+        if thread is not None:
+            os.write(self.writer, b"w")
+            thread.join()
+            for descriptor in (self.reader, self.writer):
+                os.close(descriptor)
+
+    def run(self):
+        """Serve until closed."""
+        beaten = time.monotonic()
+        while not self.closed:
+            try:
+                self.turn()
+                if time.monotonic() - beaten > 1:
+                    beaten, self.told = time.monotonic(), None
+                    self.look_after(beaten)
+            except (RoexecError, OSError) as error:     # a full disk, say: tried again
+                self.wait_for(str(error))
+            except Exception:
+                import traceback
+                self.wait_for(traceback.format_exc())
+        for stream in [*self.all.values(), *self.new]:
+            self.drop(stream)
+
+    def wait_for(self, trouble):
+        """Wait until trouble may be over; it is told once."""
+        if trouble != self.told:
+            self.told = trouble
+            self.say(f"streams wait: {trouble}", "ERROR")
+        time.sleep(1)
+
+    def turn(self):
+        """Wait a moment for what streams wait for, and serve those that can go on."""
+        for descriptor, event in self.poller.poll(self.lookout.pause * 1000 if self.all else None):
+            if descriptor == self.reader:
+                os.read(self.reader, 1 << 12)
+                continue
+            stream = self.all[descriptor]
+            if event & ~select.POLLOUT and stream.is_gone():
+                self.drop(stream)
+            elif event & select.POLLOUT:
+                self.push(stream)
+        self.take_new()
+        self.lookout.look()
+        for stream in list(self.all.values()):
+            if stream.ready is not None and stream.ready():
+                self.push(stream)
+
+    def take_new(self):
+        while self.new:
+            stream = self.new.popleft()
+            stream.connection.setblocking(False)
+            self.all[stream.connection.fileno()] = stream
+            self.poller.register(stream.connection, select.POLLIN)
+            self.push(stream)
+
+    def push(self, stream):
+        """Send what a stream has, as much as its client takes, and no more than its share."""
+        try:
+            for _ in range(4):
+                if not stream.pending and not self.fill(stream):
+                    return
+                sent = stream.connection.send(stream.pending)
+                stream.pending, stream.taken_at = stream.pending[sent:], time.monotonic()
+        except OSError as error:
+            if not _would_block(error):
+                self.drop(stream)
+                return
+        self.poller.modify(stream.connection, select.POLLIN | select.POLLOUT)
+
+    def fill(self, stream):
+        """Get the next bytes of a stream -> whether there are some now."""
+        stream.ready = None
+        try:
+            for item in () if stream.over else stream.chunks:
+                if callable(item):
+                    stream.ready = item
+                    self.poller.modify(stream.connection, select.POLLIN)
+                    return False
+                if item:
+                    stream.put(item)
+                    return True
+            if stream.chunked and not stream.over:
+                stream.over, stream.pending = True, memoryview(b"0\r\n\r\n")
+                return True
+        except (RoexecError, OSError) as error:     # without its end a client sees that it is cut
+            self.say(f"{stream.path} ends early: {error}", "ERROR")
+        except Exception:
+            import traceback
+            self.say(f"{stream.path} failed: {traceback.format_exc()}", "ERROR")
+        self.drop(stream)
+        return False
+
+    def look_after(self, now):
+        """Let streams of events show that they live, and end those that are not to go on."""
+        for stream in list(self.all.values()):
+            quiet = now - stream.taken_at
+            if stream.ready is None and quiet > _STALL_TIME:
+                self.drop(stream)
+            elif stream.ready is not None and stream.beats and quiet > _BEAT_TIME:
+                stream.put(b":\n\n")
+                self.push(stream)
+            elif now - stream.checked_at > _RECHECK_TIME:
+                stream.checked_at = now
+                try:
+                    stream.recheck()
+                except Refusal:
+                    self.drop(stream)
+
+    def drop(self, stream):
+        """Close a connection and forget its stream."""
+        if self.all.pop(stream.connection.fileno(), None):
+            self.poller.unregister(stream.connection)
+        stream.chunks.close()
+        with self.mutex:
+            self.taken.discard(stream.connection)
+        self.close_connection(stream.connection)
 
 
-def step_payloads(store, db, run):
-    """Payloads of the steps of a run, of its row, in order; each has `depends_on` too. Those that a
-    retry has taken over are those of the earlier run."""
-    rows, spec = newest_steps(db, run), job_spec(db, run["job_id"], run["version"])
-    steps = Job(json.loads(spec)).steps() if rows and spec else {}
-    payloads = run_payloads(store, db, [rows[step] for step in steps if step in rows])
-    return [{**payload, "depends_on": steps[payload["step"]].depends_on} for payload in payloads]
+# ==== 21 api ======================================================================================
+# The routes: each is a line of ROUTES with the scope that it needs, a function of (request, store)
+# that knows no sockets, and described by OpenAPI from that line.
 
-
-def _completed(store, db, row):
-    """A row of a run, and the rows of its attempts."""
-    row, attempts = live_run(store, row)
-    return row, get_attempts(db, row["id"]) if attempts is None else attempts
+_MOST_LISTED = 1000             # items of a page
+_MOST_HISTORIES = 100           # jobs
+_MOST_SLOTS = 10_000            # of an answer
+_LARGE_BODY = 2048              # bytes from which on it is compressed
+_MOST_BYTES = 1 << 62           # of a log
 
 
 # The routes' functions. What they raise besides Refusal is put into an answer by `answer`.
@@ -16756,7 +17102,7 @@ def _get_runs(request, store):
               "until": _instant_option(options, "until"), "triggers": triggers}
     filters = ("runs", chosen, options.get("tag"))
     seen = _seen(options, filters)
-    if seen is not None and not _LENGTH.fullmatch(seen):
+    if seen is not None and not DIGITS.fullmatch(seen):
         raise _bad_cursor()
     with store.read() as db:
         where = run_filter(**chosen, job_ids=_visible_jobs(db, request.caller, options.get("tag")))
@@ -16910,7 +17256,7 @@ def _get_audit(request, store):
     options = request.options()
     limit = _whole_number(options, "limit", 1, _MOST_LISTED) or 50
     seen = _seen(options, ())
-    if seen is not None and not _LENGTH.fullmatch(seen):
+    if seen is not None and not DIGITS.fullmatch(seen):
         raise _bad_cursor()
     with store.read() as db:
         rows = list_audit(db, limit + 1, seen and int(seen))
@@ -16944,7 +17290,7 @@ def _whole_number(options, name, low, high):
     text = options.get(name)
     if text is None:
         return None
-    if not _LENGTH.fullmatch(text) or not low <= int(text) <= high:
+    if not DIGITS.fullmatch(text) or not low <= int(text) <= high:
         raise Refusal(400, "bad_request", f'{name}: "{printable(text)}" is not a number from '
                       f"{low} to {high}")
     return int(text)
@@ -16980,9 +17326,6 @@ def _bad_cursor():
 
 
 # Logs.
-
-_EVENTS = "text/event-stream"
-
 
 def _get_log(request, store):
     """The log of a run, as text or as events: what there is now, or with `follow` until its end."""
@@ -17020,7 +17363,7 @@ class _AskedLog:
             raise Refusal(400, "bad_request", f'stream: "{printable(self.stream)}" is neither out '
                           "nor err")
         self.follow, self.raw = _flag(options, "follow"), _flag(options, "raw")
-        self.events = _EVENTS in (request.header("accept") or "").lower()
+        self.events = EVENT_STREAM in (request.header("accept") or "").lower()
         self.resumed = self.events and "last-event-id" in request.headers
         if self.events and self.raw or self.follow and self.limit is not None:
             raise Refusal(400, "bad_request", "raw is for text, and limit for what does not follow")
@@ -17030,7 +17373,7 @@ class _AskedLog:
     @property
     def type(self):
         """The media type."""
-        return _EVENTS if self.events else "text/plain; charset=utf-8"
+        return EVENT_STREAM if self.events else "text/plain; charset=utf-8"
 
     def first(self, log):
         """The offset at which a StoredLog is read from."""
@@ -17046,20 +17389,15 @@ class _AskedLog:
 def _last_event(request):
     """The id after which a client goes on."""
     text = request.header("last-event-id")
-    if not _LENGTH.fullmatch(text):
+    if not DIGITS.fullmatch(text):
         raise Refusal(400, "bad_request", "the Last-Event-ID is no number")
     return int(text)
-
-
-def _event(name, data, number):
-    """An event of a stream (WHATWG HTML, 9.2.5), the bytes of it."""
-    return b"event: %b\nid: %d\ndata: %b\n\n" % (name, number, json.dumps(data).encode())
 
 
 def _line_events(lines, stream):
     """Lines of a log as an event each, of those of one stream where that is given."""
     if lines.is_gap:
-        return _event(b"gap", {"from": lines.begin, "to": lines.end}, lines.end)
+        return event_bytes(b"gap", {"from": lines.begin, "to": lines.end}, lines.end)
     events, offset = [], lines.begin
     for line in lines.data.removesuffix(b"\n").split(b"\n"):
         offset += len(line) + 1
@@ -17121,7 +17459,7 @@ class _Log:
         except OSError as error:        # of the file, not of the client
             raise RoexecError(str(error)) from None
         if asked.events:
-            yield _event(b"window", {"next": end, "size": size, "state": self.state}, end)
+            yield event_bytes(b"window", {"next": end, "size": size, "state": self.state}, end)
 
     def followed(self, asked, lookout):
         """The lines until the run has ended; one that is queued is awaited. For Streams."""
@@ -17132,7 +17470,7 @@ class _Log:
             offset = run.log and asked.first(run.log)
             while run.log is not None:
                 over = run.ended
-                found = next_lines(run.log, offset, over, _SHARE)
+                found = next_lines(run.log, offset, over, SHARE)
                 for lines in found:
                     offset = lines.end
                     yield asked.form(lines)
@@ -17143,15 +17481,12 @@ class _Log:
                         break
                     yield lambda: run.ended or run.end > offset
             if asked.events:
-                yield _event(b"end", run.outcome, offset or 0)
+                yield event_bytes(b"end", run.outcome, offset or 0)
         finally:
             lookout.leave(run)
 
 
 # Events.
-
-_EVENTS_AT_ONCE = 500
-
 
 def _get_events(request, store):
     """What becomes of jobs and runs from now on, or from the event after which a client goes on."""
@@ -17161,318 +17496,23 @@ def _get_events(request, store):
         first, newest = event_span(db)
     known = last is not None and first - 1 <= last <= newest
     seen = last if known else newest
-    return Response(status=200, type=_EVENTS, headers={}, feed=lambda lookout: _events(
+    return Response(status=200, type=EVENT_STREAM, headers={}, feed=lambda lookout: _events(
         lookout, request.caller, seen, reset=last is not None and not known))
 
 
 def _events(lookout, caller, seen, reset):
-    yield _event(b"reset", {}, seen) if reset else b"id: %d\n\n" % seen
+    yield event_bytes(b"reset", {}, seen) if reset else b"id: %d\n\n" % seen
     while True:
         while lookout.newest <= seen:
             yield lambda: lookout.newest > seen
         found, last = lookout.events_after(seen)
         if found is None:
-            yield _event(b"reset", {}, last)
+            yield event_bytes(b"reset", {}, last)
         else:
             wanted = [event for name, job_id, event in found if caller.sees(job_id)
                       and (name == "run" or caller.may("job:read"))]
             yield b"".join(wanted) + b"id: %d\n\n" % last
         seen = last
-
-
-# Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
-# without arguments that say whether there is more by now. One thread serves all of them, so that a
-# thousand cost no thousand threads, and each is given what its client takes, at its own pace.
-
-_MOST_STREAMS = 1000
-_SHARE = 256 << 10              # bytes that are read at once, for one of them
-_LOOK_TIME = 0.02               # seconds between looks at what streams wait for, of a few
-_BEAT_TIME = 15                 # seconds after which a stream of events shows that it lives
-_STALL_TIME = 600               # seconds for which a client may take nothing
-_RECHECK_TIME = 10              # seconds between looks whether a client may still read
-
-
-class _WatchedRun:
-    """A run that is followed: its state, its StoredLog and the `end` of that, once it has one."""
-
-    def __init__(self, store, run_id):
-        self.store, self.run_id, self.followers = store, run_id, 0
-        self.ended, self.row, self.outcome, self.log, self.end = False, None, None, None, 0
-        self.missing = False            # whether it was removed from the store
-
-    def look(self, row, changed=True):
-        """See what has become of it, by its row where the store has changed."""
-        path = None
-        if changed and row is None:
-            self.missing = self.ended = True
-        elif changed:
-            self.row = row
-            self.outcome = {name: row[name] for name in ("state", "reason", "exit_code", "signal")}
-            self.ended, path = row["state"] in FINAL_STATES, row["log"]
-        if self.log is None:
-            path = path or not self.ended and live_log(self.store, self.row)
-            if path:
-                with contextlib.suppress(FileNotFoundError):
-                    self.log = StoredLog(self.store.file(path))
-        if self.log is not None:
-            self.log.refresh()
-            self.end = self.log.end()
-
-
-class Lookout:
-    """What streams wait for, looked at once for all of them: the id of the `newest` event, and the
-    runs that are followed."""
-
-    def __init__(self, store):
-        self.store, self.version, self.newest = store, None, 0
-        self.runs, self.latest = {}, (None, None)
-
-    def look(self):
-        """See what there is by now; raises RoexecError."""
-        version, rows = self.store.memo.version(), {}
-        changed = version is None or version != self.version
-        if changed:
-            with self.store.read() as db:
-                self.newest = event_span(db)[1]
-                rows = run_rows(db, self.runs) if self.runs else rows
-            self.version = version
-        for run_id, run in self.runs.items():
-            run.look(rows.get(run_id), changed)
-
-    @property
-    def pause(self):
-        """Seconds until the next look: less while a log is about to begin, more for many runs."""
-        soon = any(run.log is None and run.outcome["state"] == "running"
-                   for run in self.runs.values())
-        return (_LOOK_TIME / 4 if soon else _LOOK_TIME) + len(self.runs) / 5000
-
-    def join(self, run_id):
-        """The _WatchedRun of a run; `leave` it. Raises NoSuchRun."""
-        run = self.runs.get(run_id)
-        if run is None:
-            run = _WatchedRun(self.store, run_id)
-            with self.store.read() as db:
-                run.look(get_run(db, run_id))
-            self.runs[run_id] = run
-        run.followers += 1
-        return run
-
-    def leave(self, run):
-        """Say that one follower less is there."""
-        run.followers -= 1
-        if run.followers == 0:
-            del self.runs[run.run_id]
-            if run.log is not None:
-                run.log.close()
-
-    def events_after(self, seen):
-        """([(run or job, job id, bytes of the event)] behind an event, the id of the last of them);
-        (None, the newest id) where some of them are gone. Of several about one thing it is the
-        last, and says what has become of it by now."""
-        asked = seen, self.newest
-        if self.latest[0] != asked:
-            self.latest = asked, self._read_events(seen)
-        return self.latest[1]
-
-    def _read_events(self, seen):
-        with self.store.read() as db:
-            first, newest = event_span(db)
-            if seen < first - 1:
-                return None, newest
-            rows = list_events(db, seen, _EVENTS_AT_ONCE)
-            last = {(row["job_id"], row["run_id"]): row["id"] for row in rows}
-            runs = run_rows(db, [run_id for _, run_id in last if run_id])
-            registered = {job_id for job_id, run_id in last if run_id is None
-                          and find_job(db, job_id) is not None}
-        found = []
-        for (job_id, run_id), number in sorted(last.items(), key=lambda item: item[1]):
-            if run_id is None:
-                event = {"id": job_id, "deleted": job_id not in registered}
-                found.append(("job", job_id, _event(b"job", event, number)))
-            elif run_id in runs:
-                event = brief_run_payload(runs[run_id])
-                found.append(("run", job_id, _event(b"run", event, number)))
-        return found, max(last.values(), default=newest)
-
-
-class _Stream:
-    """A connection that Streams serves: the iterator of what comes, what its client has not taken
-    yet, and, while it waits, the function that says whether there is more."""
-
-    def __init__(self, connection, chunks, request, response, recheck):
-        self.connection, self.chunks, self.path = connection, chunks, request.path
-        self.chunked, self.recheck = request.version == 1, recheck
-        self.beats = response.type == _EVENTS
-        self.pending, self.ready, self.over = b"", None, False
-        self.taken_at = self.checked_at = time.monotonic()
-
-    def put(self, data):
-        """Let some bytes be sent."""
-        self.pending = memoryview(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
-
-    def is_gone(self):
-        """Whether its client has gone; what that still says is dropped."""
-        try:
-            return not self.connection.recv(1 << 12)
-        except OSError as error:
-            return not _would_block(error)
-
-
-def _would_block(error):
-    return isinstance(error, BlockingIOError) or type(error).__name__ in (
-        "SSLWantReadError", "SSLWantWriteError")
-
-
-class Streams:
-    """Serves lasting streams, in a thread that begins with the first of them."""
-
-    def __init__(self, store, say, close_connection):
-        self.lookout, self.say, self.close_connection = Lookout(store), say, close_connection
-        self.all, self.new, self.taken = {}, collections.deque(), set()
-        self.poller, self.mutex = select.poll(), threading.Lock()
-        self.thread, self.closed, self.told = None, False, None
-
-    def add(self, connection, request, response, recheck):
-        """Take a connection over, whose head was sent -> whether there is a place for it."""
-        with self.mutex:
-            if self.closed or len(self.taken) >= _MOST_STREAMS:
-                return False
-            self.taken.add(connection)
-            self.new.append(_Stream(connection, response.feed(self.lookout), request, response,
-                                    recheck))
-            if self.thread is None:
-                self.reader, self.writer = quiet_pipe()
-                self.poller.register(self.reader, select.POLLIN)
-                self.thread = threading.Thread(target=self.run, name="streams", daemon=True)
-                self.thread.start()
-        os.write(self.writer, b"w")
-        return True
-
-    @property
-    def is_full(self):
-        """Whether there is no further place."""
-        return len(self.taken) >= _MOST_STREAMS
-
-    def close(self):
-        """End all streams where they are; a client sees that there would be more."""
-        with self.mutex:
-            self.closed, thread = True, self.thread
-        if thread is not None:
-            os.write(self.writer, b"w")
-            thread.join()
-            for descriptor in (self.reader, self.writer):
-                os.close(descriptor)
-
-    def run(self):
-        """Serve until closed."""
-        beaten = time.monotonic()
-        while not self.closed:
-            try:
-                self.turn()
-                if time.monotonic() - beaten > 1:
-                    beaten, self.told = time.monotonic(), None
-                    self.look_after(beaten)
-            except (RoexecError, OSError) as error:     # a full disk, say: tried again
-                self.wait_for(str(error))
-            except Exception:
-                import traceback
-                self.wait_for(traceback.format_exc())
-        for stream in [*self.all.values(), *self.new]:
-            self.drop(stream)
-
-    def wait_for(self, trouble):
-        """Wait until trouble may be over; it is told once."""
-        if trouble != self.told:
-            self.told = trouble
-            self.say(f"streams wait: {trouble}", "ERROR")
-        time.sleep(1)
-
-    def turn(self):
-        """Wait a moment for what streams wait for, and serve those that can go on."""
-        for descriptor, event in self.poller.poll(self.lookout.pause * 1000 if self.all else None):
-            if descriptor == self.reader:
-                os.read(self.reader, 1 << 12)
-                continue
-            stream = self.all[descriptor]
-            if event & ~select.POLLOUT and stream.is_gone():
-                self.drop(stream)
-            elif event & select.POLLOUT:
-                self.push(stream)
-        self.take_new()
-        self.lookout.look()
-        for stream in list(self.all.values()):
-            if stream.ready is not None and stream.ready():
-                self.push(stream)
-
-    def take_new(self):
-        while self.new:
-            stream = self.new.popleft()
-            stream.connection.setblocking(False)
-            self.all[stream.connection.fileno()] = stream
-            self.poller.register(stream.connection, select.POLLIN)
-            self.push(stream)
-
-    def push(self, stream):
-        """Send what a stream has, as much as its client takes, and no more than its share."""
-        try:
-            for _ in range(4):
-                if not stream.pending and not self.fill(stream):
-                    return
-                sent = stream.connection.send(stream.pending)
-                stream.pending, stream.taken_at = stream.pending[sent:], time.monotonic()
-        except OSError as error:
-            if not _would_block(error):
-                self.drop(stream)
-                return
-        self.poller.modify(stream.connection, select.POLLIN | select.POLLOUT)
-
-    def fill(self, stream):
-        """Get the next bytes of a stream -> whether there are some now."""
-        stream.ready = None
-        try:
-            for item in () if stream.over else stream.chunks:
-                if callable(item):
-                    stream.ready = item
-                    self.poller.modify(stream.connection, select.POLLIN)
-                    return False
-                if item:
-                    stream.put(item)
-                    return True
-            if stream.chunked and not stream.over:
-                stream.over, stream.pending = True, memoryview(b"0\r\n\r\n")
-                return True
-        except (RoexecError, OSError) as error:     # without its end a client sees that it is cut
-            self.say(f"{stream.path} ends early: {error}", "ERROR")
-        except Exception:
-            import traceback
-            self.say(f"{stream.path} failed: {traceback.format_exc()}", "ERROR")
-        self.drop(stream)
-        return False
-
-    def look_after(self, now):
-        """Let streams of events show that they live, and end those that are not to go on."""
-        for stream in list(self.all.values()):
-            quiet = now - stream.taken_at
-            if stream.ready is None and quiet > _STALL_TIME:
-                self.drop(stream)
-            elif stream.ready is not None and stream.beats and quiet > _BEAT_TIME:
-                stream.put(b":\n\n")
-                self.push(stream)
-            elif now - stream.checked_at > _RECHECK_TIME:
-                stream.checked_at = now
-                try:
-                    stream.recheck()
-                except Refusal:
-                    self.drop(stream)
-
-    def drop(self, stream):
-        """Close a connection and forget its stream."""
-        if self.all.pop(stream.connection.fileno(), None):
-            self.poller.unregister(stream.connection)
-        stream.chunks.close()
-        with self.mutex:
-            self.taken.discard(stream.connection)
-        self.close_connection(stream.connection)
 
 
 # Metrics.
@@ -17485,50 +17525,11 @@ def _get_metrics(request, store):
         if not settings.enabled:
             raise Refusal(404, "not_found", "metrics are off; write metrics: {enabled: true} into "
                           "the configuration")
-        samples = _samples(db, settings.max_jobs, time.time())
+        samples = metric_samples(db, settings.max_jobs, time.time())
     lag = request.vitals.lag() if request.vitals else 0
     samples += [("roexec_scheduler_lag_seconds", {}, round(lag, 6)), ("roexec_leader", {}, 1)]
     return Response(status=200, type="text/plain; version=0.0.4; charset=utf-8", headers={},
                     body=metrics_text(samples).encode())
-
-
-def _samples(db, most, now):
-    """The samples of all jobs: of the first `most` by id one by one, those of others as one."""
-    counters, (defaults, zone, _) = read_counters(db), in_effect(db)
-    running, queued = count_running(db), count_running(db, "queued")
-    samples, others, known = [], [], set()
-    for row in list_jobs(db):
-        job_id = row["id"]
-        job = job_in_effect(row, defaults)
-        gauges = {"roexec_next_run_timestamp_seconds":
-                  next_run(job, now, zone, row["paused"], row["position"]),
-                  "roexec_runs_active": running.get(job_id, 0),
-                  "roexec_runs_queued": queued.get(job_id, 0)}
-        known.add(job_id)
-        if len(known) <= most:
-            samples += job_samples(job_id, counters.get(job_id, {}), gauges)
-        else:
-            others.append((counters.get(job_id, {}), gauges))
-    for job_id in {*running, *queued} - known:      # of commands that are not registered
-        others.append(({}, {"roexec_runs_active": running.get(job_id, 0),
-                            "roexec_runs_queued": queued.get(job_id, 0)}))
-    return samples + (job_samples(OTHER_JOBS, *_summed(others)) if others else [])
-
-
-def _summed(jobs):
-    """The counters and gauges of several jobs as those of one: of instants, the last success and
-    the next run."""
-    counters, gauges = {}, {}
-    for more, gauges_of_one in jobs:
-        for key, value in more.items():
-            counters[key] = max(value, counters.get(key, 0)) if key[0] == "success" \
-                else value + counters.get(key, 0)
-        for name, value in gauges_of_one.items():
-            if value is not None and name.endswith("_seconds"):
-                gauges[name] = min(value, gauges.get(name, value))
-            elif value is not None:
-                gauges[name] = value + gauges.get(name, 0)
-    return counters, gauges
 
 
 # The description of the API: OpenAPI 3.1, made of the routes and of what follows.
@@ -17838,7 +17839,7 @@ def find_routes(path):
                 want == part or want == "{}" and part
                 for want, part in zip(wanted[1:], parts[1:])):
             found[route.method] = route
-            arguments = tuple(_unquoted(part) for want, part in zip(wanted, parts) if want == "{}")
+            arguments = tuple(unquoted(part) for want, part in zip(wanted, parts) if want == "{}")
     if "GET" in found:
         found["HEAD"] = found["GET"]
     return found, arguments
@@ -17942,8 +17943,20 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# The adapter to http.server. It reads the head itself: http.server takes bare line feeds, folded
-# lines and repeated lengths, and has no limit in time.
+# ==== 22 http =====================================================================================
+# The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
+# does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
+# http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
+# time.
+
+_MOST_CONNECTIONS = 1024
+_OF_ONE_PEER = 128              # connections of one address elsewhere
+_FOR_THE_OWNER = 64             # connections that nobody but the owner gets
+_HEAD_TIME = 10                 # seconds from the first byte of a head to its last
+_IDLE_TIME = 30                 # seconds of waiting for a request, for its body, or for a reader
+_LINGER_TIME = 1                # seconds of listening to a client that was refused
+_CLOSING_TIME = 2               # seconds that open requests have when the server ends
+
 
 class _Connection:
     """One connection, in a thread of its own; mixed into http.server.BaseHTTPRequestHandler."""
@@ -17956,7 +17969,7 @@ class _Connection:
         self.buffer = bytearray()       # what was received and belongs to no request yet
         self.users = []                 # who is at the other end, found out once
         server, here = self.server, self.connection.getsockname()
-        self.place = Place(port=here[1], address=_end(here)[0], hosts=server.access.hosts,
+        self.place = Place(port=here[1], address=packed_end(here)[0], hosts=server.access.hosts,
                            owner=self.owner, token=server.find_token)
 
     def handle(self):
@@ -18011,7 +18024,7 @@ class _Connection:
 
     def slow_down(self, refusal):
         """Let whoever bears a wrong token wait."""
-        if refusal.code == _BAD_TOKEN:
+        if refusal.code == BAD_TOKEN:
             time.sleep(self.server.failures.note(self.server.connections.get(self.request),
                                                  time.monotonic()))
 
@@ -18028,16 +18041,16 @@ class _Connection:
             return None
         deadline = time.monotonic() + _HEAD_TIME
         while True:
-            end = self.buffer.find(b"\r\n\r\n", 0, _MOST_HEAD)
+            end = self.buffer.find(b"\r\n\r\n", 0, MOST_HEAD)
             if end >= 0:
                 head = bytes(self.buffer[:end])
                 del self.buffer[:end + 4]
                 return head
             if b"\n\n" in self.buffer:
                 raise Refusal(400, "bad_request", "lines of a head end with CR LF")
-            if len(self.buffer) >= _MOST_HEAD:
+            if len(self.buffer) >= MOST_HEAD:
                 raise Refusal(431, "head_too_large",
-                              f"the head of a request has at most {_MOST_HEAD} bytes")
+                              f"the head of a request has at most {MOST_HEAD} bytes")
             try:
                 if not self.receive(deadline):
                     return None
@@ -18244,8 +18257,8 @@ _NOTE_TIME = 60         # seconds between writes of when tokens were used
 def _peer(address):
     """Who counts as one peer: an IPv4 address, or a network of IPv6, where everybody has many; None
     for this host, on which everybody has the same."""
-    packed = _end(address)[0]
-    return None if _is_loopback(packed) else packed[:8]
+    packed = packed_end(address)[0]
+    return None if is_loopback(packed) else packed[:8]
 
 
 class Access:
@@ -18330,7 +18343,7 @@ def start_http(store, host, port, say, access=None):
 def prepare_access(store, http, say):
     """See to it that somebody can come in from elsewhere: where the server `http` can be reached
     and has no token, one for an administrator is left in the store, for its owner to read."""
-    if _is_loopback(_end(http.server_address)[0]):
+    if is_loopback(packed_end(http.server_address)[0]):
         return
     if http.access.tls is None:
         say("Tokens travel unencrypted, unless a proxy in front speaks TLS; write server: {tls: "
@@ -18355,7 +18368,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 19 client ===================================================================================
+# ==== 23 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -18979,7 +18992,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 20 host =====================================================================================
+# ==== 24 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -20196,7 +20209,7 @@ end
 """
 
 
-# ==== 21 cli ======================================================================================
+# ==== 25 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.
