@@ -6123,27 +6123,29 @@ def _run_by_prefix(db, target):
     return rows[0]
 
 
-def list_runs(db, where=(), limit=50, before=None):
+def list_runs(db, where=(), limit=50, before=None, job_ids=None):
     """Rows of runs, newest first. `where` are (condition, value, …) of `run_filter`; `before` is
-    the seq of the last row seen."""
+    the seq of the last row seen; `job_ids` are those of which runs are wanted, None for all."""
     conditions = [condition for condition, *_ in where] + ["seq < ?"] * (before is not None)
     values = [value for _, *more in where for value in more] + [before] * (before is not None)
     chosen = " AND ".join(conditions) or "1"
-    return db.execute(f"SELECT * FROM runs WHERE {chosen} ORDER BY seq DESC LIMIT ?",
-                      (*values, limit)).fetchall()
+    if job_ids is None:
+        return db.execute(f"SELECT * FROM runs WHERE {chosen} ORDER BY seq DESC LIMIT ?",
+                          (*values, limit)).fetchall()
+    rows = _in_parts(db, f"SELECT * FROM runs WHERE {chosen} AND job_id IN ({{}}) "
+                         f"ORDER BY seq DESC LIMIT {limit:d}", job_ids, *values)
+    return sorted(rows, key=lambda row: -row["seq"])[:limit]
 
 
 def run_filter(states=None, job_id=None, since=None, until=None, steps=False, *, parent=None,
-               triggers=None, job_ids=None):
+               triggers=None):
     """The conditions of `list_runs`; `since` and `until` (UTC seconds) mean `queued_at`. With a
-    `parent` they are the steps of that run; `job_ids` are those of which runs are wanted at all."""
+    `parent` they are the steps of that run."""
     where = [] if steps or parent is not None else [("step IS NULL",)]
     if parent is not None:
         where.append(("parent = ?", parent))
     if triggers:
         where.append((f'"trigger" IN ({", ".join("?" * len(triggers))})', *triggers))
-    if job_ids is not None:
-        where.append(("job_id IN (SELECT value FROM json_each(?))", json.dumps(list(job_ids))))
     if states:              # `+` keeps off the index of states where it would cost a long sort
         plus = "+" if job_id is not None or "succeeded" in states and len(states) > 1 else ""
         where.append((f"{plus}state IN ({', '.join('?' * len(states))})", *states))
@@ -6240,9 +6242,8 @@ def list_events(db, after, limit):
 
 def run_rows(db, run_ids):
     """{id: row} of those runs that are there."""
-    return {row["id"]: row for row in db.execute(
-        "SELECT * FROM runs WHERE id IN (SELECT value FROM json_each(?))",
-        (json.dumps(list(run_ids)),))}
+    return {row["id"]: row for row in _in_parts(
+        db, "SELECT * FROM runs WHERE id IN ({})", list(run_ids))}
 
 
 # Answers to requests with a key, so that one that is repeated is not carried out again.
@@ -16066,10 +16067,10 @@ _OF_PROXIES = ("forwarded", "via", "x-real-ip")
 
 
 class Place(Value):
-    """Where a request has arrived: the `port` and the packed `address` of the server, the `hosts`
+    """Where a request has arrived: the `port` of the server, the `name` of its host, the `hosts`
     that it is called besides. `owner()` says which local user is at the other end, None for any
     other, and `token(text)` gives the row of a token, or None."""
-    __slots__ = ("port", "address", "hosts", "owner", "token")
+    __slots__ = ("port", "name", "hosts", "owner", "token")
 
 
 def gate(scope, request, place):
@@ -16104,10 +16105,11 @@ def _check_origin(request, host, place):
 
 def _check_name(host, place):
     """Where a browser adds what lets a request pass by itself, any page can make it ask, also for a
-    name that was made to mean this host. So such a request must be for a name of ours."""
+    name that was made to mean this host. So such a request must be for a name of ours, or for an
+    address: no page has come from there that was not ours."""
     name = _HOST_NAME_ALONE.match(host)[0]
-    if name not in _LOOPBACK_NAMES and _packed(name) != place.address \
-            and not {name, host} & set(place.hosts):
+    if name not in _LOOPBACK_NAMES and not _is_address(name) \
+            and not {name, host} & {place.name, *place.hosts}:
         raise _foreign_host(name, place)
 
 
@@ -16125,12 +16127,14 @@ def _is_own_site(request):
 _HOST_NAME_ALONE = Pattern(r"\[.*\]|[^:]*")
 
 
-def _packed(name):
-    """The packed address of an IP literal of a URL, b"" of anything else."""
+def _is_address(name):
+    """Whether a host of a URL is an IP literal."""
+    in_brackets = name[:1] == "["
     try:
-        return packed_end((name.strip("[]"), 0))[0]
+        socket.inet_pton(socket.AF_INET6 if in_brackets else socket.AF_INET, name.strip("[]"))
     except (OSError, ValueError):
-        return b""
+        return False
+    return True
 
 
 def _owner(request, host, place):
@@ -17105,8 +17109,8 @@ def _get_runs(request, store):
     if seen is not None and not DIGITS.fullmatch(seen):
         raise _bad_cursor()
     with store.read() as db:
-        where = run_filter(**chosen, job_ids=_visible_jobs(db, request.caller, options.get("tag")))
-        rows = list_runs(db, where, limit + 1, before=seen and int(seen))
+        rows = list_runs(db, run_filter(**chosen), limit + 1, before=seen and int(seen),
+                         job_ids=_visible_jobs(db, request.caller, options.get("tag")))
         runs = run_payloads(store, db, rows[:limit])
     more = len(rows) > limit
     cursor = _cursor(rows[limit - 1]["seq"], filters) if more else None
@@ -17161,7 +17165,7 @@ def _asked_run(db, request):
     row, reads = find_run_row(db, target), request.method in ("GET", "HEAD")
     if row is None and reads:
         if target == "latest":
-            row, = list_runs(db, run_filter(job_ids=_visible_jobs(db, caller)), 1) or [None]
+            row, = list_runs(db, run_filter(), 1, job_ids=_visible_jobs(db, caller)) or [None]
         elif caller.sees(target) or len(target) >= 4:
             with contextlib.suppress(NoSuchRun):
                 row = find_run(db, target)
@@ -17968,9 +17972,9 @@ class _Connection:
         super().setup()
         self.buffer = bytearray()       # what was received and belongs to no request yet
         self.users = []                 # who is at the other end, found out once
-        server, here = self.server, self.connection.getsockname()
-        self.place = Place(port=here[1], address=packed_end(here)[0], hosts=server.access.hosts,
-                           owner=self.owner, token=server.find_token)
+        access, port = self.server.access, self.connection.getsockname()[1]
+        self.place = Place(port=port, name=access.name, hosts=access.hosts, owner=self.owner,
+                           token=self.server.find_token)
 
     def handle(self):
         with contextlib.suppress(OSError):      # it has gone already, or cannot speak TLS
@@ -18262,13 +18266,15 @@ def _peer(address):
 
 
 class Access:
-    """Who may come in, of the `server` of a Config: `hosts`, `owner` and `uids` of local users.
+    """Who may come in, of the `server` of a Config: `hosts`, `owner` and `uids` of local users; and
+    the `name` of this host.
 
     Raises RoexecError for a user that does not exist, and for certificates that cannot be used.
     """
 
     def __init__(self, settings, say):
         self.hosts, self.owner = settings.hosts, settings.auth.owner
+        self.name = socket.gethostname().lower()
         self.uids = tuple(map(_uid_of, settings.auth.local_users))
         self.tls, self.say, self.look, self.kept = settings.tls, say, None, None
         if self.tls is not None:

@@ -542,9 +542,8 @@ NOBODYS = roexec.OPEN, roexec.PAGE
 
 
 def place_of(port=8080, owner=lambda: None, tokens=(), hosts=()):
-    """A place on 127.0.0.1; tokens are {text: row}."""
-    return Place(port=port, address=b"\x7f\0\0\1", hosts=hosts, owner=owner,
-                 token=dict(tokens).get)
+    """A place on the host "here"; tokens are {text: row}."""
+    return Place(port=port, name="here", hosts=hosts, owner=owner, token=dict(tokens).get)
 
 
 def refusal_of(scope, headers, owned=True, port=8080):
@@ -562,10 +561,12 @@ def refusal_of(scope, headers, owned=True, port=8080):
     ({"host": "LocalHost:8080"}, None), ({"host": "localhost"}, None),
     ({"host": "127.0.0.1:8080"}, None), ({"host": "[::1]:8080"}, None), ({"host": "[::1]"}, None),
     ({"host": "127.0.0.1"}, None),
-    ({"host": "localhost:8081"}, 421), ({"host": "127.0.0.2:8080"}, 421),
+    ({"host": "localhost:8081"}, 421), ({"host": "127.0.0.2:8080"}, 401),
     ({"host": "localhost.:8080"}, 421), ({"host": "evil.example"}, 421),
     ({"host": "localhost.evil.example:8080"}, 421), ({"host": ""}, 421), ({"host": None}, 421),
-    ({"host": "10.0.0.1:8080"}, 421), ({"host": "0.0.0.0:8080"}, 421),
+    ({"host": "10.0.0.1:8080"}, 401), ({"host": "[fd00::1]"}, 401), ({"host": "Here:8080"}, 401),
+    ({"host": "10.1:8080"}, 421), ({"host": "2130706433"}, 421), ({"host": "0x7f.0.0.1"}, 421),
+    ({"host": "here.evil.example"}, 421), ({"origin": "http://here"}, 403),
     ({"origin": "http://localhost:8080"}, None), ({"origin": "https://LOCALHOST:8080"}, None),
     ({"origin": "http://localhost"}, 403), ({"origin": "http://evil.example"}, 403),
     ({"origin": "http://127.0.0.1:8080"}, 403), ({"origin": "null"}, 403), ({"origin": ""}, 403),
@@ -843,8 +844,9 @@ def test_the_whole_table_asks_for_its_scopes(scopes, pattern, closed, store):
 @pytest.mark.parametrize("host, bearer, with_basic", [
     ("localhost", 200, 200), ("localhost:9", 200, 200), ("127.0.0.1:1", 200, 200),
     ("[::1]", 200, 200), ("CI.example", 200, 200), ("ci.example:81", 200, 200),
-    ("ci.example:82", 200, 200), ("evil.example", 200, 421), ("127.0.0.2", 200, 421),
-    ("0177.0.0.1", 200, 421), ("xci.example", 200, 421)])
+    ("ci.example:82", 200, 200), ("evil.example", 200, 421), ("127.0.0.2", 200, 200),
+    ("192.0.2.7:9000", 200, 200), ("[2001:db8::1]:9000", 200, 200), ("192.0.2.7.evil", 200, 421),
+    ("0177.0.0.1", 200, 421), ("xci.example", 200, 421), ("[1.2.3.4]", 200, 421)])
 def test_a_bearer_may_use_any_name_of_the_host_and_basic_a_known_one(host, bearer, with_basic,
                                                                      closed, store):
     text = token(store, role="viewer")
@@ -857,7 +859,8 @@ def test_a_bearer_may_use_any_name_of_the_host_and_basic_a_known_one(host, beare
 
 def test_the_page_is_got_by_a_name_of_the_server_alone_and_also_by_a_link(closed):
     for host, expected in (("localhost", 200), ("127.0.0.1:99", 200), ("CI.example", 200),
-                           ("evil.example", 421), ("127.0.0.2", 421)):
+                           ("evil.example", 421), ("192.0.2.7:9000", 200), ("[::2]", 200),
+                           (socket.gethostname().upper() + ":9000", 200), ("0x7f.1", 421)):
         assert status_of(closed, "GET", "/", Host=host) == expected
         assert status_of(closed, "GET", "/", Host=host, Sec_Fetch_Site="cross-site") == expected
     assert status_of(closed, "GET", "/", Origin="http://evil.example") == 403
