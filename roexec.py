@@ -18577,8 +18577,7 @@ class _Asking:
     """Requests to the API of the server at a URL. Raises ValueError for no URL, or no token."""
 
     def __init__(self, url, token, say):
-        self.wire, self.say = _Wire(url, token), say
-        self.has_token = bool(token)
+        self.wire, self.say, self.token = _Wire(url, token), say, token
 
     @property
     def name(self):
@@ -18623,7 +18622,7 @@ class _Asking:
                           "is not roexec that says so", status)
         text = "\n".join(map(printable, str(error.get("message"))[:100_000].splitlines()))
         if status == 401:
-            text = (f"{self.name} does not know this token, or it has expired" if self.has_token
+            text = (f"{self.name} does not know this token, or it has expired" if self.token
                     else f"{self.name} wants a token: put it into ROEXEC_TOKEN; on its host roexec "
                     "token create makes one")
         elif status == 405 or error.get("message") == NO_ROUTE:
@@ -18674,6 +18673,10 @@ class _Asking:
 
 class Remote(_Asking):
     """The server at a URL, as commands ask it; they ask the store of this host the same."""
+
+    def another(self):
+        """The same with a connection of its own, as another thread needs it."""
+        return Remote(self.name, self.token, self.say)
 
     # Jobs.
 
@@ -21671,10 +21674,7 @@ def _run_there(session, job_id, env):
 def _show_output(session, following):
     """Print what a run prints as it comes -> what has become of it."""
     try:
-        for lines in following:
-            for name, file in (("out", sys.stdout), ("err", sys.stderr)):
-                file.buffer.write(select_lines(lines.data, stream=name))
-                file.flush()
+        _Output(following).print()
     except Denied as error:
         if error.status != 404 and error.code != "forbidden":
             raise
@@ -21682,6 +21682,46 @@ def _show_output(session, following):
             _say(f"{error}; so what run {following.run_id} prints is not shown")
         return session.asked.wait(following.run_id)
     return following.outcome
+
+
+class _Output:
+    """Prints what a run elsewhere prints, and with it, as it comes, what its steps do."""
+
+    def __init__(self, following):
+        self.following, self.mutex, self.steps = following, threading.Lock(), []
+
+    def print(self):
+        """Print all until the run has ended."""
+        for lines in self.following:
+            self.show(lines.data)
+            for line in lines.data.splitlines(keepends=True):
+                begins = _STEP_BEGINS.fullmatch(line)
+                if begins:
+                    self.steps.append(threading.Thread(
+                        target=self.print_step, args=(begins[2].decode(),), daemon=True))
+                    self.steps[-1].start()
+        for thread in self.steps:
+            thread.join()
+
+    def print_step(self, run_id):
+        """Print what a step does, over a connection of its own."""
+        remote = self.following.remote.another()
+        try:
+            for lines in Following(remote, run_id):
+                self.show(lines.data)
+        except BrokenPipeError:         # its reader has gone; whoever reads the log next sees it
+            pass
+        except (RoexecError, OSError) as error:
+            _say(f"what step run {run_id} prints is not shown: {error}")
+        finally:
+            remote.wire.close()
+
+    def show(self, data):
+        """Print what of a log is output."""
+        with self.mutex:
+            for name, file in (("out", sys.stdout), ("err", sys.stderr)):
+                file.buffer.write(select_lines(data, stream=name))
+                file.flush()
 
 
 def _cancel_there(asked, run_id):
