@@ -16,19 +16,12 @@ import time
 import pytest
 
 from helpers import basic, serve, status_of, token, wait_for
+from served import needs_tables, said  # noqa: F401
 
 import roexec
 from roexec import RoexecError
 
-needs_tables = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"),
-                                  reason="this host has no table of sockets in /proc")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
-
-
-@pytest.fixture
-def said():
-    """What the server has told."""
-    return []
 
 
 @pytest.fixture

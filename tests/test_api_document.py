@@ -6,8 +6,8 @@ import re
 import urllib.parse
 
 import pytest
-from test_api import (LOG, NOW, ask, connection, database, logged, needs_tables,  # noqa: F401
-                      record, said, server, store)
+from served import (NOW, ask, connection, database, logged, needs_tables,  # noqa: F401
+                    record, said, server, store)
 
 import roexec
 

@@ -4,22 +4,12 @@ import json
 import time
 
 import pytest
-from test_api import (NOW, ask, connection, database, error, needs_tables,  # noqa: F401
-                      pages, record, row_of, said, server, store)
+from served import (NOW, ask, become, connection, database, error, needs_tables,  # noqa: F401
+                    pages, record, row_of, said, server, store)
 
 import roexec
-from roexec import Caller
 
 pytestmark = needs_tables
-
-
-@pytest.fixture
-def become(monkeypatch):
-    """`become(scopes, pattern)`: who asks from now on is that caller."""
-    def become(*scopes, pattern=None):
-        caller = Caller(name="token t", scopes=scopes, pattern=pattern)
-        monkeypatch.setattr(roexec, "gate", lambda *_, **__: caller)
-    return become
 
 
 def register(store, *jobs, source="/more.yml"):

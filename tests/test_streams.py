@@ -8,9 +8,9 @@ import threading
 import time
 
 import pytest
-from test_api import (LOG, NOW, ask, connection, database, error, logged,  # noqa: F401
-                      needs_tables, record, row_of, running, said, server, store, wait_for, write_log)
-from test_api_routes import become  # noqa: F401
+from helpers import wait_for
+from served import (LOG, NOW, ask, become, connection, database, error, logged,  # noqa: F401
+                    needs_tables, record, row_of, running, said, server, store, write_log)
 
 import roexec
 
