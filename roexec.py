@@ -4438,6 +4438,7 @@ def brief_run_payload(row):
     return {
         "id": row["id"], "job_id": row["job_id"], "step": row["step"], "parent": row["parent"],
         "trigger": row["trigger"], "state": row["state"], "reason": row["reason"],
+        "message": row["message"], "exit_code": row["exit_code"], "signal": row["signal"],
         "slot": _instant(row["slot"]), "last_slot": _instant(row["last_slot"]),
         "count": row["count"], "queued_at": _instant(row["queued_at"]),
         "started_at": _instant(row["started_at"]), "finished_at": _instant(row["finished_at"]),
@@ -17563,7 +17564,8 @@ _MEMBERS = {
     "RunPage": "runs:Run[] next:text?",
     "Steps": "steps:Run[] graph:any",
     "BriefRun": "id:text job_id:text step:text? parent:text? trigger:text state:state reason:text? "
-                "slot:instant? last_slot:instant? count:integer queued_at:instant "
+                "message:text? exit_code:integer? signal:text? slot:instant? "
+                "last_slot:instant? count:integer queued_at:instant "
                 "started_at:instant? finished_at:instant? duration:number?",
     "RunsOfJob": "runs:BriefRun[] more:boolean",
     "History": "jobs:RunsOfJob{}",

@@ -786,6 +786,9 @@ def test_what_changes_by_itself_is_text_and_moves_nothing(visit, browser, site, 
         new PerformanceObserver((list) => shifts.push(...list.getEntries().map((one) => one.value)))
           .observe({type: 'layout-shift'});
         document.querySelectorAll('.jobs .row').forEach((row) => { row.mine = true; });""")
+    failed = site.ended(site.post("jobs/hostile/run")["id"])["id"]
+    browser.wait(f'.side .failed:first-child a[href="#/run/{failed}"]')
+    assert "exit 3" in browser.text(".side .failed")
     runs = [site.post("jobs/hello/run")["id"] for _ in range(3) if site.ended(
         site.post("jobs/deploy/run", {"env": {"PASSWORD": "x"}})["id"])]
     browser.wait(f'.bars a[href="#/run/{site.ended(runs[-1])["id"]}"]')
