@@ -18371,8 +18371,8 @@ def prepare_access(store, http, say):
 def _why_not(error, host, port):
     """Why one cannot listen, and what to do about it."""
     if error.errno == errno.EADDRINUSE:
-        return (f"port {port} on {host} is in use; choose another in the configuration (server: "
-                "{port: …}), or write --no-http")
+        return (f"port {port} on {host} is in use; choose another by --port N or in the "
+                "configuration (server: {port: …}), or write --no-http")
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
@@ -22029,6 +22029,8 @@ def _cmd_server(session):
     files = JobFiles(store, _owned_paths(session), config.defaults, say)
     host = options.host or _host_to_serve(config)
     port = config.server.port if options.port is None else options.port
+    if port > 65535:
+        raise Usage(f"--port: {port} is not a whole number from 0 to 65535")
     if options.dry_run:
         _check_job_files(files)
         place = "without HTTP" if options.no_http else f"on http://{host}:{port}"
@@ -22131,7 +22133,7 @@ class Command:
 
     def __init__(self, name, function, help, usage, example, *options, changes=False, asks=True):
         self.name, self.function, self.help, self.usage = name, function, help, usage
-        self.example, self.options = example, (*_GLOBAL, *options)
+        self.example, self.options = example, (*options, *_GLOBAL)
         self.changes, self.asks = changes, asks
         self.takes_ids = _WITH_ID in options or usage.startswith(("FILE", "[FOLDER", "bash"))
         self.takes_words = "-- COMMAND" in usage
@@ -22294,6 +22296,12 @@ _COMMANDS = (
     Command("completion", _cmd_completion, "print a script that completes command lines in a shell",
             "bash | zsh | fish", "completion bash > /etc/bash_completion.d/roexec", asks=False),
 )
+# What a reader looks for, by the first command that does it.
+COMMAND_GROUPS = {"run": "Run", "add": "Jobs", "list jobs": "Look", "pause": "Steer",
+                  "token create": "Access over HTTP", "maintenance purge": "Upkeep",
+                  "server": "Set up"}
+_FAMILIES = ({command.name.split()[0] for command in _COMMANDS}
+             - {command.name for command in _COMMANDS})     # `token`, but not `logs`
 _OWN_STATUS = ("run", "exec", "wait")   # they end as the command did; 125 is left for roexec
 
 
@@ -22332,12 +22340,25 @@ def _split(words):
         if before[-1] in _GLOBAL_WITH_VALUE and rest:
             before.append(rest.pop(0))
     if not rest:
-        raise Usage("a command is missing; see roexec --help")
+        raise Usage(_no_option(before) or "a command is missing; see roexec --help")
     for length in (2, 1):               # `logs export` is not `logs` of a run
         for command in _COMMANDS:
             if command.name == " ".join(rest[:length]):
                 return command, before + rest[length:], behind
     raise Usage(_no_command(rest))
+
+
+def _no_option(words):
+    known = [*_flags(_GLOBAL), "--help", "--version"]
+    for word in words:
+        if word.startswith("-") and word not in known:
+            return (f'there is no option "{printable(word)}"'
+                    + (nearest(word, known) or "; see roexec --help"))
+    return None
+
+
+def _flags(options):
+    return [flag for option in options for flag in option[0].split()]
 
 
 def _no_command(words):
@@ -22391,20 +22412,27 @@ def _parser(command):
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            flags = [flag for option in command.options for flag in option[0].split()]
-            near = [nearest(word, flags) for word in message.split() if word.startswith("--")
-                    and message.startswith("unrecognized")]
-            raise Usage(f"{printable(message)}{''.join(near[:1])} (see roexec {command.name} "
-                        "--help)")
+            message, hint = printable(message.removeprefix("argument ")), f"see {name} --help"
+            if message.startswith("unrecognized"):
+                options = [word for word in message.split() if word.startswith("--")]
+                near = nearest(options[0], _flags(command.options))[2:] if options else ""
+                hint = near or (hint if options else f"write {usage}")
+            raise Usage(f"{message}; {hint}")
+
+    def whole_number(text):
+        if not (text.isascii() and text.isdigit()):
+            raise argparse.ArgumentTypeError(f'"{text}" is not a whole number')
+        return int(text)
 
     name = f"roexec {command.name}"
-    parser = Parser(prog=name, usage=f"{name} {command.usage}".rstrip(), description=command.help,
+    usage = f"{name} {command.usage}".rstrip()
+    parser = Parser(prog=name, usage=usage, description=command.help,
                     epilog=f"example: roexec {command.example}", add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for flags, metavar, text, default in command.options:
         how = {"action": "store_true"} if metavar is None else {
             "metavar": metavar.rstrip("."), "default": default,
-            "type": int if metavar == "N" else str}
+            "type": whole_number if metavar == "N" else str}
         if isinstance(default, list):
             how.update({"action": "extend", "nargs": "+"} if metavar.endswith("...") else
                        {"action": "append"})
@@ -22420,10 +22448,17 @@ def _parser(command):
 
 # The program.
 
-def _overview():
-    width = max(len(command.name) for command in _COMMANDS) + 2
-    listed = "".join(f"  {command.name:<{width}}{command.help}\n" for command in _COMMANDS)
-    return (f"usage: roexec COMMAND [OPTION ...]\n\n{listed}\nroexec COMMAND --help explains a "
+def _overview(family=None):
+    """The commands under what one looks for; or those of a family, such as `token`."""
+    text, width = "", max(len(command.name) for command in _COMMANDS) + 2
+    for command in _COMMANDS:
+        if not family and command.name in COMMAND_GROUPS:
+            text += f"\n{COMMAND_GROUPS[command.name]}:\n"
+        if not family or command.name.startswith(f"{family} "):
+            text += f"  {command.name:<{width}}{command.help}\n"
+    if family:
+        return f"usage: roexec {family} … [OPTION ...]\n\n{text}"
+    return (f"usage: roexec COMMAND [OPTION ...]\n{text}\nroexec COMMAND --help explains a "
             "command; roexec --version prints the version.\n")
 
 
@@ -22434,6 +22469,9 @@ def _perform(words):
         return 2
     if words[0] in ("--version", "-h", "--help"):
         sys.stdout.write(f"roexec {__version__}\n" if words[0] == "--version" else _overview())
+        return 0
+    if words[1:] in (["-h"], ["--help"]) and words[0] in _FAMILIES:
+        sys.stdout.write(_overview(words[0]))
         return 0
     command, words, behind = _split(words)
     if "-h" in words or "--help" in words:

@@ -7,14 +7,16 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- made by make reference -->\n", "<!-- until here -->\n"
 
 
-def reference(commands):
-    """The text between the markers."""
+def reference(commands, groups):
+    """The text between the markers; a group is headed before its first command."""
     everywhere = set.intersection(*({option[0] for option in command.options}
                                     for command in commands))
     text = "Options of all commands, before or behind the name:\n\n"
     text += "".join(option_line(option) for option in commands[0].options
                     if option[0] in everywhere)
     for command in commands:
+        if command.name in groups:
+            text += f"\n### {groups[command.name]}\n"
         line = f"roexec {command.name} {command.usage}".rstrip()
         text += f"\n**`{line}`** - {command.help}; for example `roexec {command.example}`\n"
         own = [option for option in command.options if option[0] not in everywhere]
@@ -40,4 +42,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(README.parent))
     import roexec
     first, _, last = split(README.read_text(encoding="utf-8"))
-    README.write_text(first + reference(roexec.commands()) + last, encoding="utf-8")
+    README.write_text(first + reference(roexec.commands(), roexec.COMMAND_GROUPS) + last, encoding="utf-8")

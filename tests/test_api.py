@@ -1268,7 +1268,7 @@ def test_no_descriptor_is_inherited(server):
 def test_a_port_that_is_taken_is_told(server, store):
     port = server.address[1]
     with pytest.raises(roexec.RoexecError,
-                       match=rf"^port {port} on 127.0.0.1 is in use; choose another in the config"):
+                       match=rf"^port {port} on 127.0.0.1 is in use; choose another by --port N or in"):
         start_http(store, "127.0.0.1", port, print)
 
 

@@ -132,6 +132,25 @@ def test_the_overview_names_every_command(cli):
         assert f"\n  {name} " in out
 
 
+def test_the_overview_has_each_group_of_commands_once(cli):
+    _, out, _ = cli("--help", store=None)
+    assert re.findall(r"^(?!usage)(.*):$", out, re.M) == list(roexec.COMMAND_GROUPS.values())
+
+
+@pytest.mark.parametrize("family, names", [
+    ("token", ["token create", "token list", "token rotate", "token revoke"]),
+    ("import", ["import crontab"])])
+def test_a_family_of_commands_lists_its_own(family, names, cli):
+    status, out, err = cli(f"{family} --help", store=None)
+    assert (status, err) == (0, "") and out.startswith(f"usage: roexec {family} ")
+    assert [name for name in COMMANDS if f"\n  {name} " in out] == names
+
+
+def test_the_options_of_a_command_stand_before_those_of_all(cli):
+    _, out, _ = cli("list runs --help")
+    assert out.index("--active") < out.index("--store") < out.index("--help")
+
+
 @pytest.mark.parametrize("line", [
     "--json list jobs", "list jobs --json", "-v --json list jobs"])
 def test_global_options_stand_before_or_after_the_command(line, cli, jobs):
@@ -146,7 +165,13 @@ def test_global_options_stand_before_or_after_the_command(line, cli, jobs):
     ("list jobz", 'there is no command "list jobz"; there are list jobs and list runs'),
     ("--frob list jobs", "--frob"),
     ("list runs --stat failed", 'did you mean "--state"?'),
-    ("list runs --limit many", "--limit"),
+    ("list runs --limit many", '--limit: "many" is not a whole number; see roexec list runs --h'),
+    ("--verson", 'there is no option "--verson"; did you mean "--version"?'),
+    ("-x", 'there is no option "-x"; see roexec --help'),
+    ("apply jobs.yml", "unrecognized arguments: jobs.yml; write roexec apply -f FILE [FILE ...]"),
+    ("why hello -1h", "unrecognized arguments: -1h; write roexec why JOB [INSTANT]"),
+    ("server --port 99999", "--port: 99999 is not a whole number from 0 to 65535"),
+    ("next --count -3", '--count: "-3" is not a whole number'),
     ("list runs --state broken", 'there is no state "broken"'),
     ("next --duration 5m", "--duration is for --to"),
     ("next --cron '0 2 * * *' --to 2030-01-01 --count 3", "do without --count"),
