@@ -11056,6 +11056,8 @@ class _PipelineRun(Supervision):
 
 
 _TELL_EVERY = 0.1           # seconds
+_HURRY = 0.2                # seconds within which starts are noted together
+_MOST_PREPARED = 128        # steps
 _LOOK_AT_OTHERS = 0.5       # seconds between looks at the journals of steps in other hands
 _MOST_READY = 16            # steps that wait for a supervisor: each is an open file
 _OTHER_FILES = 64           # that a supervisor needs besides one for each step
@@ -11113,6 +11115,8 @@ class _Steps:
         self.stopped = None             # the reason for which no step is started any more
         self.timeout = None             # the reason where a timeout has passed
         self.looked, self.hands = time.monotonic(), _Hands(run)
+        self.prepared = collections.deque()     # steps that are noted as started, and soon will be
+        self.synced, self.batch = -math.inf, 0  # when that was last, and of how many
         self.untold, self.told = [], 0.0        # names of journals, and when some were told last
         self.pool = self.hands.pool
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -11131,7 +11135,7 @@ class _Steps:
             self._start_ready()
             if self.order.is_over:
                 self.tell()
-                return self._ended()
+                return Ended(timeout=self.timeout) if self.timeout else _first_failure(self.ends)
             if self.pool.waiting:
                 self.pool.hand_over()
             self._hear(math.inf if self.stopped == "parent" else deadline - time.monotonic())
@@ -11176,23 +11180,35 @@ class _Steps:
 
     def _start_ready(self):
         """Start the steps that are ready, as many as may be on."""
-        ready = []
-        while (len(self.on) + len(ready) < self.most
-               and len(self.pool.waiting) + len(ready) < _MOST_READY):
+        while True:
+            room = min(self.most - len(self.on), _MOST_READY - len(self.pool.waiting))
+            if room <= 0 or not self.prepared and not self._prepare(room):
+                return
+            step = self.prepared.popleft()
+            if self.stopped and not self._survives(step, self.stopped):
+                self._over(step, "cancelled", self.stopped)
+            else:
+                self._start(step)
+
+    def _prepare(self, room):
+        """Note which steps are started next -> whether there are some.
+
+        That has to be on the disk before, lest a power cut lets one be started twice. Where they
+        end faster than a disk writes, more are noted at a time.
+        """
+        hurry = time.monotonic() - self.synced < _HURRY
+        most = max(room, min(2 * self.batch, _MOST_PREPARED)) if hurry else room
+        while len(self.prepared) < most:
             step = self.order.take()
             if step is None:
                 break
-            if self._name(step) in self.on:
-                continue
-            if self.stopped and not self._survives(step, self.stopped):
-                self._over(step, "cancelled", self.stopped)
-                continue
-            ready.append(step)
-            self.run.note("step", step=step, run=self.ids[step], boot=self.boot)
-        if ready:                       # on the disk, lest a power cut lets one be started twice
+            if self._name(step) not in self.on:
+                self.prepared.append(step)
+                self.run.note("step", step=step, run=self.ids[step], boot=self.boot)
+        if self.prepared:
             getattr(os, "fdatasync", os.fsync)(self.run.journal.descriptor)
-        for step in ready:
-            self._start(step)
+            self.synced, self.batch = time.monotonic(), len(self.prepared)
+        return bool(self.prepared)
 
     def _survives(self, step, reason):
         return reason == "fail_fast" and survives_failure(self.jobs[step].depends_on)
@@ -11205,7 +11221,8 @@ class _Steps:
                                                        "work")},
                 "run": self.ids[step], "parent": header["run"], "step": step, "spec": job.spec,
                 "trigger": "pipeline", "boot": self.boot, "claimed_at": time.time(),
-                "outputs": self._outputs_for(step), "gives": self._gives(step)})
+                "outputs": self._outputs_for(step),
+                "gives": job.job and _gives(self.run.job, step)})
         except OSError as error:        # a full disk
             self._over(step, "failed", "start", f"its journal cannot be made: {error.strerror}")
             return
@@ -11224,12 +11241,6 @@ class _Steps:
             if other in needs:
                 outputs.update(self.outputs.get(other, {}))
         return outputs
-
-    def _gives(self, step):
-        """The variables that a step which runs a job gives to that."""
-        if self.jobs[step].job is None:
-            return None
-        return next(spec.get("env") for spec in self.run.job.pipeline if spec["id"] == step) or {}
 
     # Hearing of ends.
 
@@ -11324,21 +11335,6 @@ class _Steps:
             if journal and not self._survives(step, reason) and journal.cancelled() is None:
                 journal.cancel(reason, grace)
 
-    def _ended(self):
-        """The Ended of the pass: that of the first step that has failed."""
-        if self.timeout:
-            return Ended(timeout=self.timeout)
-        bad = [(not _is_failure(end), number, step) for number, (step, end)
-               in enumerate(self.ends.items()) if end["state"] not in ("succeeded", "skipped")]
-        if not bad:
-            return Ended(exit_code=0)
-        step = min(bad)[2]
-        end, error = self.ends[step], f"step {step} {self.ends[step]['state']}"
-        error += f": {end['message']}" if end.get("message") else _how(end)
-        if end.get("signal") and end["state"] == "failed":
-            return Ended(signal=end["signal"], error=error)
-        return Ended(exit_code=exit_status({"exit_code": None, "signal": None, **end}), error=error)
-
     def abandon(self):
         """End what is on, since there is nobody any more who would go on from there."""
         self._stop("parent")
@@ -11346,6 +11342,25 @@ class _Steps:
         deadline = time.monotonic() + max(job.grace for job in self.jobs.values()) + 15
         while any(map(lock_is_held, paths)) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+def _gives(job, step):
+    """The variables that a step of a pipeline which runs a job gives to that."""
+    return next(spec.get("env") for spec in job.pipeline if spec["id"] == step) or {}
+
+
+def _first_failure(ends):
+    """The Ended of a pass, of the ends of its steps: that of the first that has failed."""
+    bad = [(not _is_failure(end), number, step) for number, (step, end)
+           in enumerate(ends.items()) if end["state"] not in ("succeeded", "skipped")]
+    if not bad:
+        return Ended(exit_code=0)
+    step = min(bad)[2]
+    end, error = ends[step], f"step {step} {ends[step]['state']}"
+    error += f": {end['message']}" if end.get("message") else _how(end)
+    if end.get("signal") and end["state"] == "failed":
+        return Ended(signal=end["signal"], error=error)
+    return Ended(exit_code=exit_status({"exit_code": None, "signal": None, **end}), error=error)
 
 
 def _deadlines_of(run):
