@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import shutil
+import socket
 import urllib.parse
 
 import pytest
@@ -20,8 +21,12 @@ JOBS = [{"id": "hello", "schedule": "0 2 * * *", "command": "echo hello"},
         {"id": "backup", "command": "echo backup", "overlap": "queue", "env": {"A": "b"}},
         {"id": "replaced", "command": "echo x", "overlap": "replace"}]
 
+OWNER = Caller(name="user me", scopes=("*",), owner=True)
+GOOD = b"GET / HTTP/1.1\r\nHost: localhost"        # the head of a request
+
 needs_tables = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"),
                                   reason="this host has no table of sockets in /proc")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +145,33 @@ def running(store):
     journal = roexec.Journal.create(store.file("active"), {"run": run_id})
     journal.note("supervisor", pid=1, start=1, log=write_log(store, "live.log", LOG))
     return run_id, journal
+
+
+def head(*lines, host="localhost"):
+    """The bytes of a request without a body."""
+    return "\r\n".join([lines[0], f"Host: {host}", *lines[1:], "", ""]).encode()
+
+
+def dial(server):
+    return socket.create_connection(server.address, timeout=20)
+
+
+@contextlib.contextmanager
+def connected(family=socket.AF_INET, host="127.0.0.1", to=None, source=None):
+    """(client, accepted, listener): the ends of a connection, and the socket that listens."""
+    with socket.socket(family) as listener:
+        listener.bind((host, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with socket.create_connection((to or host, port), source_address=source) as client:
+            accepted, _ = listener.accept()
+            with accepted:
+                yield client, accepted, listener
+
+
+def has_ipv6():
+    try:
+        with connected(socket.AF_INET6, "::1"):
+            return True
+    except OSError:
+        return False

@@ -1,14 +1,15 @@
-"""Who comes in and how: TLS, local users, places for the owner, and clients that mean no good."""
+"""The sockets of HTTP: TLS, places for the owner, and how little a client can do to the server."""
 import contextlib
 import http.client
 import json
 import os
 import random
-import re
 import shutil
+import signal
 import socket
 import ssl
 import statistics
+import struct
 import subprocess
 import threading
 import time
@@ -16,12 +17,11 @@ import time
 import pytest
 
 from helpers import basic, serve, status_of, token, wait_for
-from served import needs_tables, said  # noqa: F401
+from served import (GOOD, LOG, NOW, OWNER, ask, connection, database, dial, error,  # noqa: F401
+                    has_ipv6, head, logged, needs_root, needs_tables, running, said, server, store)
 
 import roexec
-from roexec import RoexecError
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
+from roexec import Request, RoexecError, json_response, start_http
 
 
 @pytest.fixture
@@ -191,7 +191,8 @@ def test_a_token_is_void_from_the_moment_on_at_which_it_is_revoked_or_expires(ru
 
 def test_an_answer_for_one_caller_is_not_given_to_another(run_server, store):
     with store.write() as db:
-        jobs = [roexec.Job({"id": name, "command": "x", "env": {"A": "b"}}) for name in ("a", "b")]
+        jobs = [roexec.Job({"id": name, "command": "x", "env": {"A": "b"}, "tags": ["of-two"]})
+                for name in ("a", "b")]
         roexec.perform_apply(db, roexec.plan_apply(db, {None: jobs}), 0)
     server = run_server(auth={"owner": False})
     texts = {name: token(store, name, scopes=scopes, jobs=pattern) for name, scopes, pattern in (
@@ -199,7 +200,7 @@ def test_an_answer_for_one_caller_is_not_given_to_another(run_server, store):
 
     def listed(name):
         with contextlib.closing(http.client.HTTPConnection(*server.address)) as connection:
-            connection.request("GET", "/api/v1/jobs",
+            connection.request("GET", "/api/v1/jobs?tag=of-two",
                                headers={"Authorization": f"Bearer {texts[name]}"})
             return [(job["id"], job["spec"]["env"]["A"])
                     for job in json.loads(connection.getresponse().read())["jobs"]]
@@ -424,35 +425,6 @@ def test_an_answer_names_no_route_and_no_job_to_a_stranger(run_server):
     assert len(found) == 1
 
 
-def test_a_head_of_random_bytes_is_read_strictly_or_refused():
-    chance = random.Random(7)
-    parts = [b"GET", b"POST", b" ", b"/", b"/api/v1/jobs/a%20b?c=d", b"%", b"HTTP/1.1", b"HTTP/1.0",
-             b"\r\n", b"\n", b"\r", b"\0", b"\t", b":", b"Host: localhost", b"Host:", b"a", b"\xff",
-             b"Content-Length: 1", b"Content-Length: 0x1", b"Transfer-Encoding: chunked", b",", b"="]
-    good = [b"GET", b" ", b"/api/v1/jobs/a%20b?c=d", b" ", b"HTTP/1.1", b"\r\n", b"Host: localhost",
-            b"\r\n", b"Content-Length: 1", b"\r\n", b"Accept: a"]
-    accepted = 0
-    for _ in range(20_000):
-        head = list(good)
-        for _ in range(chance.randrange(3)):
-            at = chance.randrange(len(head) + 1)
-            head[at:at + chance.randrange(2)] = [chance.choice(parts)]
-        head = b"".join(head).partition(b"\r\n\r\n")[0]
-        try:
-            request = roexec.parse_head(head)
-        except roexec.Refusal as refusal:
-            assert refusal.status in (400, 411, 413, 431, 505)
-            continue
-        accepted += 1
-        lines = head.split(b"\r\n")
-        assert re.fullmatch(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]", lines[0]), head
-        assert all(re.fullmatch(rb"[%\w-]+:[^\r\n\0]*", line) for line in lines[1:]), head
-        names = [line.partition(b":")[0].lower() for line in lines[1:]]
-        assert names.count(b"host") <= 1 and names.count(b"content-length") <= 1, head
-        assert b"transfer-encoding" not in names and request.length in range(1 << 20), head
-    assert 1000 < accepted < 19_000
-
-
 # Parameters, headers and bodies at random, over the whole table.
 
 VALUES = ["a", "hello", "%2e", "", "0", "-1", "1e9", "9" * 18, "true", "%00", "%ff", "a%2Fb",
@@ -492,7 +464,8 @@ def test_no_request_finds_a_defect(spec, run_server, store, said):
     with store.write() as db:
         jobs = [roexec.Job({"id": name, "command": "x", "schedule": "0 * * * *"})
                 for name in ("hello", "a")]
-        roexec.perform_apply(db, roexec.plan_apply(db, {None: jobs}), 0)
+        for source, jobs in (("/jobs.yml", []), (None, jobs)):
+            roexec.perform_apply(db, roexec.plan_apply(db, {source: jobs}, prune=True), 0)
     server, chance = run_server(), random.Random(repr(spec))
     bearer = {"Authorization": f"Bearer {token(store, 'fuzz', **spec)}"}
     statuses = set()
@@ -505,3 +478,362 @@ def test_no_request_finds_a_defect(spec, run_server, store, said):
             assert answer.status < 500 and not said, (method, path, body, content, said)
             statuses.add(answer.status)
     assert {200, 204, 400, 404, 405} <= statuses and 401 not in statuses
+
+
+# Requests, byte for byte.
+
+def exchange(server, *pieces):
+    """What the server answers to these bytes until it closes the connection."""
+    with dial(server) as client:
+        for piece in pieces:
+            client.sendall(piece)
+        return client.makefile("rb").read()
+
+
+@needs_tables
+def test_requests_that_come_at_once_are_answered_in_order(server):
+    answers = exchange(server, head("GET /api/v1/jobs/hello HTTP/1.1")
+                       + head("POST /api/v1/jobs/hello/run HTTP/1.1", "Content-Length: 2") + b"{}"
+                       + head("GET /nowhere HTTP/1.1")
+                       + head("GET /api/v1/health HTTP/1.1", "Connection: close"))
+    assert [line.split()[1] for line in answers.splitlines() if line.startswith(b"HTTP/1.1")] == [
+        b"200", b"202", b"404", b"200"]
+    assert answers.count(b"Connection: close") == 1
+
+
+@needs_tables
+def test_a_request_that_comes_byte_by_byte_is_read(server):
+    request = head("POST /api/v1/jobs/hello/run HTTP/1.1", "Content-Length: 2",
+                   "Connection: close") + b"{}"
+    answer = exchange(server, *(request[index:index + 1] for index in range(len(request))))
+    assert answer.startswith(b"HTTP/1.1 202 ")
+
+
+def test_an_answer_is_sent_at_once_and_in_one_piece(server):
+    with dial(server) as client:
+        for _ in range(3):
+            client.sendall(head("GET /api/v1/health HTTP/1.1"))
+            assert client.recv(10_000).endswith(b'{"status": "ok"}\n')
+        served, = server.connections
+        assert served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_head_with_bare_line_feeds_is_not_waited_for(server):
+    assert exchange(server, b"GET / HTTP/1.1\nHost: a\n\n").startswith(b"HTTP/1.1 400 ")
+
+
+@needs_tables
+def test_a_client_of_http_1_0_is_answered_and_the_connection_closed(server, store):
+    answer = exchange(server, b"GET /api/v1/runs/%b/logs HTTP/1.0\r\nHost: localhost\r\n\r\n"
+                      % logged(store).encode())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body == LOG and b"chunked" not in head and b"Connection: close" in head
+    assert exchange(server, b"GET /api/v1/health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    assert exchange(server, b"GET /api/v1/jobs HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize("request_, status", [
+    (b"GET / HTTP/1.1\r\n\r\n", 400), (b"\r\n\r\n", 400), (b"GET / HTTP/1.1\nHost: a\n\n", 400),
+    (GOOD + b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+    (GOOD + b"\r\nContent-Length: 9999999\r\n\r\n" + b"x" * 100_000, 413),
+    (GOOD + b"\r\nA: " + b"x" * 20_000 + b"\r\n\r\n", 431), (b"x" * 20_000, 431),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\n\n", 400)])
+def test_after_a_request_that_is_broken_nothing_more_is_read(request_, status, server):
+    answer = exchange(server, request_, head("GET /api/v1/health HTTP/1.1"))
+    assert answer.startswith(b"HTTP/1.1 %d " % status) and answer.count(b"HTTP/1.1 ") == 1
+    assert b"Connection: close" in answer
+    assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {"code", "message"}
+
+
+@needs_tables
+def test_the_body_of_a_stranger_is_not_read_but_the_answer_arrives(server):
+    answer = exchange(server, head("POST /api/v1/jobs/hello/run HTTP/1.1", "Via: x",
+                                   "Content-Length: 1000000") + b"x" * 1_000_000)
+    assert answer.startswith(b"HTTP/1.1 401 ") and b"Connection: close" in answer
+
+
+@needs_tables
+def test_a_client_that_asks_first_is_told_to_go_on_or_not(server):
+    for more, expected in (((), b"HTTP/1.1 100 Continue\r\n\r\n"),
+                           (("Via: x",), b"HTTP/1.1 401 Unauthorized\r\n")):
+        with dial(server) as client:
+            client.sendall(head("POST /api/v1/jobs/backup/run HTTP/1.1", "Content-Length: 2",
+                                "Expect: 100-continue", *more))
+            assert client.recv(len(expected), socket.MSG_WAITALL) == expected
+            if not more:
+                client.sendall(b"{}")
+                assert client.recv(13, socket.MSG_WAITALL) == b"HTTP/1.1 202 "
+    with dial(server) as client:
+        client.sendall(head("POST /api/v1/jobs/backup/run HTTP/1.1", "Content-Length: 2"))
+        client.settimeout(0.1)
+        with pytest.raises(socket.timeout):     # nobody asked
+            client.recv(1)
+    answer = exchange(server, head("POST /api/v1/jobs/backup/run HTTP/1.1", "Expect: more",
+                                   "Content-Length: 2"))
+    assert answer.startswith(b"HTTP/1.1 417 ")
+
+
+@needs_tables
+def test_the_largest_body_is_read(ask, error):
+    env = {"A": "x" * ((1 << 20) - 18)}
+    body = json.dumps({"env": env}).encode()
+    assert len(body) <= 1 << 20
+    assert ask("/jobs/backup/run", "POST", body)[0] == 202
+    assert error("/jobs/backup/run", "POST", body + b" " * 100)[:2] == (413, "body_too_large")
+
+
+# Limits.
+
+@pytest.mark.parametrize("pieces", [[], [b"GET / HTTP/1.1\r\n"]])
+def test_a_client_that_says_nothing_is_let_go(pieces, server, monkeypatch):
+    monkeypatch.setattr(roexec, "_IDLE_TIME", 0.05)
+    monkeypatch.setattr(roexec, "_HEAD_TIME", 0.05)
+    answer = exchange(server, *pieces)
+    assert answer.startswith(b"HTTP/1.1 408 ") if pieces else answer == b""
+
+
+def test_a_client_that_sends_its_head_for_ever_is_let_go(server, monkeypatch):
+    monkeypatch.setattr(roexec, "_HEAD_TIME", 0.2)
+    began, answer = time.monotonic(), b""
+    with dial(server) as client:
+        client.settimeout(0.01)
+        while not answer and time.monotonic() - began < 5:
+            with contextlib.suppress(socket.timeout):
+                client.sendall(b"G")
+                answer = client.recv(13)
+    assert answer == b"HTTP/1.1 408 "
+
+
+@needs_tables
+def test_a_client_that_sends_its_body_for_ever_is_let_go(server, monkeypatch):
+    monkeypatch.setattr(roexec, "_IDLE_TIME", 0.2)
+    with dial(server) as client:
+        client.sendall(head("POST /api/v1/jobs/hello/run HTTP/1.1", "Content-Length: 1000"))
+        client.settimeout(0.01)
+        deadline = time.monotonic() + 10
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < deadline:
+                with contextlib.suppress(socket.timeout):
+                    client.sendall(b" ")
+                    if not client.recv(1):
+                        break
+        assert time.monotonic() < deadline
+
+
+@needs_tables
+def test_a_client_that_does_not_read_is_let_go(server, store, monkeypatch):
+    monkeypatch.setattr(roexec, "_IDLE_TIME", 0.2)
+    run_id = logged(store, b"2025-08-01T10:00:00Z [OUT] x\n" * 600_000)
+    with dial(server) as client:
+        client.sendall(head(f"GET /api/v1/runs/{run_id}/logs HTTP/1.1"))
+        wait_for(lambda: server.connections)
+        wait_for(lambda: not server.connections)
+
+
+def test_no_more_than_so_many_connections_are_open(server, monkeypatch):
+    monkeypatch.setattr(roexec, "_MOST_CONNECTIONS", 2)
+    with dial(server), dial(server):
+        wait_for(lambda: len(server.connections) == 2)
+        assert exchange(server).startswith(b"HTTP/1.1 503 ")
+    wait_for(lambda: not server.connections)
+    assert exchange(server, head("GET /api/v1/health HTTP/1.0")).startswith(b"HTTP/1.1 200 ")
+
+
+@needs_tables
+def test_a_client_that_goes_in_the_middle_of_a_request_is_no_error(server):
+    for request in (b"GET / HT", head("POST /api/v1/jobs/hello/run HTTP/1.1",
+                                      "Content-Length: 10") + b"{"):
+        with dial(server) as client:
+            client.sendall(request)
+        with dial(server) as client:
+            client.sendall(request)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_for(lambda: not server.connections)
+
+
+# The server.
+
+@needs_tables
+def test_a_defect_is_an_error_for_one_request_and_told(server, ask, said, monkeypatch):
+    monkeypatch.setattr(roexec, "job_payloads", lambda *_: 1 / 0)
+    status, payload, _ = ask("/jobs")
+    assert (status, payload["error"]["code"]) == (500, "internal")
+    assert "ZeroDivisionError" not in str(payload)
+    assert "GET /api/v1/jobs failed: Traceback" in said[0] and "ZeroDivisionError" in said.pop()
+    assert ask("/runs")[0] == 200
+
+
+@needs_tables
+def test_a_store_that_fails_is_told_in_words(ask, store):
+    os.rename(store.database, store.database + ".away")
+    status, payload, _ = ask("/jobs")
+    assert (status, payload["error"]["code"]) == (503, "unavailable")
+    assert "there is no store in" in payload["error"]["message"]
+
+
+@needs_tables
+def test_a_stream_that_fails_in_the_middle_has_no_proper_end(connection, store, said):
+    run_id, journal = running(store)
+    connection.request("GET", f"/api/v1/runs/{run_id}/logs?follow=1")
+    response = connection.getresponse()
+    assert response.read1(10_000) == LOG
+    with store.write() as db:
+        db.execute("DELETE FROM runs")
+    with pytest.raises(http.client.IncompleteRead):
+        response.read()
+    assert said.pop() == f'/api/v1/runs/{run_id}/logs ends early: there is no run "{run_id}"'
+    journal.close()
+
+
+@needs_tables
+def test_closing_ends_idle_connections_and_followers_and_frees_the_port(store):
+    server = start_http(store, "127.0.0.1", 0, print)
+    run_id, journal = running(store)
+    with dial(server) as idle, dial(server) as follower:
+        follower.sendall(head(f"GET /api/v1/runs/{run_id}/logs?follow=1 HTTP/1.1"))
+        received = follower.recv(100)
+        began = time.monotonic()
+        server.close()
+        assert time.monotonic() - began < 1.9 and not server.connections
+        assert idle.recv(1) == b""
+        received += follower.makefile("rb").read()
+        assert received.startswith(b"HTTP/1.1 200 ") and not received.endswith(b"0\r\n\r\n")
+        again = start_http(store, *server.address, print)
+        again.close()
+    journal.close()
+
+
+@needs_tables
+def test_a_request_that_is_being_answered_is_answered_before_the_end(store, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(*_):
+        begun.set()
+        assert go_on.wait(10)
+        return []
+    monkeypatch.setattr(roexec, "job_payloads", slowly)
+    server = start_http(store, "127.0.0.1", 0, print)
+    with dial(server) as client:
+        client.sendall(head("GET /api/v1/jobs HTTP/1.1"))
+        assert begun.wait(10)
+        closer = threading.Thread(target=server.close)
+        closer.start()
+        wait_for(lambda: server.socket.fileno() == -1)
+        go_on.set()
+        answer = client.makefile("rb").read()
+        closer.join()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+def test_closing_does_not_wait_for_ever(store, monkeypatch):
+    monkeypatch.setattr(roexec, "_CLOSING_TIME", 0.05)
+    go_on = threading.Event()
+    monkeypatch.setattr(roexec, "count_changes", lambda db: go_on.wait(10))
+    server = start_http(store, "127.0.0.1", 0, print)
+    with dial(server) as client:
+        client.sendall(head("GET /api/v1/health HTTP/1.1"))
+        wait_for(lambda: server.connections)
+        server.close()
+        go_on.set()
+        wait_for(lambda: not server.connections)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this host does not list threads")
+def test_no_signal_reaches_the_threads_of_the_server(server):
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with dial(server) as client:
+        client.sendall(head("GET /api/v1/health HTTP/1.1"))
+        client.recv(1)
+        threads = [each for each in threading.enumerate() if each is not threading.main_thread()]
+        assert len(threads) == 2 and all(each.daemon for each in threads)
+        for each in threads:
+            with open(f"/proc/self/task/{each.native_id}/status") as file:
+                mask = int(next(line for line in file if line.startswith("SigBlk")).split()[1], 16)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD,
+                           signal.SIGPIPE):
+                assert mask >> number - 1 & 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_no_descriptor_is_inherited(server):
+    assert not server.socket.get_inheritable()
+
+
+def test_a_port_that_is_taken_is_told(server, store):
+    port = server.address[1]
+    with pytest.raises(roexec.RoexecError,
+                       match=rf"^port {port} on 127.0.0.1 is in use; choose another by --port N or in"):
+        start_http(store, "127.0.0.1", port, print)
+
+
+def test_an_address_that_is_not_this_hosts_is_told(store):
+    with pytest.raises(roexec.RoexecError, match="^cannot listen on port 8080 of 192.0.2.1: "):
+        start_http(store, "192.0.2.1", 8080, print)
+
+
+@needs_tables
+@pytest.mark.parametrize("host, to", [("localhost", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"),
+                                      ("::1", "::1"), ("::", "::1")])
+def test_the_owner_is_let_in_wherever_the_server_listens(host, to, store):
+    if ":" in host and not has_ipv6():
+        pytest.skip("this host has no IPv6")
+    server = start_http(store, host, 0, print)
+    try:
+        port = server.address[1]
+        connection = http.client.HTTPConnection(to, port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("GET", "/api/v1/jobs", headers={"Host": f"localhost:{port}"})
+            assert connection.getresponse().status == 200
+    finally:
+        server.close()
+
+
+def test_handlers_know_no_sockets(store):
+    route = roexec.find_routes("/api/v1/jobs")[0]["GET"]
+    request = Request("GET", "/api/v1/jobs?limit=1")
+    request.caller = OWNER
+    response = roexec.answer(route, request, store, print)
+    assert response.status == 200 and len(json.loads(response.body)["jobs"]) == 1
+    assert json_response({}, 201, X_Y="z") == roexec.Response(
+        status=201, type="application/json", headers={"X-Y": "z"}, body=b"{}\n")
+
+
+# curl.
+
+@pytest.fixture
+def curl(server):
+    """`curl(path, options)` -> what curl prints; no proxy, no settings of whoever runs it."""
+    if not shutil.which("curl"):
+        assert "CI" not in os.environ, "there is no curl here"
+        pytest.skip("there is no curl here")
+
+    def curl(path, *options):
+        return subprocess.run(
+            ["curl", "-q", "-sS", "--noproxy", "*", "--max-time", "20", *options,
+             f"http://localhost:{server.address[1]}/api/v1{path}"],
+            capture_output=True, text=True, check=True, timeout=60).stdout
+    return curl
+
+
+@needs_tables
+def test_curl_follows_a_log(curl, store):
+    run_id, journal = running(store)
+
+    def finish():
+        with store.write() as db:
+            roexec.finish_run(db, run_id, "succeeded", [], log="logs/hello/live.log",
+                              finished_at=NOW)
+    timer = threading.Timer(0.1, finish)
+    timer.start()
+    assert curl(f"/runs/{run_id}/logs?follow=1&raw=1", "-N") == "one\ntwo\nthree"
+    timer.join()
+    journal.close()
+
+
+@needs_tables
+def test_curl_shows_a_head_and_an_error(curl):
+    assert curl("/jobs", "-I").startswith("HTTP/1.1 200 OK\nServer: roexec\n")
+    assert curl("/jobs", "-u", "name:password", "-o", os.devnull, "-w", "%{http_code}") == "401"
+    large = curl("/jobs/hello/run", "-d", "x" * 3000, "-H", "Expect: 100-continue", "-w",
+                 " %{http_code}")
+    assert large.endswith("}}\n 400")
