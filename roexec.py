@@ -4871,7 +4871,7 @@ _SENTENCES = {
     "disabled": ("The job says enabled: false", " since {since}", ", until {until}"),
     "manual": ("The job has no schedule: it runs when somebody asks for it",),
     "reboot": ("The job is due when the first server after a boot starts",),
-    "window": ("That is outside of its window", ", which begins {start}", ", which ends {end}"),
+    "window": ("That is outside of its window", " from {start}", " until {end}"),
     "no_server": ("No server runs on this store, so nothing starts by itself: roexec server",),
     "not_due": ("It is not due", "; it was last {last}", "; it is next {next}",
                 " ({schedule})"),
@@ -10333,7 +10333,9 @@ class Supervision(_Hooks):
                 self._tell_hooks("skipped", "missed", None)
                 self._hooks(self.header["only"])
         elif self.progress.outcome is None:
-            self.note("outcome", **self.decide(number))
+            decided = self.decide(number)
+            self.note("outcome", **decided)
+            self._tell_person(**decided)
             self._end_hooks(self.progress.outcome)
         else:
             self.end_remnants()        # of a hook: those that were not begun are lost
@@ -10534,10 +10536,13 @@ class Supervision(_Hooks):
             self.info(f"Completed, {_ending(ended)}")
         else:
             self.info(f"Run {self.journal.run_id} {state}, {_ending(ended)}", "ERROR")
-            if self.console is not None and ended.error:
-                self.console.error(ended.error)
         return {"state": state, "reason": reason, "message": ended.error,
                 "exit_code": ended.exit_code, "signal": ended.signal}
+
+    def _tell_person(self, state, message=None, **_):
+        """Say to who waits in the foreground what no command has said."""
+        if self.console is not None and message and state != "succeeded":
+            self.console.error(message if state == "failed" else f"{state}: {message}")
 
     def cancelled(self):
         reason, _ = self.journal.cancelled() or (
@@ -13055,7 +13060,7 @@ def hold_server_lock(store):
         if time.monotonic() > deadline:
             os.close(descriptor)
             raise RoexecError(f"a server (process {store.server()}) works on the store "
-                              f"{store.path} already")
+                              f"{store.path} already; end that one first")
         time.sleep(0.01)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)

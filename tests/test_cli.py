@@ -219,6 +219,21 @@ def test_run_exec_and_wait_answer_with_125_for_everything_of_roexecs_own(line, s
     assert (status, out) == (125, "") and sentence in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("key, status, sentence", [
+    ("user=nobody-of-here", 125, 'cannot start as the job says: "nobody-of-here" is no user'),
+    ("condition=false", 0, "skipped: the condition ended with 1"),
+    ("pre_run=false", 125, "the hook pre_run failed"),
+    ("env_from={command: exit 3}", 125, "env_from: the command failed, exit=3"),
+    ("directory=/no/such/folder", 126, "cannot start in the folder /no/such/folder")])
+def test_a_run_in_the_foreground_says_why_its_command_did_not_run(
+        key, status, sentence, cli, store, capfd):
+    assert cli(f"add x --set {shlex.quote(key)} -- echo here")[0] == 0
+    capfd.readouterr()
+    assert roexec.main(["run", "x", "--store", store.path]) == status
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith(f"roexec: {sentence}") and err.count("\n") == 1
+
+
 def test_no_command_at_all_shows_the_overview_as_an_error(cli, capfd):
     assert roexec.main([]) == 2
     out, err = capfd.readouterr()
@@ -1357,7 +1372,7 @@ def test_a_server_serves_and_ends_when_asked(store, jobs, cli):
             assert cli("status", store=None)[0] == 0, "it announces its store"
             second = process(store, "server", "--no-http")
             assert (second.returncode, second.stderr) == (
-                1, f"roexec: a server (process {pid}) works on the store {store.path} already\n")
+                1, f"roexec: a server (process {pid}) works on the store {store.path} already; end that one first\n")
             assert cli("retry " + record(store, "backup", "failed"))[0] == 0
             assert cli("wait latest")[0] == 3
         finally:

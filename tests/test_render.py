@@ -203,7 +203,7 @@ def test_each_reason_has_a_sentence_and_each_sentence_a_reason():
     ({"reason": "paused", "since": None, "until": NOON},
      "The job is paused until 2025-08-01T10:00:00Z: roexec resume backup"),
     ({"reason": "window", "start": None, "end": NOON},
-     "That is outside of its window, which ends 2025-08-01T10:00:00Z"),
+     "That is outside of its window until 2025-08-01T10:00:00Z"),
     ({"reason": "overlap", "overlap": "skip", "others": [
         {"id": "r0", "state": "succeeded", "started_at": NOON - 60, "finished_at": NOON}]},
      "It was skipped, since the job was on: run r0 (started 2025-08-01T09:59:00Z, ended "
