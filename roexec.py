@@ -18799,9 +18799,9 @@ class Remote(_Asking):
         """The payload of the run that a person means; raises RoexecError."""
         return self.ask("GET", f"runs/{_in_path(target)}")
 
-    def steps(self, run):
-        """Payloads of the steps of the run of a payload."""
-        return self.ask("GET", f"runs/{_in_path(run['id'])}/steps")["steps"]
+    def steps(self, run_id):
+        """Payloads of the steps of a run."""
+        return self.ask("GET", f"runs/{_in_path(run_id)}/steps")["steps"]
 
     def usual(self, job_ids):
         """{job id: seconds} that runs of jobs take usually, as far as that is known here."""
@@ -18830,7 +18830,7 @@ class Remote(_Asking):
         if run["step"]:
             run, first = self.run(run["parent"]), first or run["step"]
         job = Job(self.job(run["job_id"])["spec"])
-        steps = {step["step"]: step for step in self.steps(run)}
+        steps = {step["step"]: step for step in self.steps(run["id"])}
         again = repeated_steps(job, run, steps, first, everything)
         return job, [step for step in steps if step not in again]
 
@@ -18954,6 +18954,47 @@ class Following:
                 data += line
         yield from _some_lines(data)
         self.last = last
+
+
+class GrowingLog:
+    """The lines of the log of a run, of which is asked again and again what has come."""
+
+    def __init__(self, remote, run_id):
+        self.remote, self.run_id, self.offset = remote, run_id, 0
+
+    def more(self, over=False):
+        """Further lines, as bytes, some megabytes at most."""
+        query = {"offset": self.offset, "limit": _SOME_BYTES}
+        try:
+            response = self.remote.patiently(lambda: self.remote.open(
+                "GET", f"runs/{_in_path(self.run_id)}/logs", query))
+        except Denied as error:
+            if error.code != "no_log":  # which it has not yet
+                raise
+            return []
+        data = self.remote.wire.body(response)
+        self.offset = int(response.getheader("Roexec-Next-Offset"))
+        return data.splitlines(keepends=True)
+
+    def until_end(self, follow, wait):
+        """Yield Lines until there is nothing more; with `follow` until the run has ended, and
+        `wait(seconds)` is called where nothing has come."""
+        while True:
+            over = not follow or self.remote.patiently(lambda: self.remote.run(
+                self.run_id))["state"] in FINAL_STATES
+            lines = self.more()
+            yield from _some_lines(b"".join(lines))
+            if not lines and over:
+                return
+            if not lines:
+                wait(_LOOK_PAUSE)
+
+    def close(self):
+        """Nothing is open of it."""
+
+
+_SOME_BYTES = 4 << 20
+_LOOK_PAUSE = 0.5               # seconds
 
 
 def _events_in(pieces):
@@ -20620,11 +20661,11 @@ class Local:
             payload, = run_payloads(store, db, [find_run(db, target)])
         return payload
 
-    def steps(self, run):
-        """Payloads of the steps of the run of a payload."""
+    def steps(self, run_id):
+        """Payloads of the steps of a run."""
         store = self.session.store
         with store.read() as db:
-            return step_payloads(store, db, get_run(db, run["id"]))
+            return step_payloads(store, db, get_run(db, run_id))
 
     def usual(self, job_ids):
         """{job id: seconds} that runs of jobs take usually, as far as that is known."""
@@ -21182,7 +21223,7 @@ def _cmd_show(session):
     job, run = session.asked.find(session.id())
     if job is not None:
         return session.give(job, lambda style: job_text(job, Job(job["spec"]), style))
-    steps, log = session.asked.steps(run), run["log"]
+    steps, log = session.asked.steps(run["id"]), run["log"]
     if steps:
         run["steps"] = steps
     if log and not session.url:
@@ -21417,7 +21458,7 @@ def _cmd_logs(session):
     if options.job:
         raise Usage("--job is for the logs of many runs; name a run or a job, or write --job")
     if session.url:
-        return _print_lines(_log_there(session), options, chosen)
+        return _print_log_there(session, chosen)
     watch = _Watch(session.settled, session.id())
     while True:
         over, log = watch.ended(), watch.log()
@@ -21430,7 +21471,9 @@ def _cmd_logs(session):
         has_steps = bool(step_rows(db, watch.run["id"]))
     try:
         if has_steps:
-            _StepLogs(session.store, options, chosen).print(session.store.file(log), watch.ended)
+            logs = _StepLogs(lambda run_id: _log_of_step(session.store, run_id), options, chosen)
+            logs.print(follow(session.store.file(log), watch.ended if options.follow else
+                              lambda: True, wait=logs.wait))
         else:
             _print_log(session.store.file(log), options, watch.ended, chosen)
     except FileNotFoundError:
@@ -21453,13 +21496,54 @@ def _print_log(path, options, ended, chosen):
     _print_lines(follow(path, ended, offset=offset, wait=time.sleep), options, chosen)
 
 
-def _log_there(session):
-    """The Lines of the log of a run elsewhere."""
+def _print_log_there(session, chosen):
+    """Print the log of a run elsewhere, with those of its steps."""
     options, asked, target = session.options, session.asked, session.id()
     tail = None if options.tail is None else max(0, options.tail)
-    if not options.follow:
-        return asked.log(target, tail)
-    return Following(asked, asked.run(target)["id"], tail)
+    target = asked.run(target)["id"] if options.follow else target
+    if _has_steps(asked, target):
+        logs = _StepLogs(lambda run_id: GrowingLog(asked, run_id), options, chosen)
+        logs.print(GrowingLog(asked, target).until_end(options.follow, logs.wait))
+    else:
+        _print_lines(Following(asked, target, tail) if options.follow else asked.log(target, tail),
+                     options, chosen)
+
+
+def _has_steps(asked, run_id):
+    try:
+        return bool(asked.steps(run_id))
+    except Denied as error:
+        if error.status != 403:
+            raise
+        return False                    # who may read logs alone gets that of the pipeline
+
+
+def _log_of_step(store, run_id):
+    """What grows of the log of a step, or None without one."""
+    with store.read() as db:
+        row = find_run_row(db, run_id)
+    log = row and live_log(store, row)
+    with contextlib.suppress(FileNotFoundError):
+        return _StoredGrowth(store.file(log)) if log else None
+
+
+class _StoredGrowth:
+    """The lines of a stored log as it grows; GrowingLog is the same of one elsewhere."""
+
+    def __init__(self, path):
+        self.log, self.offset = StoredLog(path), 0
+
+    def more(self, over):
+        """Further lines, as bytes; once it is `over` a piece of one too."""
+        found = next_lines(self.log, self.offset, over, 1 << 16)
+        if not found and self.log.refresh():
+            found = next_lines(self.log, self.offset, over, 1 << 16)
+        self.offset = found[-1].end if found else self.offset
+        return [line for lines in found for line in lines.data.splitlines(keepends=True)]
+
+    def close(self):
+        """Close it."""
+        self.log.close()
 
 
 def _print_lines(log, options, chosen):
@@ -21481,16 +21565,16 @@ class _StepLogs:
     """Prints the log of a pipeline with those of its steps between its lines, by their instants:
     all of a step comes between the lines that say when it has begun and ended."""
 
-    def __init__(self, store, options, chosen):
-        self.store, self.options, self.chosen = store, options, chosen
-        self.steps = {}                 # {step: [StoredLog, offset, lines that wait]} of those on
+    def __init__(self, open_log, options, chosen):
+        self.open_log, self.options, self.chosen = open_log, options, chosen
+        self.steps = {}                 # {step: (its log, lines that wait)} of those that are on
         self.held = collections.deque(maxlen=max(0, options.tail)) if options.tail is not None \
             else None
 
-    def print(self, path, ended):
-        """Print all there is, and what comes until the run has ended if that is asked for."""
-        ended = ended if self.options.follow else lambda: True
-        for lines in follow(path, ended, wait=self._wait):
+    def print(self, log):
+        """Print the Lines of the log of a pipeline; whoever waits for more of them does so by
+        `wait`."""
+        for lines in log:
             for line in lines.data.splitlines(keepends=True):
                 self._take(line)
         self._drain(b"\xff", True)
@@ -21504,13 +21588,9 @@ class _StepLogs:
             self.steps.pop(ends[1])[0].close()
         self._write(line)
         if begins:
-            with self.store.read() as db:
-                row = find_run_row(db, begins[2].decode())
-            log = row and live_log(self.store, row)
-            with contextlib.suppress(FileNotFoundError):
-                if log:
-                    self.steps[begins[1]] = [StoredLog(self.store.file(log)), 0,
-                                             collections.deque()]
+            log = self.open_log(begins[2].decode())
+            if log is not None:
+                self.steps[begins[1]] = log, collections.deque()
 
     def _drain(self, before, over, only=None):
         """Print the lines of steps that are older than an instant, in their order."""
@@ -21518,23 +21598,17 @@ class _StepLogs:
             heads = []
             for step in self.steps if only is None else (only,):
                 self._fill(self.steps[step], over)
-                if self.steps[step][2]:
-                    heads.append((self.steps[step][2][0][:20], step))
+                if self.steps[step][1]:
+                    heads.append((self.steps[step][1][0][:20], step))
             if not heads or min(heads)[0] >= before:
                 return
             step = min(heads)[1]
-            self._write(self.steps[step][2].popleft(), step)
+            self._write(self.steps[step][1].popleft(), step)
 
     def _fill(self, step, over):
-        log, offset, waiting = step
-        if waiting:
-            return
-        found = next_lines(log, offset, over, 1 << 16)
-        if not found and log.refresh():
-            found = next_lines(log, offset, over, 1 << 16)
-        for lines in found:
-            step[1] = lines.end
-            waiting.extend(lines.data.splitlines(keepends=True))
+        log, waiting = step
+        if not waiting:
+            waiting.extend(log.more(over))
 
     def _write(self, line, step=None):
         data = select_lines(matching_lines(line, **self.chosen), self.options.raw,
@@ -21547,7 +21621,8 @@ class _StepLogs:
         else:
             sys.stdout.buffer.write(data)
 
-    def _wait(self, seconds):
+    def wait(self, seconds):
+        """Wait for more, and print meanwhile what steps have logged."""
         self._drain(b"\xff", False)
         self._let_go()
         time.sleep(seconds)

@@ -25,7 +25,7 @@ jobs:
       - {id: one, command: "echo from one"}
       - {id: two, command: "echo from two; exit 4", depends_on: one}
       - {id: three, command: "echo from three", depends_on: two}
-  - {id: slow, command: "echo begun; sleep 60; echo never"}
+  - {id: slow, command: "echo begun; exec sleep 60"}
 """
 
 
@@ -139,6 +139,12 @@ SAME = """
     logs hello --stream both
     logs nothing
     logs hello --follow --raw
+    logs chain
+    logs chain -f
+    logs chain --tail 5
+    logs chain --stream out
+    logs chain --raw --grep two
+    show chain
     wait hello
     wait nothing
     export
@@ -167,7 +173,6 @@ SAME = """
     retry chain --dry-run
     retry chain --from one --dry-run --json
     retry chain --from four --dry-run
-    show chain
     list runs --steps --job chain
     run chain --dry-run
     retry nothing
@@ -267,6 +272,22 @@ def test_interrupting_run_ends_the_run_as_it_does_here(how, registered, call):
     assert client.communicate(timeout=30) == ("", "")
     assert client.returncode == 130
     assert read_runs(registered.store, job_id="slow")[-1]["state"] == "cancelled"
+
+
+def test_what_steps_print_is_followed_while_they_are_on(registered, call, marks):
+    wait = f"echo begun; until grep -q go {marks.path}; do sleep 0.02; done; echo over"
+    apply(registered.store, roexec.Job({"id": "line", "pipeline": [
+        {"id": "one", "command": wait, "directory": "/"}]}))
+    run_id = call("run line --detach")[1].strip()
+    wait_for(lambda: read_runs(registered.store, parent=run_id))
+    clients = [spawn("--url", registered.url, "logs", "line", "-f"),
+               spawn("--url", registered.url, "run", "line", "--queue")]
+    wait_for(lambda: "[OUT] one: begun" in clients[0].stdout.readline())
+    marks.path.write_text("go")
+    logged, printed = (client.communicate(timeout=60)[0] for client in clients)
+    assert "[OUT] one: over" in logged and logged.endswith("[INFO] Completed, exit=0\n")
+    assert printed == "begun\nover\n"
+    assert [client.returncode for client in clients] == [0, 0]
 
 
 # Job files.
