@@ -19855,8 +19855,8 @@ class Installation:
     def __init__(self, own=False, wanted=None):
         self.own = own
         if not own and os.geteuid() != 0:
-            raise RoexecError("only root can install it for the host; write sudo roexec install, "
-                              "or roexec install --user")
+            raise RoexecError("only root can change what is installed for the host; write it with "
+                              "sudo, or with --user what is for yourself")
         home = os.path.expanduser("~")
         self.program = os.path.join(home, ".local/bin/roexec") if own else "/usr/local/bin/roexec"
         self.store = Store(user_folder("XDG_STATE_HOME", ".local/state") if own else HOST_STORE)
@@ -21340,6 +21340,8 @@ def _cmd_import_crontab(session):
     session.give({"defaults": crontab.defaults, "jobs": crontab.jobs}, lambda style: crontab.text)
     for note in crontab.notes:
         _say(note)
+    if not system and any(re.match(r"root\s", job["command"]) for job in crontab.jobs):
+        _say('"root" is no program; if each line names a user, import it with --system')
     return 0 if crontab.complete else 1
 
 

@@ -1031,6 +1031,12 @@ def test_an_expression_can_be_shown_until_an_instant(cli, store):
 
 # import crontab.
 
+def test_a_system_crontab_that_is_read_as_that_of_a_user_is_noticed(cli, tmp_path):
+    (tmp_path / "copy").write_text("17 * * * *\troot\tcd / && run-parts /etc/cron.hourly\n")
+    assert "import it with --system" in cli("import crontab copy")[2]
+    assert "--system" not in cli("import crontab copy --system")[2]
+
+
 def test_a_crontab_becomes_a_job_file_that_applies_as_it_is(cli, store, tmp_path):
     (tmp_path / "tab").write_text("# Tidy up\n0,30 2 * * * /bin/tidy %x\nMAILTO=ops\n@daily log\n")
     status, out, err = cli("import crontab tab")
