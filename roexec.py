@@ -3422,6 +3422,11 @@ def jitter_delay(job_id, slot, jitter):
     return binascii.crc32(f"{job_id} {slot}".encode()) % max(int(jitter), 1)
 
 
+def delayed(job, slot):
+    """The instant at which a slot of a job is to start."""
+    return slot + jitter_delay(job.id, slot, job.jitter)
+
+
 def next_slot(job, after, zone):
     """The least slot > `after` (UTC seconds) of all schedules of a job, or None.
 
@@ -3455,7 +3460,7 @@ def next_run(job, now, zone, paused=0, position=None):
     after = now if position is None else max(position, now - job.jitter)
     after = max(after, paused - 1)
     for slot in () if paused == math.inf else upcoming_slots(job, after, zone):
-        start = slot + jitter_delay(job.id, slot, job.jitter)
+        start = delayed(job, slot)
         if slot > now or start > now:
             return start
     return None
@@ -3482,7 +3487,7 @@ def decide_slots(job, position, now, zone, paused=0):
     window, fates, due = job.window_instants(zone), {}, -math.inf
     slot = next_slot(job, position, zone)
     while slot is not None:
-        due = max(due, slot + jitter_delay(job.id, slot, job.jitter))
+        due = max(due, delayed(job, slot))
         if due > now:
             break
         position, fates[slot] = slot, _fate(job, slot, now - due, window, paused)
@@ -3495,14 +3500,18 @@ def decide_slots(job, position, now, zone, paused=0):
 
 def _fate(job, slot, lateness, window, paused):
     """The trigger with which a slot that is due starts, or the reason for which it does not."""
-    start, end = window
     if slot < paused:
         return "paused"
-    if start is not None and slot < start or end is not None and slot > end:
+    if _is_outside(slot, window):
         return "window"
     if lateness <= ON_TIME:
         return "schedule"
     return "catch_up" if lateness <= job.catch_up_window else "missed"
+
+
+def _is_outside(slot, window):
+    start, end = window
+    return start is not None and slot < start or end is not None and slot > end
 
 
 def _catch_up(job, fates):
@@ -3677,7 +3686,7 @@ def _look_ahead(due, index, job, position, end, zone):
     """Add to the heap when a job has to be decided next."""
     slot = next_slot(job, position, zone) if job.enabled else None
     if slot is not None and slot < end:
-        heapq.heappush(due, (slot + jitter_delay(job.id, slot, job.jitter), index))
+        heapq.heappush(due, (delayed(job, slot), index))
 
 
 class _Rehearsal:
@@ -4083,7 +4092,7 @@ def _why_recorded(known, job, instant, met):
     if active is not None:
         return _why_active(known, active)
     if row["state"] != "skipped":
-        late = (row["started_at"] or instant) - instant - jitter_delay(job.id, instant, job.jitter)
+        late = (row["started_at"] or instant) - delayed(job, instant)
         return {"reason": "ran", "run": row["id"], "state": row["state"], "detail": row["reason"],
                 "since": row["started_at"], "until": row["finished_at"],
                 "late": late if late > ON_TIME else None, "message": row["message"]}
@@ -4126,12 +4135,12 @@ def _why_not_due(known, job, instant, later):
 
 def _explain_later(known, job, slot):
     """What is going to become of a slot, as things are."""
-    start, end = job.window_instants(known.zone)
+    window = job.window_instants(known.zone)
     if slot < known.paused:
         return [{"reason": "will_be_paused", **_pause_of(known)}]
-    if start is not None and slot < start or end is not None and slot > end:
-        return [{"reason": "window", "start": start, "end": end}]
-    said = [{"reason": "due", "next": slot + jitter_delay(job.id, slot, job.jitter)}]
+    if _is_outside(slot, window):
+        return [{"reason": "window", "start": window[0], "end": window[1]}]
+    said = [{"reason": "due", "next": delayed(job, slot)}]
     return said if known.server else [*said, {"reason": "no_server"}]
 
 
@@ -4147,7 +4156,7 @@ def _why_no_row(known, job, slot, later):
 
 
 def _why_undecided(known, job, slot):
-    start = slot + jitter_delay(job.id, slot, job.jitter)
+    start = delayed(job, slot)
     if start > known.now:
         return {"reason": "jitter", "until": start}
     if known.server:
@@ -4609,13 +4618,14 @@ def runs_table(runs, style, usual=None):
 
 
 def _run_row(run, style, usual):
-    return (run["id"], _place(run), run["state"], run["trigger"],
+    return (run["id"], job_or_step(run), run["state"], run["trigger"],
             style.time(run["started_at"] or run["slot"] or run["queued_at"]),
             _run_time(run, style, None if run["step"] else usual.get(run["job_id"])),
             _exit(run), _note(run, style))
 
 
-def _place(run):
+def job_or_step(run):
+    """What the run of a payload is of: `JOB`, or `JOB/STEP`."""
     return f"{run['job_id']}/{run['step']}" if run["step"] else run["job_id"]
 
 
@@ -4648,7 +4658,7 @@ def run_text(run, style, usual=None, log=None):
     state = f"{run['state']}  ({run['reason']})" if run["reason"] else run["state"]
     several = run["count"] > 1
     text = fields((
-        ("run", run["id"]), ("job", _place(run)), ("name", run["name"]), ("state", state),
+        ("run", run["id"]), ("job", job_or_step(run)), ("name", run["name"]), ("state", state),
         ("message", run["message"]), ("trigger", run["trigger"]), ("parent", run["parent"]),
         ("retry of", run["retry_of"]), ("slot", style.moment(run["slot"])),
         ("until", f"{style.moment(run['last_slot'])}, {run['count']} slots" if several else None),
@@ -5027,16 +5037,21 @@ def boot_id():
 
 
 def process_start(pid):
-    """When a process started, in ticks since the boot; None if there is none (proc(5), stat).
+    """When a process started, in ticks since the boot; None if there is none.
 
     With the boot id this tells a process from a later one with the same number.
     """
+    fields = process_stat(pid)
+    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def process_stat(pid):
+    """The fields of a process from its state on (proc(5), stat), in bytes; None without one."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b") ")[2].split()
+            return file.read().rpartition(b") ")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def start_thread(function, name):
@@ -8137,7 +8152,7 @@ def notice_title(run, event):
 
     `event` is the name of the hook; an attempt that `on_retry` is about is the payload's last.
     """
-    job = printable(f"{run['job_id']}/{run['step']}" if run["step"] else run["job_id"])
+    job = printable(job_or_step(run))
     if event == "pre_run":
         return f"{job} started"
     if event == "on_missed":
@@ -9232,15 +9247,11 @@ class Process(Value):
 
 
 def processes():
-    """{pid: Process} of this host (proc(5), stat)."""
+    """{pid: Process} of this host."""
     found = {}
     for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b") ")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+        fields = process_stat(name) if name.isdigit() else None
+        if fields:
             found[int(name)] = Process(parent=int(fields[1]), session=int(fields[3]),
                                        start=int(fields[19]), alive=fields[0] not in (b"Z", b"X"))
     return found
@@ -10970,7 +10981,21 @@ def _output_of(line, number, following):
 
 # The run of a pipeline.
 
-class _PipelineRun(Supervision):
+class _OfPipeline(Supervision):
+    """The run of a pipeline or of a step: commands of both know the folder that they share, and
+    what steps have handed on."""
+
+    def make_environment(self, variables):
+        super().make_environment(variables)
+        self.environment["ROEXEC_WORKDIR"] = work_path(self.folder, self.header["work"])
+
+    def hand_on(self, outputs):
+        """Let further commands know outputs of steps; what was given is stronger."""
+        self.environment.update((name, value) for name, value in outputs.items()
+                                if name not in self.given)
+
+
+class _PipelineRun(_OfPipeline):
     """The run of a pipeline. Its attempts are passes over the steps that have not succeeded."""
     resumes_cancelled = False
 
@@ -10988,10 +11013,6 @@ class _PipelineRun(Supervision):
     def end_remnants(self):
         if not self._is_under_way():    # its steps look after themselves
             super().end_remnants()
-
-    def make_environment(self, variables):
-        super().make_environment(variables)
-        self.environment["ROEXEC_WORKDIR"] = work_path(self.folder, self.header["work"])
 
     def decide(self, number):
         if not self._is_under_way():
@@ -11020,15 +11041,10 @@ class _PipelineRun(Supervision):
         finally:
             steps.hands.close()
         for outputs in steps.outputs.values():
-            self._hand_on(outputs)
+            self.hand_on(outputs)
         self.note("ended", exit_code=ended.exit_code, signal=ended.signal, timeout=ended.timeout,
                   error=ended.error)
         return ended
-
-    def _hand_on(self, outputs):
-        """Let hooks know outputs of steps; what was given is stronger."""
-        self.environment.update((name, value) for name, value in outputs.items()
-                                if name not in self.given)
 
     def _so_far(self):
         """({step: end} of those that are not repeated, {step: run id} of the pass)."""
@@ -11168,7 +11184,7 @@ class _Steps:
 
     def _find(self, step, begun):
         """Go on with a step that was to be started: by whatever its journal says."""
-        name, path = self._name(step), self.run.journal.path_of(self.ids[step])
+        name, path = self._name(step), self._path(step)
         journal = Journal.find(path)
         if journal is not None:
             self.on[name] = step
@@ -11182,6 +11198,9 @@ class _Steps:
 
     def _name(self, step):
         return journal_name(self.ids[step], self.run.journal.run_id)
+
+    def _path(self, step):
+        return self.run.journal.path_of(self.ids[step])
 
     def _start_ready(self):
         """Start the steps that are ready, as many as may be on."""
@@ -11278,7 +11297,7 @@ class _Steps:
         """Take back the journals that others have finished, or left."""
         self.looked, ours = time.monotonic(), self.pool.runs()
         for name, step in list(self.on.items()):
-            path = self.run.journal.path_of(self.ids[step])
+            path = self._path(step)
             journal = None if name in ours else Journal.find(path)
             if journal is not None:
                 self._take_back(journal)
@@ -11336,14 +11355,14 @@ class _Steps:
         self.stopped = reason
         _, grace = self.run.journal.cancelled() or (None, None)
         for step in list(self.on.values()):
-            journal = Journal.glance(self.run.journal.path_of(self.ids[step]))
+            journal = Journal.glance(self._path(step))
             if journal and not self._survives(step, reason) and journal.cancelled() is None:
                 journal.cancel(reason, grace)
 
     def abandon(self):
         """End what is on, since there is nobody any more who would go on from there."""
         self._stop("parent")
-        paths = [self.run.journal.path_of(self.ids[step]) for step in self.on.values()]
+        paths = [self._path(step) for step in self.on.values()]
         deadline = time.monotonic() + max(job.grace for job in self.jobs.values()) + 15
         while any(map(lock_is_held, paths)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -11395,12 +11414,8 @@ def _how(end):
 _PATIENCE_FOR_JOBS = 60     # seconds for a run of another job to end once it is cancelled
 
 
-class _StepRun(Supervision):
+class _StepRun(_OfPipeline):
     """The run of a step: it may hand values on, and may be nothing but the run of another job."""
-
-    def make_environment(self, variables):
-        super().make_environment(variables)
-        self.environment["ROEXEC_WORKDIR"] = work_path(self.folder, self.header["work"])
 
     def begin_attempt(self, number):
         super().begin_attempt(number)
@@ -11437,8 +11452,7 @@ class _StepRun(Supervision):
                 os.unlink(path)
         if values:
             self.note("outputs", values=values)
-            self.environment.update((name, value) for name, value in values.items()
-                                    if name not in self.given)
+            self.hand_on(values)
         return ended
 
     # A step that runs a job: it asks whoever has the store, by a file, and is answered by another.
@@ -11701,7 +11715,7 @@ def _make_journal(db, folder, row, job, now, **more):
         "run": row["id"], "job": row["job_id"], "spec": job.spec, "trigger": row["trigger"],
         "slot": row["slot"], "env": json.loads(row["env"] or "{}"), "store": store_id(db),
         "owner": row["owner"], "claimed_at": now, "not_before": None if row["slot"] is None else
-        row["slot"] + jitter_delay(job.id, row["slot"], job.jitter),
+        delayed(job, row["slot"]),
         "vault": (get_settings(db) or {}).get("vault") if from_elsewhere else None, **more})
 
 
@@ -12457,7 +12471,7 @@ class _Timetable:
         slot = next_slot(entry.job, entry.position, self.zone) if entry.job.enabled else None
         entry.due = None
         if slot is not None:
-            entry.instant = slot + jitter_delay(job_id, slot, entry.job.jitter)
+            entry.instant = delayed(entry.job, slot)
             self._look_at(job_id, entry, entry.instant - _LEAD)
 
     def _look_at(self, job_id, entry, due):
@@ -16616,11 +16630,17 @@ def _shown_job(job, caller, brief=False):
     return job if caller.may("job:write") else {**job, "spec": public_spec(job["spec"])}
 
 
-def _asked_job(db, request):
-    """The row of the job in a path, as far as one sees it; raises NoSuchJob."""
+def _asked_id(request):
+    """The id of a job in a path, be there one or not; raises NoSuchJob where one may not know."""
     job_id = request.arguments[0]
     if not request.caller.sees(job_id):
         raise NoSuchJob(f'there is no job "{printable(job_id)}"')
+    return job_id
+
+
+def _asked_job(db, request):
+    """The row of the job in a path, as far as one sees it; raises NoSuchJob."""
+    job_id = _asked_id(request)
     try:
         return get_job(db, job_id)
     except NoSuchJob:                   # whose nearest name may be one that is not to be seen
@@ -16801,9 +16821,7 @@ def _get_me(request, store):
 def _put_one_job(request, store):
     """Register a job, or change it."""
     options = request.options()
-    job_id = request.arguments[0]
-    if not request.caller.sees(job_id):
-        raise NoSuchJob(f'there is no job "{printable(job_id)}"')
+    job_id = _asked_id(request)
     file = _read_or_refuse(lambda: read_job(request.body, "the body", job_id))
     _check_seen(request.caller, named_jobs(file.jobs[0].spec))
 
@@ -21392,7 +21410,7 @@ def _overdue(db, settings):
     for row in list_jobs(db):
         job = job_in_effect(row, defaults)
         slot = next_slot(job, row["position"], zone) if job.enabled else None
-        if slot and slot + jitter_delay(job.id, slot, job.jitter) + ON_TIME < time.time():
+        if slot and delayed(job, slot) + ON_TIME < time.time():
             return f'job "{job.id}" was due at {format_instant(slot)} and is still undecided'
     return None
 
