@@ -18683,15 +18683,15 @@ class _Asking:
         return Strange(f"{self.name} answers something else than expected "
                        f"({type(error).__name__}): {self._versions()}")
 
-    def every(self, path, name, **query):
-        """All items of a list, page by page."""
+    def every(self, path, name, *, most=None, **query):
+        """All items of a list, or the first so many, page by page."""
         items, cursor = [], None
         while True:
             payload = self.ask("GET", path, {"limit": 1000, **query, "cursor": cursor})
             items += payload[name]
             cursor = payload["next"]
-            if not cursor or not payload[name]:
-                return items
+            if not cursor or not payload[name] or most is not None and len(items) >= most:
+                return items[:most]
             if len(items) > _MOST_ITEMS:
                 raise Strange(f"{self.name} lists more than {_MOST_ITEMS} {name}")
 
@@ -18807,7 +18807,7 @@ class Remote(_Asking):
             query = {"state": ",".join(states), "job": job_id, "steps": int(steps),
                      "since": since and format_instant(since)}
             if limit is None or limit > 1000:
-                listed = self.every("runs", "runs", **query)[:limit]
+                listed = self.every("runs", "runs", most=limit, **query)
             else:
                 listed = self.ask("GET", "runs", {**query, "limit": limit})["runs"] if limit else ()
             found.update((run["id"], run) for run in listed)
@@ -18914,7 +18914,7 @@ class Remote(_Asking):
     def audit(self, limit):
         """Payloads of the newest changes."""
         if limit > 1000:
-            return self.every("audit", "audit")[:limit]
+            return self.every("audit", "audit", most=limit)
         return self.ask("GET", "audit", {"limit": limit})["audit"] if limit else []
 
 
@@ -18932,14 +18932,17 @@ class Following:
         self.last = self.gap = self.outcome = None
 
     def __iter__(self):
-        response = self._begin()
+        response, silent = self._begin(), None
         while response.status != 204:
             response.deadline.cancel()
+            silent = silent or time.monotonic()
             try:
                 for events in _events_in(self.remote.wire.pieces(response)):
+                    silent = None
                     yield from self._take(events)
             except Unreachable:         # what comes of it `patiently` finds out
-                pass
+                if silent and time.monotonic() - silent > _GONE_TIME:
+                    raise               # it answers again and again, and says nothing
             if self.outcome is not None:
                 return
             time.sleep(_RETRY_PAUSE)
@@ -20391,12 +20394,14 @@ class Session:
         self.command, self.options = command, options
         self.url = _url_to_ask(command, options)
         self._config = self._store = self._asked = None
-        self._uid = os.getuid()         # root may become somebody else
+        self._uid = None if self.url else os.getuid()       # root may become somebody else
 
     @property
     def caller(self):
-        """The Caller of a command: who can write into the store may do everything."""
-        return Caller(name=f"user {owner_name(self._uid)}", scopes=("*",), owner=True)
+        """The Caller of a command: who can write into the store may do everything. What one may do
+        elsewhere the server decides."""
+        name = "elsewhere" if self.url else f"user {owner_name(self._uid)}"
+        return Caller(name=name, scopes=("*",), owner=True)
 
     def read_config(self):
         """Read the configuration, again if it was read before; raises RoexecError."""
@@ -21828,7 +21833,7 @@ class _Output:
                 self.show(lines.data)
         except BrokenPipeError:         # its reader has gone; whoever reads the log next sees it
             pass
-        except (RoexecError, OSError) as error:
+        except (RoexecError, OSError, LookupError, TypeError, ValueError) as error:
             _say(f"what step run {run_id} prints is not shown: {error}")
         finally:
             remote.wire.close()

@@ -355,18 +355,13 @@ SCOPED = [
 
 @pytest.mark.parametrize("scopes, line, status, told", SCOPED)
 def test_a_token_with_few_scopes_does_what_these_allow_and_the_missing_one_is_named(
-        scopes, line, status, told, ran, call):
+        scopes, line, status, told, ran, call, served):
     call.here("token revoke few")
-    text = token(ran_store(call), "few", scopes=scopes.split(","))
+    text = token(served.store, "few", scopes=scopes.split(","))
     found = call(f"{line} --token {text}")
     assert found[0] == status
     assert told in found[2] if told else found[2] in ("", "bad\n")
     assert text not in found[1] + found[2]
-
-
-def ran_store(call):
-    return roexec.Store(call.here("status --json")[1] and json.loads(
-        call.here("status --json")[1])["store"])
 
 
 def test_the_token_comes_from_the_environment_and_is_in_no_error(call, registered, monkeypatch):
@@ -472,6 +467,18 @@ def test_following_goes_on_where_it_was_when_the_server_begins_again(tmp_path, c
         follower.communicate()
         remote.wire.close()
         server.stop()
+
+
+def test_a_server_that_begins_to_answer_and_never_does_is_given_up(call, peer, monkeypatch):
+    monkeypatch.setattr(roexec, "_GONE_TIME", 0.3)
+    monkeypatch.setattr(roexec, "_RETRY_PAUSE", 0.1)
+
+    def treat(connection, request):
+        run = b'{"id": "x", "state": "running", "steps": []}'
+        connection.sendall(http(body=run) if b"/logs" not in request else
+                           b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    status, out, err = call("logs x -f", url=peer(treat).url)
+    assert (status, out) == (1, "") and err.endswith("broke in the middle of an answer\n")
 
 
 def test_a_server_that_stays_away_is_given_up_in_words(tmp_path, call, monkeypatch):
@@ -671,3 +678,33 @@ def test_a_certificate_is_looked_at_and_an_authority_of_ones_own_can_be_named(
     plain = peer(http(body=b"{}")).url.replace("http:", "https:")
     status, _, err = call("list jobs", url=plain)
     assert status == 1 and "does not speak TLS on port" in err and "should it be http://" in err
+
+
+# A system that is not POSIX.
+
+LIKE_WINDOWS = """
+import os, signal, sys
+for name in ("fcntl", "pwd", "grp", "resource", "termios"):
+    sys.modules[name] = None
+for name in ("getuid", "geteuid", "getgid", "fork", "mkfifo", "getpgrp", "setsid", "killpg"):
+    delattr(os, name)
+for name in ("SIGPIPE", "SIGKILL", "SIGHUP", "SIGCHLD", "pthread_sigmask"):
+    delattr(signal, name)
+sys.path.insert(0, sys.argv[1])
+import roexec
+sys.exit(roexec.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("line, status, expected", [
+    ("list jobs", 0, "hello  -"), ("list runs", 0, "RUN"), ("show hello", 0, "job       hello"),
+    ("apply -f jobs.yml --dry-run", 0, "hello: unchanged (dry run)"), ("run hello", 3, "hi"),
+    ("logs hello -f", 0, "[OUT] hi"), ("next tick", 0, "05:00:00+0"), ("status", 0, "healthy"),
+    ("export tick", 0, "- id: tick"), ("audit", 0, "WHEN")])
+def test_a_server_is_asked_from_a_system_without_posix_too(line, status, expected, ran, call,
+                                                           served):
+    done = subprocess.run([sys.executable, "-c", LIKE_WINDOWS, os.path.dirname(roexec.__file__),
+                           "--url", served.url, *shlex.split(line)], text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert expected in done.stdout
