@@ -5010,7 +5010,7 @@ def lock_is_held(path):
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         return not try_lock(descriptor, fcntl.LOCK_SH)
@@ -5420,6 +5420,11 @@ class Store:
         with open(self.file("server.lock")) as file:
             return file.read().partition("\n")[2].strip() or None
 
+    def missing(self):
+        """The error for a store that is not there."""
+        return RoexecError(f"there is no store in {self.path} yet; `roexec apply`, `roexec add` "
+                           "and `roexec server` make one")
+
     def refusal(self):
         """The error for a store that one may not open: whose it is."""
         path = os.path.abspath(self.folder)
@@ -5458,7 +5463,8 @@ class Store:
         with contextlib.suppress(OSError):
             if self.is_read_only:
                 error = os.strerror(errno.EROFS)
-        return StoreFailure(f"the database {self.database}: {error}")
+        advice = "; see roexec maintenance check" if "malformed" in str(error) else ""
+        return StoreFailure(f"the database {self.database}: {error}{advice}")
 
     def _migrate(self):
         """Bring the database to the newest version, each step in one transaction, after a backup.
@@ -5573,8 +5579,7 @@ class _Transaction:
         import sqlite3
         store = self.store
         if not store.exists:
-            raise RoexecError(f"there is no store in {store.path} yet; `roexec apply`, `roexec "
-                              "add` and `roexec server` make one")
+            raise store.missing()
         if self.mode == "rw":
             self.lock = store.lock()
             self.lock.__enter__()
@@ -13360,7 +13365,10 @@ class UpkeepIsOn(RoexecError):
 
 
 def hold_upkeep(store):
-    """The descriptor of the lock of the one who does the upkeep; raises UpkeepIsOn."""
+    """The descriptor of the lock of the one who does the upkeep; raises UpkeepIsOn, and
+    RoexecError where there is no store."""
+    if not store.exists:
+        raise store.missing()
     descriptor = open_private(store.file("upkeep.lock"))
     if not try_lock(descriptor):
         os.close(descriptor)
@@ -19134,6 +19142,9 @@ def become_owner(store, say=None):
     os.setuid(uid)
     if (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) != (uid, uid, gid, gid):
         raise RoexecError(f"cannot become {owner_name(uid)}, who owns {store.path}")
+    if not os.access(os.__file__, os.R_OK):
+        raise RoexecError(f"{owner_name(uid)}, who owns {store.path}, cannot read this Python "
+                          f"({sys.executable}); run roexec by another, such as /usr/bin/python3")
     if say is not None:
         say(f"working as {owner_name(uid)}, who owns {store.path}")
 
@@ -21859,6 +21870,9 @@ def _given_variable(text):
     """(name, value) of --env; of a name alone, the value that the caller's environment has."""
     if text in os.environ:
         return _given_variable(f"{text}={os.environ[text]}")
+    if text.isidentifier():
+        raise Usage(f"--env {printable(text)}: there is no {printable(text)} in your environment; "
+                    "write --env NAME=VALUE")
     name, value = _pair(text, "--env", "NAME=VALUE")
     if not (name.isascii() and name.isidentifier()):
         raise Usage(f"--env {printable(text)}: write --env NAME=VALUE; a name has letters, digits "
@@ -22051,6 +22065,8 @@ class _Bar:
 
 def _cmd_maintenance_purge(session):
     options, store = session.options, session.settled
+    if not store.exists:
+        raise store.missing()
     older = None if options.older is None else _duration_of("--older", options.older)
     if options.keep is not None and options.keep < 1:
         raise Usage("--keep is 1 or more: the newest run of a job stays in any case")

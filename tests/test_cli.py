@@ -205,7 +205,8 @@ def test_a_wrong_command_line_is_one_sentence_and_status_2(line, sentence, cli):
     ("run --name x hello -- true", "--name is for commands"),
     ("run --name x", "write -- before the command"),
     ("run --name x -- cmd", "no command behind --"),
-    ("run --env A hello", "NAME=VALUE"),
+    ("run --env A hello", "there is no A in your environment; write --env NAME=VALUE"),
+    ("run --env A-B hello", "--env A-B: write --env NAME=VALUE"),
     ("run --env 1A=b hello", "NAME=VALUE"),
     ("run --env ROEXEC_SLOT=b hello", "roexec's own"),
     ("exec ls", "unrecognized arguments: ls"),
@@ -1027,6 +1028,49 @@ def test_an_expression_can_be_shown_until_an_instant(cli, store):
               "--json")[1]
     assert (json.loads(out)["count"], json.loads(out)["meet"]) == (72, 36)
     assert not store.exists
+
+
+# Stores that are not there, or not what they should be.
+
+@pytest.mark.parametrize("line", ["maintenance purge", "maintenance purge --dry-run", "export",
+                                  "maintenance check", "maintenance check --dry-run", "show x"])
+def test_without_a_store_a_command_says_what_makes_one(line, cli, store):
+    status, out, err = cli(line)
+    assert (status, out) == (1, "") and not os.path.exists(store.path)
+    assert err == (f"roexec: there is no store in {store.path} yet; `roexec apply`, `roexec add` "
+                   "and `roexec server` make one\n")
+
+
+def test_a_file_in_the_place_of_a_store_has_no_jobs_and_no_server(cli, store):
+    with open(store.path, "w"):
+        pass
+    status, out, err = cli("list jobs")
+    assert (status, out) == (0, "") and "there is no store there yet" in err
+    assert cli("add x -- true")[2] == (
+        f"roexec: {store.path} is no folder; name another store with --store\n")
+
+
+def test_a_damaged_database_is_told_with_the_command_that_helps(cli, store, jobs):
+    store.close()
+    size = os.path.getsize(store.database)
+    with open(store.database, "r+b") as file:
+        file.seek(1024)
+        file.write(b"\x5a" * (size - 1024))
+    assert cli("export")[2].endswith(" is malformed; see roexec maintenance check\n")
+
+
+@needs_root
+def test_root_is_told_where_the_owner_of_a_store_cannot_read_the_python_that_runs(store, tmp_path):
+    store.create()
+    os.chown(store.path, 12345, 12345)
+    private = tmp_path / "private.py"
+    private.touch(0o600)
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, sys; os.__file__ = sys.argv[1]; import roexec; "
+         "sys.exit(roexec.main(sys.argv[2:]))", private, "list", "jobs", "--store", store.path],
+        cwd=os.path.dirname(roexec.__file__), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"roexec: 12345, who owns {store.path}, cannot read this Python")
 
 
 # import crontab.
