@@ -16257,6 +16257,8 @@ _SLOWEST = 2.0          # seconds
 
 EVENT_STREAM = "text/event-stream"
 _MOST_STREAMS = 1000
+_OF_ONE_FOLLOWER = 128          # streams of one address elsewhere, or from here of one token
+_LEFT_TO_OWNER = 64             # streams that nobody but the owner gets
 SHARE = 256 << 10               # bytes that are read at once, for one of them
 _LOOK_TIME = 0.02               # seconds between looks at what streams wait for, of a few
 _BEAT_TIME = 15                 # seconds after which a stream of events shows that it lives
@@ -16406,16 +16408,17 @@ class Streams:
 
     def __init__(self, store, say, close_connection):
         self.lookout, self.say, self.close_connection = Lookout(store), say, close_connection
-        self.all, self.new, self.taken = {}, collections.deque(), set()
+        self.all, self.new = {}, collections.deque()
+        self.taken = {}                 # {connection: whose it is}
         self.poller, self.mutex = select.poll(), threading.Lock()
         self.thread, self.closed, self.told = None, False, None
 
-    def add(self, connection, request, response, recheck):
-        """Take a connection over, whose head was sent -> whether there is a place for it."""
+    def add(self, connection, follower, request, response, recheck):
+        """Take over a connection of a follower, whose head was sent -> whether there is a place."""
         with self.mutex:
-            if self.closed or len(self.taken) >= _MOST_STREAMS:
+            if self.closed or not self.has_place_for(follower):
                 return False
-            self.taken.add(connection)
+            self.taken[connection] = follower
             self.new.append(_Stream(connection, response.feed(self.lookout), request, response,
                                     recheck))
             if self.thread is None:
@@ -16426,10 +16429,14 @@ class Streams:
         os.write(self.writer, b"w")
         return True
 
-    @property
-    def is_full(self):
-        """Whether there is no further place."""
-        return len(self.taken) >= _MOST_STREAMS
+    def has_place_for(self, follower):
+        """Whether one more stream can be served; `follower` is something that tells whose it is,
+        None the owner."""
+        if follower is None:
+            return len(self.taken) < _MOST_STREAMS
+        return (len(self.taken) < _MOST_STREAMS - _LEFT_TO_OWNER
+                and sum(other == follower for other in list(self.taken.values()))
+                < _OF_ONE_FOLLOWER)
 
     def close(self):
         """End all streams where they are; a client sees that there would be more."""
@@ -16549,7 +16556,7 @@ class Streams:
             self.poller.unregister(stream.connection)
         stream.chunks.close()
         with self.mutex:
-            self.taken.discard(stream.connection)
+            self.taken.pop(stream.connection, None)
         self.close_connection(stream.connection)
 
 
@@ -18061,7 +18068,8 @@ class _Connection:
             unread, request.vitals = False, self.server.vitals
             request.warnings = self.server.warnings
             response = answer(route, request, self.server.store, self.server.say)
-            if response.feed is not None and self.server.streams.is_full:
+            if response.feed is not None and not self.server.streams.has_place_for(
+                    self.follower(request)):
                 raise Refusal(503, "busy", "too many clients follow something; try again later",
                               headers={"Retry_After": "5"})
             self.close_connection = self.close_connection or response.feed is not None
@@ -18073,6 +18081,11 @@ class _Connection:
             self.close_connection = True
             return
         self.send(request, response, unread and (request is None or request.length > 0))
+
+    def follower(self, request):
+        """Whose a stream is: of an address elsewhere, from here of a token, or the owner's (None)."""
+        caller = request.caller
+        return self.server.connections.get(self.request) or (None if caller.owner else caller.name)
 
     def slow_down(self, refusal):
         """Let whoever bears a wrong token wait."""
@@ -18136,8 +18149,8 @@ class _Connection:
                     self.send_stream(request, response, chunked)
             self.wfile.flush()
             if response.feed is not None and request.method != "HEAD":
-                self.server.streams.add(self.connection, request, response, lambda: admitted(
-                    request, self.place))
+                self.server.streams.add(self.connection, self.follower(request), request, response,
+                                        lambda: admitted(request, self.place))
             if unread:
                 self.linger()
         except OSError:                 # nobody reads it

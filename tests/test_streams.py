@@ -12,6 +12,8 @@ from helpers import wait_for
 from served import (LOG, NOW, ask, become, connection, database, error, logged,  # noqa: F401
                     needs_tables, record, row_of, running, said, server, store, write_log)
 
+from helpers import token
+
 import roexec
 
 pytestmark = needs_tables
@@ -298,6 +300,36 @@ def test_no_more_than_so_many_follow(error, listen, server, store, monkeypatch):
     listener = listen("/events")
     assert listener.next()[0] == "message"
     assert error("/events")[:2] == (503, "busy")
+
+
+@pytest.mark.parametrize("peers", ["tokens", "addresses"])
+def test_one_token_or_address_takes_no_streams_away_from_others(peers, listen, server, store,
+                                                                monkeypatch):
+    monkeypatch.setattr(roexec, "_OF_ONE_FOLLOWER", 2)
+    first, second = ({"Authorization": f"Bearer {token(store, name, role='viewer')}"}
+                     for name in ("first", "second"))
+    if peers == "addresses":
+        monkeypatch.setattr(roexec, "_peer", lambda address: "elsewhere")
+        second = first
+
+    def refused(caller):
+        return listen("/events", **caller).response.status == 503
+
+    held = [listen("/events", **first) for _ in range(2)]
+    wait_for(lambda: len(server.streams.taken) == 2)
+    assert refused(first) and refused(second) is (peers == "addresses")
+    held[0].__exit__()
+    wait_for(lambda: not refused(first))
+
+
+def test_the_last_streams_are_for_the_owner(error, listen, server, store, monkeypatch):
+    monkeypatch.setattr(roexec, "_MOST_STREAMS", 4)
+    monkeypatch.setattr(roexec, "_LEFT_TO_OWNER", 3)
+    given = {"Authorization": f"Bearer {token(store, role='viewer')}"}
+    assert listen("/events", **given).next()
+    wait_for(lambda: len(server.streams.taken) == 1)
+    assert error("/events", **given)[:2] == (503, "busy")
+    assert all(listen("/events").next() for _ in range(3))
 
 
 def test_a_defect_in_a_stream_ends_it_alone(listen, said, store, monkeypatch):
