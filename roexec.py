@@ -18083,7 +18083,7 @@ class _Connection:
         self.send(request, response, unread and (request is None or request.length > 0))
 
     def follower(self, request):
-        """Whose a stream is: of an address elsewhere, from here of a token, or the owner's (None)."""
+        """Whose a stream is: an address elsewhere, here the name of a token; None: the owner's."""
         caller = request.caller
         return self.server.connections.get(self.request) or (None if caller.owner else caller.name)
 
