@@ -5239,6 +5239,12 @@ class StoreFailure(RoexecError):
     """SQLite could not do what it was asked for."""
 
 
+def no_store(store):
+    """The error for a store that is not there."""
+    return RoexecError(f"there is no store in {store.path} yet; `roexec apply`, `roexec add` and "
+                       "`roexec server` make one")
+
+
 class Store:
     """A store: the folder `folder` with the database file `database`, logs/ and active/.
 
@@ -5420,11 +5426,6 @@ class Store:
         with open(self.file("server.lock")) as file:
             return file.read().partition("\n")[2].strip() or None
 
-    def missing(self):
-        """The error for a store that is not there."""
-        return RoexecError(f"there is no store in {self.path} yet; `roexec apply`, `roexec add` "
-                           "and `roexec server` make one")
-
     def refusal(self):
         """The error for a store that one may not open: whose it is."""
         path = os.path.abspath(self.folder)
@@ -5579,7 +5580,7 @@ class _Transaction:
         import sqlite3
         store = self.store
         if not store.exists:
-            raise store.missing()
+            raise no_store(store)
         if self.mode == "rw":
             self.lock = store.lock()
             self.lock.__enter__()
@@ -13368,7 +13369,7 @@ def hold_upkeep(store):
     """The descriptor of the lock of the one who does the upkeep; raises UpkeepIsOn, and
     RoexecError where there is no store."""
     if not store.exists:
-        raise store.missing()
+        raise no_store(store)
     descriptor = open_private(store.file("upkeep.lock"))
     if not try_lock(descriptor):
         os.close(descriptor)
@@ -22079,7 +22080,7 @@ class _Bar:
 def _cmd_maintenance_purge(session):
     options, store = session.options, session.settled
     if not store.exists:
-        raise store.missing()
+        raise no_store(store)
     older = None if options.older is None else _duration_of("--older", options.older)
     if options.keep is not None and options.keep < 1:
         raise Usage("--keep is 1 or more: the newest run of a job stays in any case")
