@@ -10,24 +10,28 @@ The file is read from top to bottom; a section uses only sections above it.
      5  crontab    the files of cron(8) as job files
      6  policy     what is due, what to do about it, retry or give up, states of a run
      7  render     payloads, tables and plain text, the same for the CLI and the API
-     8  store      Store: files and locks, the only SQL, the history
-     9  logs       one run's log: write, read, follow
-    10  secrets    variables from files, commands and Vault; masks over what is secret
-    11  notices    webhook, mail and ping, and the outbox that they wait in
-    12  limits     as whom a command runs, and what it may use
-    13  runner     the supervisor: journal, process tree, signals, attempts, hooks
-    14  pipelines  steps in order, in parallel, and again from where they failed
-    15  scheduler  the loop of the server, claims, recovery, the launcher
-    16  upkeep     retention, purge, check, backup, restore
-    17  views      what there is to say of jobs and runs, the same for the CLI and the API
-    18  page       the web page, served with a strict content policy
-    19  gate       what an HTTP request asks for, who asks, and whether they may
-    20  streams    logs that are followed and events, all of them from one look at the store
-    21  api        the routes, their functions and their description
-    22  http       connections, their limits, TLS
-    23  client     a server elsewhere, for the same commands
-    24  host       what a host needs: doctor, install, init, completion
-    25  cli        one function per command; main(argv) -> exit status
+     8  store      Store: the folder, its locks, the database and its schema
+     9  tables     jobs, runs, events, notices, tokens: what is asked and changed of them
+    10  logs       one run's log: write, read, follow
+    11  secrets    variables from files, commands and Vault; masks over what is secret
+    12  notices    webhook, mail and ping, and the outbox that they wait in
+    13  limits     as whom a command runs, and what it may use
+    14  journal    the life of a run, written so that a crash loses nothing of it
+    15  processes  a command and all that descends from it: start, signals, end
+    16  runner     the supervisor: a run with its attempts and hooks
+    17  pipelines  steps in order, in parallel, and again from where they failed
+    18  runs       a run's place, its start, its way into the store, recovery
+    19  scheduler  the loop of the server, the launcher
+    20  upkeep     retention, purge, check, backup, restore
+    21  views      what there is to say of jobs and runs, the same for the CLI and the API
+    22  page       the web page, served with a strict content policy
+    23  gate       what an HTTP request asks for, who asks, and whether they may
+    24  streams    logs that are followed and events, all of them from one look at the store
+    25  api        the routes, their functions and their description
+    26  http       connections, their limits, TLS
+    27  client     a server elsewhere, for the same commands
+    28  host       what a host needs: doctor, install, init, completion
+    29  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -4983,9 +4987,9 @@ def explanation_text(payload, style):
 
 
 # ==== 8 store =====================================================================================
-# The folder on disk, and the only SQL. Every change of state is one transaction, made by one writer
-# at a time; what was committed survives a kill and a power cut. Functions that take a `db` work
-# within the transaction that `Store.write` or `Store.read` opened.
+# The folder on disk: its files and locks, and the database with its schema. Every change of state
+# is one transaction, made by one writer at a time; what was committed survives a kill and a power
+# cut.
 
 # Files, locks, and facts of the host.
 
@@ -5670,6 +5674,11 @@ def _sync(path):
     finally:
         os.close(descriptor)
 
+
+# ==== 9 tables ====================================================================================
+# What is asked of the tables of the store, and changed in them: jobs, runs, slots, events, notices,
+# tokens. All SQL but that of the schema stands here, in functions of a `db` that work within the
+# transaction which `Store.write` or `Store.read` opened.
 
 # Facts about the whole store.
 
@@ -6753,7 +6762,7 @@ def give_back(db, pages):
         db.execute("PRAGMA incremental_vacuum(1)").close()
 
 
-# ==== 9 logs ======================================================================================
+# ==== 10 logs =====================================================================================
 # One run's log. Each line bears an instant and a tag; of output, OUT or ERR, or OUT~ or ERR~ where
 # the newline at its end is the log's own, so that every byte of both streams comes back. Lines are
 # written whole and never changed. A full disk stops the log, not the run, and the log says how much
@@ -7518,7 +7527,7 @@ class ServerLog:
 _DATED = Pattern(r"\d{4}-\d\d-\d\d")
 
 
-# ==== 10 secrets ==================================================================================
+# ==== 11 secrets ==================================================================================
 # What a run gets from elsewhere when it starts (env_from: files, the server's environment, a
 # command, Vault), and masks that keep those values out of all that is written about it. A source
 # gives what it says, or the run does not start. No error holds a value. A secret of Vault is there
@@ -8107,7 +8116,7 @@ def _answer_of(data):
     return answer if isinstance(answer, dict) else {}
 
 
-# ==== 11 notices ==================================================================================
+# ==== 12 notices ==================================================================================
 # What is told to people and programs about runs: webhooks, mail, and pings of a monitor. They are
 # built as rows of the outbox, by functions without effects, in the transaction that they belong to;
 # and sent later by a Postman, tried again, and given up where one can see it. So they never delay
@@ -8690,7 +8699,7 @@ def start_postman(store, settings, say):
     return Postman(store, settings, say)
 
 
-# ==== 12 limits ===================================================================================
+# ==== 13 limits ===================================================================================
 # As whom a command runs and what it may use: users and groups, which are taken on in order,
 # verified and never fallen back from; nice and rlimits; memory and processor by a cgroup where the
 # server has been given a part of that tree (cgroup v2), else memory by watching what the processes
@@ -9021,15 +9030,10 @@ def meter_of(job, parent, name):
     return limits["memory"] and Watch(limits["memory"]), "; ".join(remarks)
 
 
-# ==== 13 runner ===================================================================================
-# The supervisor: it carries out one run at a time, from its journal. It never opens the store. Each
-# step is written into the journal before or right after it is done, so that whoever finds the
-# journal later knows what may be alive; the lock of the journal says whether its supervisor is.
-# Of a run whose supervisor was killed all processes are found: by session and environment, and what
-# has left both as an orphan of its keeper. (Not where that was killed too, or where a foreground
-# run, which has none, was, unless there is a cgroup.)
-
-# The journal.
+# ==== 14 journal ==================================================================================
+# The life of a run, as its supervisor writes it down: each step before or right after it is done,
+# so that whoever finds the journal later knows what may be alive. That it is locked says that its
+# supervisor is.
 
 # Bytes that are written beforehand, so that a full disk loses no exit code. (Written, since to free
 # what fallocate(2) has reserved takes ext4 a hundred times as long.)
@@ -9245,7 +9249,11 @@ class Progress:
         self.finished, self.log = event, event.get("log") or self.log
 
 
-# Processes.
+# ==== 15 processes ================================================================================
+# The processes of a run: what they get, how one is started, supervised and ended with all that
+# descends from it. Where the supervisor was killed they are found all the same: by session and
+# environment, and what has left both as an orphan of its keeper. (Not where that was killed too, or
+# where a foreground run, which has none, was, unless there is a cgroup.)
 
 class Process(Value):
     """A process of this host; `start` in ticks since the boot, `alive` is false for a zombie."""
@@ -9410,7 +9418,7 @@ def job_folder(job, environment):
     return home + folder[1:] if folder == "~" or folder.startswith("~/") else folder
 
 
-def _run_environment(environment, header, given):
+def run_environment(environment, header, given):
     """The environment of a run: that of its job, and what the run adds."""
     environment.update(header.get("outputs") or {})
     environment.update(given)
@@ -9571,7 +9579,7 @@ def exit_status(run):
     if run["state"] in special:
         return special[run["state"]]
     if run["signal"]:
-        return 128 + _signal_number(run["signal"])
+        return 128 + signal_number(run["signal"])
     if run["exit_code"] is None:
         return 0 if run["state"] == "succeeded" else 125
     return run["exit_code"] or int(run["state"] == "failed")    # `success` wanted something else
@@ -9838,7 +9846,8 @@ def _signal_name(number):
         return f"SIG{number}"           # a real-time signal
 
 
-def _signal_number(name):
+def signal_number(name):
+    """The number of a signal by its name, or of one that has none by `SIG` and the number."""
     return int(name[3:]) if name[3:].isdigit() else signal.Signals[name]
 
 
@@ -10008,7 +10017,9 @@ class Console:
             return None
 
 
-# A run.
+# ==== 16 runner ===================================================================================
+# The supervisor: it carries out one run at a time, from its journal, with all attempts and hooks,
+# and never opens the store.
 
 class _Execution:
     """How the commands of one run are executed: environment, folder, streams, log, journal.
@@ -10370,7 +10381,7 @@ class Supervision(_Hooks):
 
     def make_environment(self, variables):
         uid = os.geteuid() if self.setup.uid is None else self.setup.uid
-        self.environment = _run_environment(
+        self.environment = run_environment(
             job_environment(self.job, uid, self.base, variables), self.header, self.given)
         self.environment["ROEXEC_LOG"] = os.path.join(self.folder, self.log.path or "")
         self.environment["ROEXEC_ATTEMPT"] = str(len(self.progress.attempts))
@@ -10853,10 +10864,10 @@ def exec_here(words):
         console.give_terminal()
         console.flush()
         signals.close()
-    return ended.exit_code if ended.signal is None else 128 + _signal_number(ended.signal)
+    return ended.exit_code if ended.signal is None else 128 + signal_number(ended.signal)
 
 
-# ==== 14 pipelines ================================================================================
+# ==== 17 pipelines ================================================================================
 # A run that has steps: its supervisor starts a run for each step that is ready, as a server starts
 # the runs of jobs, and goes on from their ends. Which steps are ready is decided in policy. It
 # never opens the store: the journals of steps stay beside its own until it has finished, so that
@@ -11535,10 +11546,10 @@ class _StepRun(_OfPipeline):
         return {**answer, "message": answer["message"] or f"run {run_id}"}
 
 
-# ==== 15 scheduler ================================================================================
-# From due slots and requests to supervisors, and back into the store. A run gets its place in the
-# transaction that marks it as running, whoever starts it; its journal is there, and locked, before
-# that. What a crash leaves is finished by whoever holds `server.lock`, or needs the place.
+# ==== 18 runs =====================================================================================
+# From requests to supervisors, and back into the store. A run gets its place in the transaction
+# that marks it as running, whoever starts it; its journal is there, and locked, before that. What a
+# crash leaves is finished by whoever holds `server.lock`, or needs the place.
 
 class WrongParameters(RoexecError):
     """A start that gives values which the params of the job do not allow."""
@@ -11662,7 +11673,7 @@ def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait
                 spec=None if name is None else json.dumps(job.spec),
                 taken=json.dumps(taken) if taken else None, work=work)
         if action == "replace":
-            _replace(db, other)
+            replace_run(db, other)
         if by is not None:
             add_audit(db, by, "retry" if retry_of else "run", time.time(), job_id=job.id,
                       target=run_id)
@@ -11674,7 +11685,7 @@ def request_run(store, job, *, trigger, env=None, name=None, retry_of=None, wait
     return run_id
 
 
-def _replace(db, run):
+def replace_run(db, run):
     """Make place for a newer run of the same job: the old one keeps its place until it is dead."""
     if run["state"] == "queued":
         finish_run(db, run["id"], "cancelled", [], reason="replaced", finished_at=time.time())
@@ -11704,8 +11715,8 @@ def claim(db, folder, jobs, max_concurrent, wanted, **header):
         for row in admit(queued, count_running(db), limits, max_concurrent,
                          paused_in_queue(db, now), count_apart(db)):
             if wanted(row) and known[row["id"]] is not None:
-                journals.append(_make_journal(db, folder, row, known[row["id"]], now,
-                                              boot=boot, **header))
+                journals.append(make_journal(db, folder, row, known[row["id"]], now,
+                                             boot=boot, **header))
                 change_run(db, row["id"], "running", started_at=now, boot=boot)
     except BaseException:
         discard(journals)
@@ -11713,7 +11724,8 @@ def claim(db, folder, jobs, max_concurrent, wanted, **header):
     return journals
 
 
-def _make_journal(db, folder, row, job, now, **more):
+def make_journal(db, folder, row, job, now, **more):
+    """A Journal, locked, for the run of a row; `more` is put into its header."""
     if job.pipeline and "only" not in more:
         more.update(_prepare_steps(db, row, job, now))
     from_elsewhere = job.env_from or any(step.env_from for step in job.steps().values())
@@ -12014,7 +12026,7 @@ def _run_next(db, cause, number, job_id, folder):
     add_run(db, version=get_job(db, job_id)["version"], state="queued", priority=job.priority,
             **values)
     if action == "replace":
-        _replace(db, other)
+        replace_run(db, other)
         running = Journal.glance(os.path.join(folder, other["id"]))
         if running is not None:
             running.cancel("replaced")
@@ -12025,7 +12037,7 @@ def deliver_alone(store, settings=None):
     with store.read() as db:
         due, settings = due_notices(db, time.time(), 1), get_settings(db) or settings or {}
     if due and store.server() is None:
-        child = fork(lambda: fork(lambda: (_detach(), deliver(store, settings, time.time()))))
+        child = fork(lambda: fork(lambda: (leave_session(), deliver(store, settings, time.time()))))
         os.waitpid(child, 0)
 
 
@@ -12050,7 +12062,7 @@ def _start_courier(store, journal, settings):
 
 
 def _carry(store, journal, settings, reader, writer):
-    _detach()
+    leave_session()
     os.close(writer)
     journal.close()                     # the lock is the supervisor's
     for name in open(reader):           # of the journal that asks for one
@@ -12080,7 +12092,7 @@ def _make_again(db, folder, row):
     job = None if row["boot"] == boot_id() else _job_of(db, row, get_settings(db) or {})
     if job is None:
         return None
-    journal = _make_journal(db, folder, row, job, row["started_at"], boot=row["boot"])
+    journal = make_journal(db, folder, row, job, row["started_at"], boot=row["boot"])
     journal.note("starting", what="attempt", at=row["started_at"])
     if row["cancel"]:
         journal.cancel(row["cancel"])
@@ -12208,7 +12220,7 @@ def _finish_alone(store, journal, others):
     for descriptor in others:           # locks that are not ours
         os.close(descriptor)
     inherit_nothing()
-    _detach()
+    leave_session()
 
     def finish(keeper):
         become_subreaper()
@@ -12216,7 +12228,7 @@ def _finish_alone(store, journal, others):
     keep_orphans(finish)
 
 
-def _detach():
+def leave_session():
     """Leave the caller's session, terminal and pipes."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
@@ -12340,7 +12352,7 @@ def run_detached(store, job, **request):
 
 def _run_detached(store, job, reader, writer, request):
     os.close(reader)
-    _detach()
+    leave_session()
 
     def tell(kind, text):
         with contextlib.suppress(OSError):          # it has been told of the run already
@@ -12355,6 +12367,11 @@ def _run_detached(store, job, reader, writer, request):
             tell("error", str(error))
     keep_orphans(run)
 
+
+# ==== 19 scheduler ================================================================================
+# The loop of a server. It decides what becomes of slots that are due and of runs that wait, has
+# those that get a place started, and takes in how they have ended. A launcher forks their
+# supervisors.
 
 # The launcher.
 
@@ -12386,7 +12403,7 @@ def _launch(ours, channel):
     import gc
     gc.disable()
     ours.close()
-    _detach()
+    leave_session()
     for name in list(os.environ):
         if name == "NOTIFY_SOCKET" or name.startswith(("LISTEN_", "WATCHDOG_")):
             del os.environ[name]
@@ -12568,8 +12585,8 @@ class _Timetable:
             run_id = skip_slots(db, job.id, row, now)
             path = self.store.file(f"active/{run_id}")
             if row.reason == "missed" and "on_missed" in job.hooks and not os.path.exists(path):
-                started.append(_make_journal(db, self.store.file("active"), get_run(db, run_id),
-                                             job, now, boot=boot_id(), only="on_missed"))
+                started.append(make_journal(db, self.store.file("active"), get_run(db, run_id),
+                                            job, now, boot=boot_id(), only="on_missed"))
         set_position(db, job.id, position)
         return position
 
@@ -12594,7 +12611,7 @@ class _Timetable:
             return
         self._add(db, entry, row.trigger, now, row.slot)
         if action == "replace":
-            _replace(db, other)
+            replace_run(db, other)
             if other["state"] == "running":
                 replaced.append(other["id"])
 
@@ -13087,7 +13104,7 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 16 upkeep ===================================================================================
+# ==== 20 upkeep ===================================================================================
 # What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
 # mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone;
 # the store is never held for longer than some milliseconds, and then left to others for as long.
@@ -13769,7 +13786,7 @@ def _forget_missing_logs(store):
                 lose_logs(db, job_id, missing, when)
 
 
-# ==== 17 views ====================================================================================
+# ==== 21 views ====================================================================================
 # What there is to say of the store, as payloads: of jobs and runs, why a job has not run, metrics.
 # The API and --json of the CLI give the same.
 
@@ -13939,7 +13956,7 @@ def _summed(jobs):
     return counters, gauges
 
 
-# ==== 18 page =====================================================================================
+# ==== 22 page =====================================================================================
 # What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
 # script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
 # stands here is what is sent: there is no step in between.
@@ -15875,7 +15892,7 @@ def _source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ==== 19 gate =====================================================================================
+# ==== 23 gate =====================================================================================
 # HTTP before any route: what a request asks for, read strictly, who is at the other end, and the
 # one gate, which lets in who bears a token, and over loopback the server's own user and root.
 
@@ -15934,6 +15951,7 @@ class Request:
 
 
 def unquoted(text):
+    """A part of a path or query without its %XX; raises Refusal where that is not UTF-8."""
     import urllib.parse
     try:
         return urllib.parse.unquote(text, errors="strict")
@@ -16085,6 +16103,7 @@ def packed_end(address):
 
 
 def is_loopback(packed):
+    """Whether a packed address is one of this host alone."""
     return packed[0] == 127 if len(packed) == 4 else packed == b"\0" * 15 + b"\1"
 
 
@@ -16250,7 +16269,7 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# ==== 20 streams ==================================================================================
+# ==== 24 streams ==================================================================================
 # Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
 # without arguments that say whether there is more by now. One thread serves all of them and looks
 # once at the store for all, so that a thousand cost no thousand threads, and each is given what its
@@ -16561,7 +16580,7 @@ class Streams:
         self.close_connection(stream.connection)
 
 
-# ==== 21 api ======================================================================================
+# ==== 25 api ======================================================================================
 # The routes: each is a line of ROUTES with the scope that it needs, a function of (request, store)
 # that knows no sockets, and described by OpenAPI from that line.
 
@@ -18003,7 +18022,7 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# ==== 22 http =====================================================================================
+# ==== 26 http =====================================================================================
 # The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
 # does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
 # http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
@@ -18436,7 +18455,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 23 client ===================================================================================
+# ==== 27 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -19107,7 +19126,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 24 host =====================================================================================
+# ==== 28 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -20327,7 +20346,7 @@ end
 """
 
 
-# ==== 25 cli ======================================================================================
+# ==== 29 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.
