@@ -17430,7 +17430,7 @@ class _AskedLog:
     """Which lines of a log are asked for, and in which form. Raises Refusal."""
 
     def __init__(self, request):
-        options = request.options()
+        options, self.caller, self.told = request.options(), request.caller, False
         self.tail, self.offset = (_whole_number(options, name, 0, _MOST_BYTES)
                                   for name in ("tail", "offset"))
         self.limit = _whole_number(options, "limit", 1, _MOST_BYTES)
@@ -17460,8 +17460,26 @@ class _AskedLog:
     def form(self, lines):
         """The bytes to send of Lines."""
         if self.events:
-            return _line_events(lines, self.stream)
-        return select_lines(lines.data, self.raw, self.stream)
+            return _line_events(lines, self)
+        return select_lines(self.seen(lines.data), self.raw, self.stream)
+
+    def seen(self, data):
+        """Of whole lines those that are not about jobs which the caller does not see; in the place
+        of the first that is, a line says so."""
+        return data if self.caller.pattern is None else _OF_A_JOB.sub(self._seen, data)
+
+    def _seen(self, found):
+        stamp, job_id, end = found.groups()
+        if self.caller.sees(job_id.decode()):
+            return found[0]
+        told, self.told = self.told, True
+        return b"" if told else b"%b [INFO] Lines about jobs other than %b are left out%b" % (
+            stamp, self.caller.pattern.encode(), end)
+
+
+# What a run says of runs of other jobs, in hooks and steps.
+_OF_A_JOB = Pattern(rb"(?m)^(\S{20}) \[(?:INFO|ERROR)\] (?:Hook \w+: run|Running the job|"
+                    rb"Run \w+ of the job) ([A-Za-z0-9._-]+)(?: .*)?(\n|$)")
 
 
 def _last_event(request):
@@ -17472,15 +17490,16 @@ def _last_event(request):
     return int(text)
 
 
-def _line_events(lines, stream):
-    """Lines of a log as an event each, of those of one stream where that is given."""
+def _line_events(lines, asked):
+    """Lines of a log as an event each, of those that are asked for."""
     if lines.is_gap:
         return event_bytes(b"gap", {"from": lines.begin, "to": lines.end}, lines.end)
     events, offset = [], lines.begin
     for line in lines.data.removesuffix(b"\n").split(b"\n"):
         offset += len(line) + 1
-        payload = line_payload(log_line(line))
-        if stream in (None, payload["stream"]):
+        line = asked.seen(line)
+        payload = line and line_payload(log_line(line))
+        if payload and asked.stream in (None, payload["stream"]):
             events.append(b"id: %d\ndata: %b\n\n" % (offset, json.dumps(payload).encode()))
     return b"".join(events)
 

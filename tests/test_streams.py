@@ -8,11 +8,9 @@ import threading
 import time
 
 import pytest
-from helpers import wait_for
+from helpers import token, wait_for
 from served import (LOG, NOW, ask, become, connection, database, error, logged,  # noqa: F401
                     needs_tables, record, row_of, running, said, server, store, write_log)
-
-from helpers import token
 
 import roexec
 
@@ -473,3 +471,35 @@ def test_a_store_that_cannot_be_read_lets_streams_wait(listen, said, server, sto
     assert "KeyError: 'defect'" in said.pop()
     record(store)
     assert listener.next()[0] == "run"
+
+
+# What a token for some jobs does not get to see.
+
+OF_OTHERS = b"".join(b"2025-08-01T10:00:00Z [%b\n" % line for line in (
+    b"INFO] Starting run", b"INFO] Running the job hello", b"INFO] Running the job secret-a",
+    b"OUT] Running the job secret-b is what it says itself",
+    b"ERROR] Run abcdefghij of the job secret-a failed, exit=1",
+    b"INFO] Run abcdefghij of the job hello succeeded, exit=0",
+    b"INFO] Hook on_failure: run secret-c", b"INFO] Hook on_failure: webhook",
+    b"INFO] Completed, exit=0"))
+
+
+@pytest.mark.parametrize("follow", ["0", "1"])
+@pytest.mark.parametrize("accept", ["text/plain", "text/event-stream"])
+def test_a_log_leaves_out_what_is_about_jobs_outside_the_pattern_of_a_token(follow, accept, ask,
+                                                                            listen, store):
+    run_id = record(store, log="logs/hello/others.log")
+    write_log(store, "others.log", OF_OTHERS)
+    path = f"/runs/{run_id}/logs?follow={follow}"
+    given = {"Authorization": f"Bearer {token(store, role='viewer', jobs='h*')}"}
+    if accept == "text/plain":
+        found = ask(path, **given)[1].decode().splitlines()
+        assert ask(path)[1] == OF_OTHERS
+    else:
+        events = [event for event in listen(path, **given).all() if event[0] == "message"]
+        found = [data["line"] for _, _, data in events]
+        assert events[-1][1] == len(OF_OTHERS)
+    text = "\n".join(found)
+    assert "secret-a" not in text and "secret-c" not in text and "secret-b" in text
+    assert text.count("Lines about jobs other than h* are left out") == 1 and len(found) == 7
+    assert ask(path + "&raw=1", **given)[1] == b"Running the job secret-b is what it says itself\n"
