@@ -18483,7 +18483,7 @@ def _why_not(error, host, port):
 _CONNECT_TIME = 10              # seconds
 _SILENCE_TIME = 45              # seconds without a byte; a stream shows each 15 that it lives
 _WHOLE_TIME = 120               # seconds from a request to the end of its answer
-_GONE_TIME = 120                 # seconds for which a server that has answered once is tried again
+_GONE_TIME = 120                # seconds for which a server that has answered once is tried again
 _MOST_ANSWERED = 64 << 20       # bytes
 _MOST_OF_LINE = 16 << 20        # bytes of an event
 _TOKEN = Pattern(r"[!-~]+")
