@@ -279,11 +279,13 @@ def test_what_steps_print_is_followed_while_they_are_on(registered, call, marks)
     apply(registered.store, roexec.Job({"id": "line", "pipeline": [
         {"id": "one", "command": wait, "directory": "/"}]}))
     run_id = call("run line --detach")[1].strip()
-    wait_for(lambda: read_runs(registered.store, parent=run_id))
-    clients = [spawn("--url", registered.url, "logs", "line", "-f"),
-               spawn("--url", registered.url, "run", "line", "--queue")]
-    wait_for(lambda: "[OUT] one: begun" in clients[0].stdout.readline())
-    marks.path.write_text("go")
+    try:
+        wait_for(lambda: read_runs(registered.store, parent=run_id))
+        clients = [spawn("--url", registered.url, "logs", "line", "-f"),
+                   spawn("--url", registered.url, "run", "line", "--queue")]
+        wait_for(lambda: "[OUT] one: begun" in clients[0].stdout.readline())
+    finally:
+        marks.path.write_text("go")
     logged, printed = (client.communicate(timeout=60)[0] for client in clients)
     assert "[OUT] one: over" in logged and logged.endswith("[INFO] Completed, exit=0\n")
     assert printed == "begun\nover\n"
@@ -449,21 +451,23 @@ def test_following_goes_on_where_it_was_when_the_server_begins_again(tmp_path, c
     waiter = threading.Thread(target=lambda: ends.append(remote.wait("steps")))
     waiter.start()
     wait_for(lambda: len(asked) > 1)
-    assert follower.stdout.readline() == "line 1\n"
-    server.stop(signal.SIGKILL)
-    wait_for(lambda: said)
-    assert said[0].endswith("; trying again for 2m")
-    marks.path.write_text("1\n2\n")
-    server.start()
-    assert follower.stdout.readline() == "line 2\n"
-    marks.path.write_text("1\n2\n3\n")
     try:
+        assert follower.stdout.readline() == "line 1\n"
+        server.stop(signal.SIGKILL)
+        wait_for(lambda: said)
+        assert said[0].endswith("; trying again for 2m")
+        marks.path.write_text("1\n2\n")
+        server.start()
+        assert follower.stdout.readline() == "line 2\n"
+        marks.path.write_text("1\n2\n3\n")
         out, err = runner.communicate(timeout=60)
         assert (runner.returncode, out) == (7, "line 2\nline 3\n") and err.endswith("over\n")
         assert follower.stdout.read() == "line 3\n" and follower.wait(60) == 0
         waiter.join(60)
         assert ends[0]["exit_code"] == 7
     finally:
+        marks.path.write_text("1\n2\n3\n")
+        follower.kill()
         follower.communicate()
         remote.wire.close()
         server.stop()
@@ -485,7 +489,7 @@ def test_a_server_that_stays_away_is_given_up_in_words(tmp_path, call, monkeypat
     monkeypatch.setattr(roexec, "_GONE_TIME", 0.2)
     monkeypatch.setattr(roexec, "_RETRY_PAUSE", 0.1)
     server = Served(tmp_path / "it")
-    apply(server.store, make_job("sleep 60", "long"))
+    apply(server.store, make_job("sleep 5", "long"))
     assert call("run long --detach", url=server.url)[0] == 0
     threading.Timer(0.5, lambda: server.stop(signal.SIGKILL)).start()
     status, _, err = call("logs long -f", url=server.url)
