@@ -3792,6 +3792,11 @@ def outcome(job, ended):
         else ("failed", "output")
 
 
+def reason_beside(reason):
+    """`, reason=memory` where neither a signal nor an exit status tells it, else an empty text."""
+    return f", reason={reason}" if reason in ("memory", "output", "outputs") else ""
+
+
 def retry_delay(job, ended, number, chance=0.5):
     """Seconds until the next attempt after attempt `number` (from 1), or None to give up.
 
@@ -10363,7 +10368,8 @@ class Supervision(_Hooks):
         elif self.progress.outcome is None:
             decided = self.decide(number)
             self.note("outcome", **decided)
-            self._tell_person(**decided)
+            if self.console is not None:
+                _tell_person(self.console, **decided)
             self._end_hooks(self.progress.outcome)
         else:
             self.end_remnants()        # of a hook: those that were not begun are lost
@@ -10534,7 +10540,8 @@ class Supervision(_Hooks):
             return max(0, self.progress.retry["until"] - time.time())
         if self.progress.done[-1] == "attempt":     # else an earlier supervisor has begun them
             state, reason = outcome(self.job, ended)
-            self.info(f"Attempt {number} {state}, {_ending(ended)}", "ERROR")
+            self.info(f"Attempt {number} {state}, {_ending(ended)}{reason_beside(reason)}",
+                      "ERROR")
             self._tell_hooks(state, reason, ended.exit_code)
             self._hooks("on_retry")
         self.note("retry", until=time.time() + delay)
@@ -10563,14 +10570,10 @@ class Supervision(_Hooks):
         if state == "succeeded":
             self.info(f"Completed, {_ending(ended)}")
         else:
-            self.info(f"Run {self.journal.run_id} {state}, {_ending(ended)}", "ERROR")
+            self.info(f"Run {self.journal.run_id} {state}, {_ending(ended)}"
+                      + reason_beside(reason), "ERROR")
         return {"state": state, "reason": reason, "message": ended.error,
                 "exit_code": ended.exit_code, "signal": ended.signal}
-
-    def _tell_person(self, state, message=None, **_):
-        """Say to who waits in the foreground what no command has said."""
-        if self.console is not None and message and state != "succeeded":
-            self.console.error(message if state == "failed" else f"{state}: {message}")
 
     def cancelled(self):
         reason, _ = self.journal.cancelled() or (
@@ -10585,6 +10588,14 @@ _PIECE_WAITS = 0.2      # seconds for the rest of a line
 
 def _never():
     return False
+
+
+def _tell_person(console, state, reason=None, message=None, **_):
+    """Say to who waits in the foreground what no command has said."""
+    if message and state != "succeeded":
+        console.error(message if state == "failed" else f"{state}: {message}")
+    elif state == "timed_out" or reason_beside(reason):
+        console.error(f"{state}, reason={reason}")
 
 
 def _ending(ended):
@@ -13018,7 +13029,7 @@ def _tell_end(say, row):
         how = f"signal={row['signal']}"
     elif row.get("exit_code") is not None:
         how = f"exit={row['exit_code']}"
-    say(f"Run {row['id']} {row['state']}, {how}, job={row['job_id']}",
+    say(f"Run {row['id']} {row['state']}, {how}{reason_beside(row['reason'])}, job={row['job_id']}",
         "INFO" if row["state"] in ("cancelled", "skipped") else "ERROR")
 
 

@@ -225,14 +225,18 @@ def test_run_exec_and_wait_answer_with_125_for_everything_of_roexecs_own(line, s
     ("condition=false", 0, "skipped: the condition ended with 1"),
     ("pre_run=false", 125, "the hook pre_run failed"),
     ("env_from={command: exit 3}", 125, "env_from: the command failed, exit=3"),
-    ("directory=/no/such/folder", 126, "cannot start in the folder /no/such/folder")])
+    ("directory=/no/such/folder", 126, "cannot start in the folder /no/such/folder"),
+    ("command=sleep 60\ntimeout=0.2s", 124, "timed_out, reason=timeout"),
+    ("command=echo\nsuccess={output: done}", 1, "failed, reason=output")])
 def test_a_run_in_the_foreground_says_why_its_command_did_not_run(
         key, status, sentence, cli, store, capfd):
-    assert cli(f"add x --set {shlex.quote(key)} -- echo here")[0] == 0
+    keys = key if "command=" in key else f"{key}\ncommand=echo here"
+    line = " ".join(f"--set {shlex.quote(text)}" for text in keys.splitlines())
+    assert cli(f"add x {line}")[0] == 0
     capfd.readouterr()
     assert roexec.main(["run", "x", "--store", store.path]) == status
     out, err = capfd.readouterr()
-    assert out == "" and err.startswith(f"roexec: {sentence}") and err.count("\n") == 1
+    assert out.strip() == "" and err.startswith(f"roexec: {sentence}") and err.count("\n") == 1
 
 
 def test_no_command_at_all_shows_the_overview_as_an_error(cli, capfd):

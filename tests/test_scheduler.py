@@ -1093,6 +1093,13 @@ def test_only_an_end_that_somebody_should_look_at_is_an_error_in_the_servers_log
     assert said == [line]
 
 
+def test_a_reason_that_no_exit_status_tells_is_in_the_servers_log():
+    said = []
+    roexec._tell_end(lambda text, level: said.append(text), {
+        "id": "r1", "job_id": "x", "state": "failed", "reason": "output", "exit_code": 0})
+    assert said == ["Run r1 failed, exit=0, reason=output, job=x"]
+
+
 @pytest.mark.parametrize("cgroup, options", [
     ("/system.slice/roexec.service/server", []),
     ("/user.slice/user@1000.service/app.slice/roexec.service", ["--user"]),
