@@ -4176,15 +4176,23 @@ def _why_undecided(known, job, slot):
 
 # Who may do what.
 
-_OF_LOADERS = Pattern(r"(?:LD_|DYLD_|BASH_|PYTHON|PERL5|RUBY|LUA_|NODE_|JAVA_|JDK_|GCONV_).*|PATH|"
-                      r"ENV|IFS|PS4|SHELLOPTS|BASHOPTS|CLASSPATH|CDPATH")
+# Variables that say which programs are run, and how they are loaded.
+LOADERS = Pattern(r"(?:LD_|DYLD_|BASH_|PYTHON|PERL5|RUBY|LUA_|NODE_|JAVA_|JDK_|GCONV_|GIT_).*|PATH|"
+                  r"ENV|IFS|PS4|SHELLOPTS|BASHOPTS|CLASSPATH|CDPATH")
 
 
-def refused_variables(declared, names, may_define):
-    """Those of some variables that a caller may not give to a run: who may not define jobs only
-    gives those that the job has `declared`, and nobody others that say how programs are loaded."""
-    return [name for name in names if name not in declared
-            and (not may_define or _OF_LOADERS.fullmatch(name))]
+def refused_variables(job, names, may_define):
+    """Those of some variables that a caller may not give to a run of a Job: who may not define jobs
+    only gives those that it declares, and of what says how programs are loaded only its params:
+    what it sets for itself in `env` would let them run any other. Nobody else gives these either
+    where the job does not declare them."""
+    refused = []
+    for name in names:
+        loads, declared = LOADERS.fullmatch(name), name in job.env
+        if name not in job.params and (
+                loads and not (may_define and declared) or not (may_define or declared)):
+            refused.append(name)
+    return refused
 
 
 SCOPES = ("job:read", "job:write", "job:pause", "run:list", "run:create", "run:cancel", "log:read",
@@ -10961,8 +10969,6 @@ def remove_unused_work(store):
 
 _MOST_OUTPUTS, _LONGEST_OUTPUT = 1 << 20, 64 << 10      # bytes
 _OUTPUT_NAME = Pattern(r"[A-Za-z_][A-Za-z0-9_]*")
-_LOADERS = Pattern(r"(?:LD|DYLD|PYTHON|PERL5|RUBY|GIT|ROEXEC|BASH_FUNC|GCONV)_?.*|PATH|IFS|ENV|"
-                   r"BASH_ENV|SHELLOPTS|BASHOPTS|PS4|NODE_OPTIONS|NODE_PATH|JAVA_TOOL_OPTIONS")
 
 
 def parse_outputs(data):
@@ -10995,7 +11001,7 @@ def _output_of(line, number, following):
         name, sign, mark = line.partition("<<")
     if not sign or not _OUTPUT_NAME.fullmatch(name):
         raise ValueError(f"line {number} is neither NAME=VALUE nor NAME<<MARK")
-    if _LOADERS.fullmatch(name):
+    if LOADERS.fullmatch(name) or name.startswith("ROEXEC_"):
         raise ValueError(f"line {number}: {name} is not for steps to set")
     if sign == "=":
         return name, value
@@ -16309,13 +16315,14 @@ class _WatchedRun:
     def __init__(self, store, run_id):
         self.store, self.run_id, self.followers = store, run_id, 0
         self.ended, self.row, self.outcome, self.log, self.end = False, None, None, None, 0
-        self.missing = False            # whether it was removed from the store
+        self.trouble = None             # the error that ends its streams: it, or its log, is gone
 
     def look(self, row, changed=True):
         """See what has become of it, by its row where the store has changed."""
         path = None
         if changed and row is None:
-            self.missing = self.ended = True
+            self.trouble = NoSuchRun(f'there is no run "{self.run_id}"')
+            self.ended = True
         elif changed:
             self.row = row
             self.outcome = {name: row[name] for name in ("state", "reason", "exit_code", "signal")}
@@ -16348,7 +16355,10 @@ class Lookout:
                 rows = run_rows(db, self.runs) if self.runs else rows
             self.version = version
         for run_id, run in self.runs.items():
-            run.look(rows.get(run_id), changed)
+            try:
+                run.look(rows.get(run_id), changed)
+            except OSError as error:    # of its log
+                run.trouble, run.ended = error, True
 
     @property
     def pause(self):
@@ -17173,11 +17183,12 @@ def _given_env(given, job, caller):
     except Invalid as invalid:
         raise Refusal(400, "bad_request", "\n".join(
             f"{problem.path}: {problem.message}" for problem in invalid.problems)) from None
-    refused = refused_variables({*job.env, *job.params}, env, caller.may("job:write"))
+    refused = refused_variables(job, env, caller.may("job:write"))
     if refused:
-        raise Refusal(403, "variable", f"env.{refused[0]}: the job does not declare it, and "
-                      + ("it says how programs are loaded" if caller.may("job:write") else
-                         "only who may define jobs gives others"))
+        raise Refusal(403, "variable", f"env.{refused[0]}: the job does not "
+                      + ("have it among its params, and it says how programs are loaded"
+                         if LOADERS.fullmatch(refused[0]) else
+                         "declare it, and only who may define jobs gives others"))
     return env
 
 
@@ -17583,11 +17594,11 @@ class _Log:
                     offset = lines.end
                     yield asked.form(lines)
                 if not found and not run.log.refresh():
-                    if run.missing:
-                        raise NoSuchRun(f'there is no run "{self.run_id}"')
                     if over:
                         break
                     yield lambda: run.ended or run.end > offset
+            if run.trouble:
+                raise run.trouble
             if asked.events:
                 yield event_bytes(b"end", run.outcome, offset or 0)
         finally:

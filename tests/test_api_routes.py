@@ -372,14 +372,17 @@ def test_who_may_not_define_jobs_does_not_see_what_is_secret_in_them(ask, store,
 
 @pytest.mark.parametrize("scopes, env, expected", [
     (["run:create"], {"A": "1"}, 202), (["run:create"], {"C": "1"}, 403),
-    (["run:create"], {"PATH": "/x"}, 202), (["run:create"], {"LD_PRELOAD": "/x"}, 403),
+    (["run:create"], {"PATH": "/x"}, 403), (["run:create"], {"LD_PRELOAD": "/x"}, 403),
+    (["run:create"], {"GIT_SSH_COMMAND": "x"}, 403), (["run:create"], {"GIT_DIR": "/x"}, 202),
+    (["*"], {"PATH": "/x", "GIT_SSH_COMMAND": "x"}, 202),
     (["run:create", "job:write"], {"C": "1"}, 202), (["*"], {"MY_PATH": "1", "PATHS": "1"}, 202),
     *((["*"], {name: "1"}, 403) for name in (
         "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSTARTUP", "BASH_ENV", "ENV", "IFS",
         "PERL5LIB", "PERL5OPT", "RUBYOPT", "NODE_OPTIONS", "DYLD_INSERT_LIBRARIES", "GCONV_PATH",
-        "JAVA_TOOL_OPTIONS", "BASH_FUNC_x"))])
+        "JAVA_TOOL_OPTIONS", "BASH_FUNC_x", "GIT_EXEC_PATH"))])
 def test_variables_are_given_by_who_may_give_them(scopes, env, expected, ask, store, become):
-    register(store, {"id": "e", "command": "x", "env": {"A": "", "PATH": "/bin"}})
+    register(store, {"id": "e", "command": "x", "params": {"GIT_DIR": {"default": "/y"}},
+                     "env": {"A": "", "PATH": "/bin", "GIT_SSH_COMMAND": "ssh -4"}})
     become(*scopes)
     status, payload, _ = ask("/jobs/e/run", "POST", json.dumps({"env": env}).encode())
     assert status == expected

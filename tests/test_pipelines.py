@@ -210,6 +210,7 @@ def test_a_retry_of_the_whole_repeats_what_failed_and_keeps_the_rest(store, mark
     ("A= x y = z \n\nB=$A `x` \"q\"\n", {"A": " x y = z ", "B": "$A `x` \"q\""}),
     ("A<<E\nx\n\n y\nE\nB=2\n", {"A": "x\n\n y", "B": "2"}), ("A<<E\nE\n", {"A": ""}),
     ("A<<\nx\n\n", {"A": "x"}), ("A=1\nA=2\n", {"A": "2"}), ("A=x<<y\n", {"A": "x<<y"}),
+    ("GITHUB_REF=x\nLDAP_URL=y\n", {"GITHUB_REF": "x", "LDAP_URL": "y"}),
     ("A=ü\r\n", {"A": "ü\r"}), ("A<<E\nB=1\nE=\nE\n", {"A": "B=1\nE="})])
 def test_what_outputs_are(text, values):
     assert parse_outputs(text.encode()) == values
@@ -222,7 +223,8 @@ def test_what_outputs_are(text, values):
     (b"A=\xff", "byte 2 is not of UTF-8"), (b"A=x\0y", "NUL"), (b"A=" + b"x" * 65537, "65536"),
     (b"A<<E\n" + b"x\n" * 40000 + b"E\n", "65536"), (b"\n" * (1 << 20) + b"A=1", "1048576 bytes"),
     (b"LD_PRELOAD=/x", "LD_PRELOAD is not for steps"), (b"PATH=/x", "PATH is not"),
-    (b"BASH_ENV=x", "BASH_ENV"), (b"PYTHONPATH=x", "PYTHONPATH"), (b"ROEXEC_RUN_ID=x", "ROEXEC")],
+    (b"BASH_ENV=x", "BASH_ENV"), (b"PYTHONPATH=x", "PYTHONPATH"), (b"ROEXEC_RUN_ID=x", "ROEXEC"),
+    (b"GIT_SSH_COMMAND=x", "GIT_SSH_COMMAND"), (b"CLASSPATH=x", "CLASSPATH")],
     ids=lambda value: repr(value)[:20])
 def test_what_outputs_cannot_be(data, problem):
     with pytest.raises(ValueError) as caught:

@@ -473,6 +473,19 @@ def test_a_store_that_cannot_be_read_lets_streams_wait(listen, said, server, sto
     assert listener.next()[0] == "run"
 
 
+def test_a_log_that_cannot_be_opened_ends_the_streams_of_its_run_alone(listen, said, store):
+    os.makedirs(store.file("logs/hello"))
+    os.symlink("/etc/passwd", store.file("logs/hello/live.log"))
+    run_id = record(store, state="running")
+    other, one = listen("/events"), listen(f"/runs/{run_id}/logs?follow=1")
+    assert other.next()
+    finish(store, run_id)
+    with pytest.raises(http.client.IncompleteRead) as caught:
+        one.response.read()
+    assert not caught.value.partial and other.next()[2]["id"] == run_id
+    assert said.pop().startswith(f"/api/v1/runs/{run_id}/logs ends early: ") and not said
+
+
 # What a token for some jobs does not get to see.
 
 OF_OTHERS = b"".join(b"2025-08-01T10:00:00Z [%b\n" % line for line in (
