@@ -5303,7 +5303,7 @@ class Store:
         """Make what is missing, and bring an older database up to date -> self."""
         make_private_folder(self.folder, self.say)
         if self.database == self.path:
-            self._check_database_file()
+            _check_database_file(self)
         kind = file_system(self.folder)
         if kind in NETWORK_FILE_SYSTEMS:
             raise RoexecError(f"{self.folder} lies on a network file system ({kind}), where locks "
@@ -5318,23 +5318,6 @@ class Store:
         except OSError as error:
             raise RoexecError(f"cannot write into {self.folder}: {error.strerror}") from None
         return self
-
-    def _check_database_file(self):
-        """See to it that a database outside of the private folder is its owner's alone too."""
-        parent = os.path.dirname(os.path.abspath(self.path))
-        if not os.access(parent, os.W_OK):
-            raise RoexecError(f"cannot write into {parent}; name another store with --store")
-        try:
-            state = os.stat(self.path, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISREG(state.st_mode):
-            raise RoexecError(f"{self.path} is no file; name another store with --store")
-        if state.st_uid != os.geteuid():
-            raise self.refusal()
-        if state.st_mode & 0o077:
-            os.chmod(self.path, 0o600)
-            self.say(f"{self.path} could be read by others; it is private now (mode 0600)")
 
     def write(self):
         """A context: the connection within a transaction that is committed at its end.
@@ -5526,6 +5509,24 @@ def check_version(store, db):
         raise RoexecError(f"the store {store.path} was made by a newer roexec (its version is "
                           f"{version}, this one knows {len(_MIGRATIONS)}); use that one")
     return version
+
+
+def _check_database_file(store):
+    """See to it that a database outside of the private folder is its owner's alone too."""
+    parent = os.path.dirname(os.path.abspath(store.path))
+    if not os.access(parent, os.W_OK):
+        raise RoexecError(f"cannot write into {parent}; name another store with --store")
+    try:
+        state = os.stat(store.path, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(state.st_mode):
+        raise RoexecError(f"{store.path} is no file; name another store with --store")
+    if state.st_uid != os.geteuid():
+        raise store.refusal()
+    if state.st_mode & 0o077:
+        os.chmod(store.path, 0o600)
+        store.say(f"{store.path} could be read by others; it is private now (mode 0600)")
 
 
 class _StoreLock:
@@ -12734,6 +12735,35 @@ class SystemdNotifier:
         return False
 
 
+class _Calls:
+    """What calls upon the loop: signals, which have `asked` for its end so many times or want a
+    `reload`, and whoever writes into the FIFO of the store."""
+
+    def __init__(self, store):
+        self.asked, self.reload = 0, False
+        self.signals, self.writer = quiet_pipe()
+        self.before = {number: signal.signal(number, self.note)
+                       for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        self.before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        self.fifo = os.open(store.file("wake"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def note(self, number, _):
+        """The handler of the signals."""
+        if number == signal.SIGHUP:
+            self.reload = True
+        else:
+            self.asked += 1
+
+    def close(self):
+        """Put signals back as they were."""
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        for descriptor in (self.signals, self.writer, self.fifo):
+            os.close(descriptor)
+
+
 class Scheduler:
     """The loop of a server. The order of its start is that of `server` in the command line.
 
@@ -12755,7 +12785,6 @@ class Scheduler:
         self.more_queued = False        # whether not all have got the places that are free
         self.said = set()               # what is to be said once
         self.drain = 0                  # seconds to wait for runs when asked to end
-        self.asked, self.reload = 0, False
         self.last_look = self.last_second = -math.inf
         self.offset = time.time() - time.monotonic()
 
@@ -12764,9 +12793,9 @@ class Scheduler:
         self._prepare()
         try:
             more = True
-            while not self.asked:
+            while not self.calls.asked:
                 ended = self._sleep(0 if more else self._seconds())
-                _see_store(self.store, self.fifo)
+                _see_store(self.store, self.calls.fifo)
                 self.vitals.note_turn(time.time())
                 try:
                     more = self._turn(ended, time.time())
@@ -12784,14 +12813,8 @@ class Scheduler:
     # Start and end.
 
     def _prepare(self):
-        self.signals, writer = quiet_pipe()
-        self.writer, self.before = writer, {}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self.before[number] = signal.signal(number, self._note_signal)
-        self.before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self.fifo = os.open(self.store.file("wake"), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        for descriptor in (self.signals, self.fifo, self.launcher.fileno()):
+        self.calls = _Calls(self.store)
+        for descriptor in (self.calls.signals, self.calls.fifo, self.launcher.fileno()):
             self.poller.register(descriptor, select.POLLIN)
         _allow_many_files()
         self.supervisors.fork()
@@ -12803,29 +12826,19 @@ class Scheduler:
             self.timetable.start_boot(db, boot)
         self.last_look = -math.inf
 
-    def _note_signal(self, number, _):
-        if number == signal.SIGHUP:
-            self.reload = True
-        else:
-            self.asked += 1
-
     def _leave(self):
-        signal.set_wakeup_fd(-1)
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        self.calls.close()
         self.supervisors.close()
         for journal in self.ended:
             journal.close()
-        for descriptor in (self.signals, self.writer, self.fifo):
-            os.close(descriptor)
         self.launcher.close()
 
     def _await_runs(self, seconds, others=()):
         """Take runs in that end within some seconds, ours and some of others'; a further signal
         ends the waiting."""
-        deadline, asked = time.monotonic() + seconds, self.asked
+        deadline, asked = time.monotonic() + seconds, self.calls.asked
         journals = [self.store.file(f"active/{run_id}") for run_id in others]
-        while self.asked == asked and (self.supervisors.are_busy()
+        while self.calls.asked == asked and (self.supervisors.are_busy()
                                        or any(map(lock_is_held, journals))):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -12877,10 +12890,10 @@ class Scheduler:
         """Do what is due now -> whether there is more to do at once."""
         self.ended += ended
         self._see_clock(now)
-        if time.monotonic() - self.last_second >= 1 or self.reload:
+        if time.monotonic() - self.last_second >= 1 or self.calls.reload:
             self.last_second = time.monotonic()
-            if self.reload:
-                self.reload = False
+            if self.calls.reload:
+                self.calls.reload = False
                 _call(self.on_reload, self.say)
             _call((self.vitals.look, *self.each_second), self.say)
         self.supervisors.hand_over()    # before the disk is waited for
@@ -12951,7 +12964,7 @@ class Scheduler:
     def _claim(self, db):
         """The journals of runs whose turn it is: some at a time, since each is an open file."""
         waiting = len(self.supervisors.waiting)
-        if self.asked or waiting >= _MOST_WAITING // 2:
+        if self.calls.asked or waiting >= _MOST_WAITING // 2:
             return []
         places = iter(range(_MOST_WAITING - waiting))
         started = claim(db, self.store.file("active"), self.timetable.job_of, self.timetable.limit,
@@ -22263,13 +22276,10 @@ def _cmd_server(session):
         scheduler, address = Scheduler(store, launcher, say), None
         if not options.no_http:
             http = start_http(store, host, port, say, access)
-            http.vitals = scheduler.vitals
-            http.warnings = lambda: _warnings(store, session.config)
             stack.callback(http.close)
             address = f"http{'s' if access.tls else ''}://%s:%d" % http.address
+            _join(session, scheduler, http)
             prepare_access(store, http, say)
-            scheduler.each_second.append(http.note_uses)
-            scheduler.on_reload.append(lambda: http.admit(session.config.server))
         stack.callback(withdraw_announcement, announce_server(store))
         scheduler.drain = config.server.drain if options.drain is None else _duration_of(
             "--drain", options.drain)
@@ -22288,6 +22298,14 @@ def _cmd_server(session):
             say(warning, "ERROR")
         scheduler.run()
     say("Server ended" if ends_with_us() else "Server ended; runs that are on go on by themselves")
+
+
+def _join(session, scheduler, http):
+    """Let HTTP know of the scheduler and of settings, and have the scheduler look after it."""
+    http.vitals = scheduler.vitals
+    http.warnings = lambda: _warnings(session.store, session.config)
+    scheduler.each_second.append(http.note_uses)
+    scheduler.on_reload.append(lambda: http.admit(session.config.server))
 
 
 def _stored_settings(store):
