@@ -525,7 +525,7 @@ def test_what_would_not_work_is_refused_before_anything_is_written(host, tmp_pat
 def test_without_root_only_an_installation_for_oneself_is_possible(cli, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     status, _, err = cli("install", store=None)
-    assert status == 1 and "write sudo roexec install, or roexec install --user" in err
+    assert status == 1 and "write it with sudo, or with --user" in err
 
 
 def test_an_installation_for_oneself_touches_nothing_of_the_host(host, tmp_path):
