@@ -6322,11 +6322,12 @@ def keep_answer(db, key, request, run_id, now):
 # What holds as long as the database does not change.
 
 class Memo:
-    """Values computed from the database that hold as long as nobody has changed it."""
+    """Values computed from the database that hold as long as nobody has changed it: `most` of them,
+    and of those that are large `room` bytes."""
 
-    def __init__(self, store, most=64):
-        self.store, self.most = store, most
-        self._db, self._version, self._values = None, None, {}
+    def __init__(self, store, most=64, room=32 << 20):
+        self.store, self.most, self.room = store, most, room
+        self._db, self._version, self._values, self._size = None, None, {}, 0
         self._mutex = threading.Lock()
 
     def version(self):
@@ -6341,7 +6342,7 @@ class Memo:
                 self._close()
                 return None
             if version != self._version:
-                self._version, self._values = version, {}
+                self._version, self._values, self._size = version, {}, 0
             return version
 
     def get(self, key, now):
@@ -6351,13 +6352,15 @@ class Memo:
         value, until = self._values.get(key, (None, -math.inf))
         return value if now < until else None
 
-    def keep(self, key, version, value, until):
-        """Keep a value that was computed after `version` was the version, until an instant."""
+    def keep(self, key, version, value, until, size=0):
+        """Keep a value that was computed after `version` was the version, until an instant; `size`
+        is how many bytes it has, where these are many."""
         with self._mutex:
-            if version is not None and version == self._version:
-                if len(self._values) >= self.most:
-                    self._values = {}
+            if version is not None and version == self._version and size <= self.room:
+                if len(self._values) >= self.most or self._size + size > self.room:
+                    self._values, self._size = {}, 0
                 self._values[key] = value, until
+                self._size += size
 
     def close(self):
         """Close the connection that it has."""
@@ -6368,7 +6371,7 @@ class Memo:
         if self._db is not None:
             self._db.close()
             self._db = None
-        self._version, self._values = None, {}
+        self._version, self._values, self._size = None, {}, 0
 
 
 # The outbox: notices that wait to be sent, and for a while those that were.
@@ -18025,7 +18028,7 @@ def answer(route, request, store, say):
     if response is None:
         response = _finished(_answered(route, request, store, say), request)
         if response.until is not None and memo is not None:
-            memo.keep(key, version, response, response.until)
+            memo.keep(key, version, response, response.until, len(response.body))
     return _unless_known(response, request)
 
 

@@ -1458,3 +1458,23 @@ def test_the_database_file_is_opened_by_sqlite_alone(tmp_path, name, monkeypatch
     paths = {os.fsdecode(path) for path in opened if isinstance(path, (str, bytes, os.PathLike))}
     assert made.file("store.lock") in paths
     assert not [path for path in paths if path.startswith(made.database) and ".d/" not in path]
+
+
+# What holds as long as nobody changes the database.
+
+def test_a_memo_keeps_so_many_values_and_bytes(store):
+    memo = roexec.Memo(store, most=3, room=100)
+
+    def kept(*sizes):
+        count_up(store, 1)
+        version = memo.version()
+        for number, size in enumerate(sizes):
+            memo.keep(number, version, str(number), 9, size)
+        return [number for number in range(len(sizes)) if memo.get(number, 8) == str(number)]
+
+    assert kept(1, 1, 1) == [0, 1, 2] and kept(60, 40) == [0, 1]
+    assert kept(60, 41) == [1] and memo.get(1, 10) is None
+    assert kept(1, 101) == [0] and kept(0, 0, 0, 0) == [3]
+    count_up(store, 1)
+    assert memo.get(3, 8) is None
+    memo.close()
