@@ -9336,8 +9336,12 @@ def _environment_of(pid):
 
 
 def _signal_all(found, number):
-    """Send a signal to each of {pid: Process}, unless it is another one by now, and let it run."""
-    for pid, process in found.items():
+    """Send a signal to each of {pid: Process}, unless it is another one by now, and let it run.
+
+    The eldest come first: a script whose command is ended before it goes on with the next one.
+    """
+    for pid in sorted(found, key=lambda pid: (found[pid] and found[pid].start, pid)):
+        process = found[pid]
         if process is None:
             _signal_group(pid, number), _signal_group(pid, signal.SIGCONT)
         elif process_start(pid) == process.start:
@@ -10760,6 +10764,9 @@ class _Supervisor:
         self.since = time.monotonic()   # when it was asked for, or has become idle
 
 
+OTHER_FILES = 64            # that whoever has Supervisors may have open besides one for each
+
+
 class Supervisors:
     """The supervisors that runs are handed to: one is kept ready, and a herd gets more as long as
     none comes back by itself. `waiting` are journals of runs that wait for one.
@@ -10831,7 +10838,10 @@ class Supervisors:
             self.idle.append(supervisor)
         elif word == "":
             self._forget(supervisor)
-        journal = run and Journal.find(os.path.join(self.folder, "active", run))
+        try:
+            journal = run and Journal.find(os.path.join(self.folder, "active", run))
+        except OSError:                 # too many files are open: found at the next look
+            journal = None
         if "Traceback" in text:
             self.say(f"A supervisor has failed, run {text}", "ERROR")
             if journal and not Progress(journal.events).finished:
@@ -11119,7 +11129,6 @@ _HURRY = 0.2                # seconds within which starts are noted together
 _MOST_PREPARED = 128        # steps
 _LOOK_AT_OTHERS = 0.5       # seconds between looks at the journals of steps in other hands
 _MOST_READY = 16            # steps that wait for a supervisor: each is an open file
-_OTHER_FILES = 64           # that a supervisor needs besides one for each step
 
 
 class _Hands:
@@ -11179,7 +11188,7 @@ class _Steps:
         self.untold, self.told = [], 0.0        # names of journals, and when some were told last
         self.pool = self.hands.pool
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most = min(run.job.parallel or math.inf, max(1, files - _OTHER_FILES))
+        self.most = min(run.job.parallel or math.inf, max(1, files - OTHER_FILES))
 
     def perform(self):
         """Go on until each step has ended -> the Ended of the pass."""
@@ -12819,14 +12828,11 @@ class Scheduler:
         self.calls = _Calls(self.store)
         for descriptor in (self.calls.signals, self.calls.fifo, self.launcher.fileno()):
             self.poller.register(descriptor, select.POLLIN)
-        _allow_many_files()
+        self.files = _allow_many_files()
         self.supervisors.fork()
         self._take_in(self._look(), (), time.time(), True)
-        boot = boot_id()
-        if os.getpid() == 1:            # of a container: its start is what counts
-            boot += f" {process_start(1)}"
         with self.store.write() as db:
-            self.timetable.start_boot(db, boot)
+            self.timetable.start_boot(db, _boot_of_jobs())
         self.last_look = -math.inf
 
     def _leave(self):
@@ -12969,7 +12975,8 @@ class Scheduler:
         waiting = len(self.supervisors.waiting)
         if self.calls.asked or waiting >= _MOST_WAITING // 2:
             return []
-        places = iter(range(_MOST_WAITING - waiting))
+        most = min(_MOST_WAITING, self.files - OTHER_FILES - len(self.supervisors.all))
+        places = iter(range(most - waiting))
         started = claim(db, self.store.file("active"), self.timetable.job_of, self.timetable.limit,
                         lambda row: not row["owner"] and next(places, None) is not None)
         self.more_queued = next(places, None) is None
@@ -12997,8 +13004,8 @@ class Scheduler:
 
     def _look(self):
         """Journals that nobody looks after: of an earlier server, or of commands that died."""
-        known = self.supervisors.runs().union(journal.run_id for journal in self.ended)
-        return found_journals(self.store, known)
+        return found_journals(self.store, self.supervisors.runs().union(
+            journal.name for journal in self.ended))
 
 
 def _given_to(store, journals):
@@ -13103,13 +13110,20 @@ def show_unit(options, unit, names):
     return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
 
 
+def _boot_of_jobs():
+    """What `@reboot` is due once for; in a container, where we are PID 1, its start counts."""
+    return boot_id() + (f" {process_start(1)}" if os.getpid() == 1 else "")
+
+
 def _allow_many_files():
-    """Raise the limit of open files: each run on takes one. Commands keep the limit there was,
-    since the launcher does."""
+    """Raise the limit of open files -> what it is then: each run on takes one. Commands keep the
+    limit there was, since the launcher does."""
     import resource
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):      # macOS takes no infinite one
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if most == resource.RLIM_INFINITY else most
 
 
 def _drain(descriptor):

@@ -604,6 +604,13 @@ def test_a_command_that_obeys_ends_within_its_grace(store):
     assert run["finished_at"] - run["started_at"] < 5
 
 
+def test_a_script_is_told_to_end_before_the_command_it_waits_for(store):
+    for _ in range(5):                  # or else it would go on with the next one
+        run = perform(store, "sleep 600; echo next; sleep 600; echo last", timeout=0.05, grace=60)
+        assert (run["state"], run["signal"]) == ("timed_out", "SIGTERM")
+        assert output_of(store, run) == ""
+
+
 def test_a_stopped_command_ends_too(store):
     run = perform(store, "kill -STOP $$", timeout=0.1, grace=60)
     assert (run["state"], run["signal"]) == ("timed_out", "SIGTERM")

@@ -11,8 +11,8 @@ import sys
 import time
 
 import pytest
-from helpers import (apply, await_state, descendants, end_of, in_child, is_alive, make_job,
-                     read_attempts, read_log_of, read_pid, read_run, read_runs, wait_for)
+from helpers import (apply, await_state, claimed, descendants, end_of, in_child, is_alive,
+                     make_job, read_attempts, read_log_of, read_pid, read_run, read_runs, wait_for)
 
 import roexec
 from roexec import RoexecError, own_identity
@@ -316,6 +316,22 @@ def test_more_runs_than_files_may_be_open_all_run(store, start):
     assert "ERROR" not in server.said
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
     server.stop()
+
+
+def test_where_no_file_can_be_opened_what_comes_back_waits_for_the_next_look(store, monkeypatch):
+    supervisors = roexec.Supervisors(store.folder, None, select.poll(), print)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    supervisors.all[ours.fileno()] = supervisor = roexec._Supervisor(ours)
+    supervisor.is_new, supervisor.run = False, claimed(store, make_job()).name
+    theirs.send(f"done {supervisor.run}".encode())
+
+    def too_many(*_):
+        raise OSError(24, "Too many open files")
+    monkeypatch.setattr(roexec.Journal, "find", too_many)
+    assert supervisors.hear(ours.fileno()) == []
+    assert supervisor.run is None and supervisor in supervisors.idle
+    supervisors.close()
+    theirs.close()
 
 
 def test_a_supervisor_that_is_killed_before_it_reads_disturbs_no_server(store):
