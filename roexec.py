@@ -7122,6 +7122,8 @@ class StoredLog:
         removed lines as it is."""
         if offset <= 0:
             return 0
+        if offset >= self.end():        # maybe where no file can have a byte
+            return self.end()
         here, block = self.read(offset - 1, _MOST_KEPT)
         if here > offset - 1:
             return offset

@@ -79,6 +79,7 @@ def finish(store, run_id, journal=None, state="succeeded", reason=None):
     ("limit=1", LOG[:41], 41), ("limit=41", LOG[:41], 41), ("limit=42", LOG[:72], 72),
     ("limit=9999", LOG, len(LOG)), ("offset=41&limit=1", LOG[41:72], 72),
     ("offset=30&limit=10", LOG[41:72], 72), ("offset=9999&limit=5", b"", len(LOG)),
+    (f"offset={10 ** 18 - 1}&limit={10 ** 18 - 1}", b"", len(LOG)),
     ("tail=2&limit=1", LOG[72:103], 103), ("offset=41&limit=40&stream=err", b"two\n", 103)])
 def test_a_window_of_a_log_is_given(query, expected, next_offset, ask, store):
     status, content, headers = ask(f"/runs/{logged(store)}/logs?{query}")
