@@ -21002,6 +21002,8 @@ class JobFiles:
     def _apply(self):
         files = _JobFiles(self.paths).read(self.defaults)
         told = [(text, "ERROR") for text in files.problems]
+        if told:
+            told.append(("What a wrong file described before stays until it is mended", "WARNING"))
         try:
             files.check_ids()
             with self.store.write() as db:
