@@ -21003,7 +21003,8 @@ class JobFiles:
         files = _JobFiles(self.paths).read(self.defaults)
         told = [(text, "ERROR") for text in files.problems]
         if told:
-            told.append(("The jobs described there stay as they were until that is mended", "WARNING"))
+            told.append(("The jobs described there stay as they were until that is mended",
+                         "WARNING"))
         try:
             files.check_ids()
             with self.store.write() as db:
