@@ -10645,7 +10645,7 @@ def serve_runs(channel, folder, perform, *, keeper=None, console=None):
 
     `channel` is a SOCK_SEQPACKET socket: the name of a journal comes with the journal, locked, and
     with what was given in memory alone; the answer is "done" or, where it ends now, "last", the
-    name, and the traceback of what went wrong here; "notice" in between says that a journal asks
+    name, and the traceback of what went wrong here; "notice" in between names journals that ask
     for one. `perform` carries a run out, with what `_Execution` is made with.
     """
     signals = Signals()
@@ -10672,8 +10672,8 @@ def serve_runs(channel, folder, perform, *, keeper=None, console=None):
 
 def _supervise(perform, channel, journal, *execution, **more):
     try:
-        perform(journal, *execution, tell=lambda name=journal.name: _answer(
-            channel, f"notice {name}"), **more)
+        perform(journal, *execution, tell=lambda *names: _answer(
+            channel, f"notice {' '.join(names or (journal.name,))}"), **more)
         return journal.name
     except Exception:
         import traceback
@@ -10829,7 +10829,7 @@ class Supervisors:
         except ConnectionError:         # it was killed before it had read what was sent to it
             word = text = ""
         if word == "notice":
-            self.telling.append(text)
+            self.telling += text.split()
             return []
         run, supervisor.run = supervisor.run, None
         if supervisor.is_new:
@@ -11127,6 +11127,7 @@ class _PipelineRun(_OfPipeline):
 
 
 _TELL_EVERY = 0.1           # seconds
+_MOST_TOLD = 1000           # names of journals at a time, which fit into an answer
 _HURRY = 0.2                # seconds within which starts are noted together
 _MOST_PREPARED = 128        # steps
 _LOOK_AT_OTHERS = 0.5       # seconds between looks at the journals of steps in other hands
@@ -11396,8 +11397,9 @@ class _Steps:
         """Tell whoever has the store of what it can take in: some at a time, as each time is a
         transaction."""
         names, self.untold, self.told = self.untold, [], time.monotonic()
-        for name in names if self.run.tell is not None else ():
-            self.run.tell(name)
+        while names and self.run.tell is not None:
+            self.run.tell(*names[:_MOST_TOLD])
+            del names[:_MOST_TOLD]
 
     def _stop(self, reason):
         """Cancel the steps that are on, and start no more of them."""
@@ -12087,9 +12089,9 @@ def _start_courier(store, journal, settings):
     os.close(reader)
     os.set_blocking(writer, False)
 
-    def tell(name=journal.name):
+    def tell(*names):
         with contextlib.suppress(OSError):          # it has failed: the end of the run posts them
-            os.write(writer, f"{name}\n".encode())
+            os.write(writer, "".join(f"{name}\n" for name in names or (journal.name,)).encode())
     return tell
 
 
