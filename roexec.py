@@ -19685,6 +19685,14 @@ def _check_tokens(examined):
 
 # The jobs.
 
+def _check_followed_files(examined):
+    """What the server could not apply of the files that it owns; it applies them once mended."""
+    if examined.store.exists:
+        with examined.store.read() as db:
+            for text in json.loads(get_meta(db, "job_files", "[]")):
+                yield _wrong(text)
+
+
 def _check_jobs(examined):
     jobs = examined.jobs()
     problems = [(job, problem) for job in jobs for problem in job_problems(job)]
@@ -19750,13 +19758,13 @@ _CHECKS = {"python": _check_python, "program": _check_program, "sqlite": _check_
            "store": _check_store, "disk": _check_disk, "clock": _check_clock,
            "time zone": _check_zone, "server": _check_server, "unit": _check_unit,
            "limits": _check_limits, "port": _check_port, "owner": _check_owner,
-           "tokens": _check_tokens,
-           "jobs": _check_jobs}
+           "tokens": _check_tokens, "job files": _check_followed_files, "jobs": _check_jobs}
 
 
 def status_warnings(store, config):
-    """What of the findings `status` tells: what is wrong with the store, its disk, the clock."""
-    checks = {about: _CHECKS[about] for about in ("store", "disk", "clock")}
+    """What of the findings `status` tells: what is wrong with the store, its disk, the clock, and
+    the job files of the server."""
+    checks = {about: _CHECKS[about] for about in ("store", "disk", "clock", "job files")}
     return [found for found in examine(store, config, checks) if found.level == "wrong"]
 
 
@@ -20991,7 +20999,7 @@ class JobFiles:
         self.store, self.paths, self.defaults, self.say = store, paths, defaults, say
         self.due = True
         self._seen = self._applied = None
-        self._told, self._again = [], None
+        self._told, self._again, self._wrong = [], None, None
 
     def __call__(self):
         seen = [_look_of(path) for path in self.paths]
@@ -21025,6 +21033,14 @@ class JobFiles:
                 self.say(f"Job {change.id} {change.change}")
         # What was in the way, be it a full disk or a job of the same id, may go by itself.
         self._told, self._again = told, time.monotonic() + 60 if told else None
+        self._remember([text for text, level in told if level == "ERROR"])
+
+    def _remember(self, wrong):
+        """Keep what is wrong with the files where `status` and `doctor` find it."""
+        if wrong != self._wrong:
+            with self.store.write() as db:
+                set_meta(db, "job_files", json.dumps(wrong))
+            self._wrong = wrong
 
 
 def _look_of(path):

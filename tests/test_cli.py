@@ -1383,6 +1383,17 @@ def test_a_broken_file_is_reported_once_and_its_jobs_stay(text, owned, store):
     assert set(registered(store)) == {"a", "aa", "b"}
 
 
+def test_status_tells_of_a_broken_file_until_it_is_mended(owned, store, cli):
+    folder, files, _ = owned
+    assert "a.yml" not in cli("status")[1]
+    for text, times in (("jobs: [{id: a, comand: y}]", 1), ("jobs: [{id: a, command: y}]", 0)):
+        write(folder / "a.yml", text)
+        files()
+        files()
+        for words in ("status", "doctor"):
+            assert cli(words)[1].count(f"{folder}/a.yml:1:16: ") == times
+
+
 def test_jobs_of_a_file_that_left_the_folder_are_removed(owned, store, cli):
     folder, files, _ = owned
     cli("add other -- true")
