@@ -10800,7 +10800,11 @@ class Supervisors:
 
     def are_busy(self):
         """Whether any run is on, or waits for a supervisor."""
-        return bool(self.waiting) or any(supervisor.run for supervisor in self.all.values())
+        return bool(self.waiting) or self.count_busy() > 0
+
+    def count_busy(self):
+        """How many runs are on."""
+        return sum(supervisor.run is not None for supervisor in self.all.values())
 
     def runs(self):
         """The names of the journals that are in their hands, or wait for them."""
@@ -12158,7 +12162,10 @@ def withdraw_orphans(db):
 
 
 def found_journals(store, known=()):
-    """The Journals, locked now, that nobody looks after; `known` are ids to pass over."""
+    """The Journals, locked now, that nobody looks after; `known` are ids to pass over.
+
+    Where no more files can be opened, those before; the others are found the next time.
+    """
     free = []
     for name in sorted(os.listdir(store.file("active"))):
         path = store.file(f"active/{name}")
@@ -12169,7 +12176,12 @@ def found_journals(store, known=()):
                 if old and not os.path.exists(store.file(f"active/{base}")):
                     os.unlink(path)
             continue
-        journal = None if name in known else Journal.find(path)
+        try:
+            journal = None if name in known else Journal.find(path)
+        except OSError:
+            if not free:
+                raise
+            break
         if journal is not None:
             free.append(journal)
     return free
@@ -12979,8 +12991,8 @@ class Scheduler:
         waiting = len(self.supervisors.waiting)
         if self.calls.asked or waiting >= _MOST_WAITING // 2:
             return []
-        most = min(_MOST_WAITING, self.files - OTHER_FILES - len(self.supervisors.all))
-        places = iter(range(most - waiting))
+        most = _most_at_once(self.files) - self.supervisors.count_busy()
+        places = iter(range(min(_MOST_WAITING, most) - waiting))
         started = claim(db, self.store.file("active"), self.timetable.job_of, self.timetable.limit,
                         lambda row: not row["owner"] and next(places, None) is not None)
         self.more_queued = next(places, None) is None
@@ -13112,6 +13124,12 @@ def show_unit(options, unit, names):
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+
+
+def _most_at_once(files):
+    """How many runs a server can look after that may open so many files: each takes one for its
+    supervisor, and another one when it has ended."""
+    return math.inf if files == math.inf else (files - OTHER_FILES) // 2
 
 
 def _boot_of_jobs():
@@ -13434,10 +13452,7 @@ class UpkeepIsOn(RoexecError):
 
 
 def hold_upkeep(store):
-    """The descriptor of the lock of the one who does the upkeep; raises UpkeepIsOn, and
-    RoexecError where there is no store."""
-    if not store.exists:
-        raise no_store(store)
+    """The descriptor of the lock of the one who does the upkeep; raises UpkeepIsOn."""
     descriptor = open_private(store.file("upkeep.lock"))
     if not try_lock(descriptor):
         os.close(descriptor)
@@ -13535,6 +13550,8 @@ class Trouble(Value):
 
 def check_store(store, *, dry_run=False, progress=None):
     """Look for what is wrong with a store, and mend what a crash has left -> [Trouble]."""
+    if not store.exists:
+        raise no_store(store)
     check = _Check(store, dry_run, progress or (lambda share, text: None))
     lock = hold_upkeep(store)
     try:

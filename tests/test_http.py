@@ -739,12 +739,13 @@ def test_closing_does_not_wait_for_ever(store, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this host does not list threads")
-def test_no_signal_reaches_the_threads_of_the_server(server):
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    with dial(server) as client:
+def test_no_signal_reaches_the_threads_of_the_server(store, said):
+    before, others = signal.pthread_sigmask(signal.SIG_BLOCK, ()), threading.enumerate()
+    server = serve(store, said)
+    with contextlib.closing(server), dial(server) as client:
         client.sendall(head("GET /api/v1/health HTTP/1.1"))
         client.recv(1)
-        threads = [each for each in threading.enumerate() if each is not threading.main_thread()]
+        threads = [each for each in threading.enumerate() if each not in others]
         assert len(threads) == 2 and all(each.daemon for each in threads)
         for each in threads:
             with open(f"/proc/self/task/{each.native_id}/status") as file:
