@@ -184,7 +184,7 @@ SAME = """
 """
 
 
-@pytest.mark.parametrize("line", filter(None, map(str.strip, SAME.splitlines())))
+@pytest.mark.parametrize("line", [*filter(None, map(str.strip, SAME.splitlines()))])
 def test_a_command_says_the_same_of_a_server_as_of_its_store(line, call, ran, served):
     if "token" in line and not call.here("token list")[1]:
         assert call("token create --name ci --scope run:list")[0] == 0
