@@ -21329,11 +21329,15 @@ def _pause_in_words(job, until):
 # Commands that show.
 
 def _cmd_list_jobs(session):
-    payloads = session.asked.jobs()
+    _give_list(session, "jobs", session.asked.jobs(), jobs_table)
+
+
+def _give_list(session, what, payloads, as_table):
+    """Print payloads; where there are none, say where they were looked for."""
     if not payloads:
-        session.nothing("jobs")
-    session.give(page("jobs", payloads),
-                 lambda style: jobs_table(payloads, style) if payloads else "")
+        session.nothing(what)
+    session.give(page(what, payloads),
+                 lambda style: as_table(payloads, style) if payloads else "")
 
 
 def _cmd_list_runs(session):
@@ -22094,11 +22098,7 @@ def _give_token(session, name, text):
 
 
 def _cmd_token_list(session):
-    payloads = session.asked.tokens()
-    if not payloads:
-        session.nothing("tokens")
-    session.give(page("tokens", payloads),
-                 lambda style: tokens_table(payloads, style) if payloads else "")
+    _give_list(session, "tokens", session.asked.tokens(), tokens_table)
 
 
 def _cmd_token_rotate(session):

@@ -610,7 +610,7 @@ def test_an_answer_that_is_none_of_roexec_is_told_in_words(answer, told, call, p
 
 def test_a_silent_server_is_given_up(call, peer, monkeypatch):
     monkeypatch.setattr(roexec, "_SILENCE_TIME", 0.2)
-    there = peer(lambda connection, _: time.sleep(2))
+    there = peer(lambda connection, _: connection.recv(1))           # until it is given up
     assert call("list jobs", url=there.url)[2].endswith("does not answer in time\n")
 
 
