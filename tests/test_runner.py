@@ -605,11 +605,14 @@ def test_a_command_that_obeys_ends_within_its_grace(store):
     assert run["finished_at"] - run["started_at"] < 5
 
 
-def test_a_script_is_told_to_end_before_the_command_it_waits_for(store):
-    for _ in range(5):                  # or else it would go on with the next one
-        run = perform(store, "sleep 600; echo next; sleep 600; echo last", timeout=0.05, grace=60)
-        assert (run["state"], run["signal"]) == ("timed_out", "SIGTERM")
-        assert output_of(store, run) == ""
+def test_the_eldest_process_is_told_to_end_first(monkeypatch):
+    # or else a script would go on with its next command
+    starts, told = {7: 30, 3: 20, 9: 10}, []
+    monkeypatch.setattr(roexec, "process_start", starts.get)
+    monkeypatch.setattr(os, "kill", lambda pid, number: told.append((pid, number)))
+    roexec._signal_all({pid: roexec.Process(parent=1, session=1, start=start, alive=True)
+                        for pid, start in starts.items()}, signal.SIGTERM)
+    assert [pid for pid, number in told if number == signal.SIGTERM] == [9, 3, 7]
 
 
 def test_a_stopped_command_ends_too(store):
