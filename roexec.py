@@ -8414,8 +8414,9 @@ class _Call:
     def __enter__(self):
         host = self.parts.hostname
         port = self.parts.port or (443 if self.parts.scheme == "https" else 80)
-        self.socket = _connected(_allowed(_resolve(host, port, self.deadline)), self.deadline)
-        self.guard = _Guard(self.socket, self.deadline)
+        addresses = _allowed(resolve_host(host, port, self.deadline))
+        self.socket = connect_within(addresses, self.deadline)
+        self.guard = Guard(self.socket, self.deadline)
         if self.parts.scheme == "https":
             import ssl
             try:
@@ -8431,7 +8432,7 @@ class _Call:
         self.socket.close()
 
 
-class _Guard:
+class Guard:
     """Ends a connection at a deadline, however slowly its other side goes on."""
 
     def __init__(self, connection, deadline):
@@ -8450,8 +8451,83 @@ class _Guard:
         self.copy.close()
 
 
-def _resolve(host, port, deadline):
-    """The addresses of a name, as getaddrinfo gives them, which itself would wait for minutes."""
+class HttpConnection:
+    """A connection with an HTTP server that is kept from one request to the next; for one thread at
+    a time. `context` is the ssl.SSLContext of one that speaks TLS."""
+
+    def __init__(self, host, port, context=None):
+        self._host, self._port, self._context, self._client = host, port, context, None
+
+    def ask(self, method, target, body, headers, *, deadline, most):
+        """(status, headers, bytes) of a request that has all of its answer, `most` bytes, before a
+        `deadline` (of time.monotonic). Raises OSError, once that has passed TimeoutError."""
+        import http.client
+        try:
+            self._see_open(deadline)
+            guard = Guard(self._client.sock, deadline)
+            try:
+                answer = self._ask(method, target, body, headers, most)
+            finally:
+                guard.close()
+            if time.monotonic() >= deadline:    # one without a length would seem to be complete
+                raise TimeoutError
+            return answer
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+                if time.monotonic() >= deadline or isinstance(error, socket.timeout):
+                    error = TimeoutError(errno.ETIMEDOUT, "there is no answer in time")
+                elif not isinstance(error, OSError):    # its text may have parts of the answer
+                    error = OSError(errno.EPROTO, "the answer is no HTTP")
+                raise error from None
+            raise
+
+    def close(self):
+        """Close it; the next request opens it again."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _see_open(self, deadline):
+        import http.client
+        if self._client is not None and (self._client.sock is None or self._has_ended()):
+            self.close()
+        if self._client is None:
+            connection = connect_within(resolve_host(self._host, self._port, deadline), deadline)
+            guard = Guard(connection, deadline)
+            try:
+                if self._context is not None:
+                    connection = self._context.wrap_socket(connection, server_hostname=self._host)
+            except BaseException:
+                connection.close()
+                raise
+            finally:
+                guard.close()
+            self._client = http.client.HTTPConnection(self._host, self._port)
+            self._client.sock, self._client.auto_open = connection, 0
+        self._client.sock.settimeout(max(0.001, deadline - time.monotonic()))
+
+    def _has_ended(self):
+        """Whether the other side has closed it, or says what nobody has asked for."""
+        poll = select.poll()
+        poll.register(self._client.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _ask(self, method, target, body, headers, most):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._client.request(method, target, body, headers)
+        with self._client.getresponse() as answer:      # it may say why it did not want the rest
+            data = answer.read(most + 1) if method != "HEAD" else b""
+            if len(data) > most:
+                raise OSError(errno.EFBIG, f"the answer is larger than {format_size(most)}")
+            if answer.length:           # from Python 3.12 on read() says so itself
+                raise OSError(errno.EPROTO, "the answer ends too early")
+            return answer.status, answer.headers, data
+
+
+def resolve_host(host, port, deadline):
+    """The addresses of a name, as getaddrinfo gives them, which itself would wait for minutes;
+    raises OSError."""
     found = []
 
     def resolve():
@@ -8465,7 +8541,7 @@ def _resolve(host, port, deadline):
     if not found:
         raise TimeoutError
     if not found[0]:
-        raise NoticeError(f"the name {host} is not known", away=True)
+        raise OSError(errno.EHOSTUNREACH, f"the name {host} is not known")
     return found[0]
 
 
@@ -8497,7 +8573,7 @@ def _is_refused(text):
             or address.version == 4 and int(address) < 1 << 24)         # 0.0.0.0/8: RFC 1122
 
 
-def _connected(addresses, deadline):
+def connect_within(addresses, deadline):
     """A socket that is connected to the first of some addresses that can be reached."""
     for number, (family, kind, protocol, _, address) in enumerate(addresses, 1):
         connection = socket.socket(family, kind, protocol)
@@ -8525,7 +8601,7 @@ def _send_mail(notice, server):
     deadline = time.monotonic() + server.timeout
     try:
         client = _mail_client(server, host)
-        guard = _Guard(client.sock, deadline)
+        guard = Guard(client.sock, deadline)
         try:
             _log_in(client, server)
             client.send_message(message, sender, [notice["target"]])

@@ -365,7 +365,7 @@ REFUSED = ["169.254.169.254", "169.254.0.1", "[::ffff:a9fe:a9fe]", "[::ffff:169.
 
 @pytest.mark.parametrize("host", REFUSED)
 def test_some_addresses_are_never_sent_to(host, monkeypatch):
-    monkeypatch.setattr(roexec, "_connected", lambda *_: pytest.fail("it connects"))
+    monkeypatch.setattr(roexec, "connect_within", lambda *_: pytest.fail("it connects"))
     error = error_of("webhook", f"http://{host}/")
     assert error.permanent and "is an address to which no notice is sent" in str(error)
 
