@@ -130,12 +130,17 @@ def _reaped(pid):
     return (status,) if found else None
 
 
+engines = set()         # {pid} of others' servers, which several tests may share; tests/engines.py
+
+
 def descendants(of=None):
-    """{pid} of all that descend from a process, which must be a subreaper; no zombies."""
+    """{pid} of all that descend from a process, which must be a subreaper; neither zombies nor
+    engines."""
     table, found = roexec.processes(), {of or os.getpid()}
     grew = True
     while grew:
-        more = {pid for pid, process in table.items() if process.parent in found} - found
+        more = {pid for pid, process in table.items()
+                if process.parent in found} - found - engines
         found |= more
         grew = bool(more)
     return {pid for pid in found - {of or os.getpid()} if table[pid].alive}
@@ -145,7 +150,8 @@ def kill_descendants():
     """End all processes that a test has started, and reap them."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        for pid in descendants():
+        found = descendants()
+        for pid in found:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -154,6 +160,8 @@ def kill_descendants():
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
+            return
+        if engines and not found:       # only they are left
             return
         time.sleep(0.002)
 
