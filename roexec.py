@@ -15,23 +15,24 @@ The file is read from top to bottom; a section uses only sections above it.
     10  logs       one run's log: write, read, follow
     11  secrets    variables from files, commands and Vault; masks over what is secret
     12  notices    webhook, mail and ping, and the outbox that they wait in
-    13  limits     as whom a command runs, and what it may use
-    14  journal    the life of a run, written so that a crash loses nothing of it
-    15  processes  a command and all that descends from it: start, signals, end
-    16  runner     the supervisor: a run with its attempts and hooks
-    17  pipelines  steps in order, in parallel, and again from where they failed
-    18  runs       a run's place, its start, its way into the store, recovery
-    19  scheduler  the loop of the server, the launcher
-    20  upkeep     retention, purge, check, backup, restore
-    21  views      what there is to say of jobs and runs, the same for the CLI and the API
-    22  page       the web page, served with a strict content policy
-    23  gate       what an HTTP request asks for, who asks, and whether they may
-    24  streams    logs that are followed and events, all of them from one look at the store
-    25  api        the routes, their functions and their description
-    26  http       connections, their limits, TLS
-    27  client     a server elsewhere, for the same commands
-    28  host       what a host needs: doctor, install, init, completion
-    29  cli        one function per command; main(argv) -> exit status
+    13  s3         objects in a bucket: S3Client, its signatures and credentials
+    14  limits     as whom a command runs, and what it may use
+    15  journal    the life of a run, written so that a crash loses nothing of it
+    16  processes  a command and all that descends from it: start, signals, end
+    17  runner     the supervisor: a run with its attempts and hooks
+    18  pipelines  steps in order, in parallel, and again from where they failed
+    19  runs       a run's place, its start, its way into the store, recovery
+    20  scheduler  the loop of the server, the launcher
+    21  upkeep     retention, purge, check, backup, restore
+    22  views      what there is to say of jobs and runs, the same for the CLI and the API
+    23  page       the web page, served with a strict content policy
+    24  gate       what an HTTP request asks for, who asks, and whether they may
+    25  streams    logs that are followed and events, all of them from one look at the store
+    26  api        the routes, their functions and their description
+    27  http       connections, their limits, TLS
+    28  client     a server elsewhere, for the same commands
+    29  host       what a host needs: doctor, install, init, completion
+    30  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -8505,6 +8506,7 @@ class HttpConnection:
                 guard.close()
             self._client = http.client.HTTPConnection(self._host, self._port)
             self._client.sock, self._client.auto_open = connection, 0
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._client.sock.settimeout(max(0.001, deadline - time.monotonic()))
 
     def _has_ended(self):
@@ -8516,6 +8518,9 @@ class HttpConnection:
     def _ask(self, method, target, body, headers, most):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._client.request(method, target, body, headers)
+        if hasattr(socket, "TCP_QUICKACK"):     # some send the body of an answer only once its head
+            self._client.sock.setsockopt(       # was acknowledged, for which Linux takes 40 ms
+                socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         with self._client.getresponse() as answer:      # it may say why it did not want the rest
             data = answer.read(most + 1) if method != "HEAD" else b""
             if len(data) > most:
@@ -8794,7 +8799,570 @@ def start_postman(store, settings, say):
     return Postman(store, settings, say)
 
 
-# ==== 13 limits ===================================================================================
+# ==== 13 s3 =======================================================================================
+# Objects in a bucket of S3, or of what speaks as it does. Each request is signed (AWS Signature
+# Version 4), has its answer before a deadline, and is repeated where that can do no harm. What is
+# read of an answer is bounded. No error holds a credential.
+
+_PIECE = 16 << 20                       # bytes that are sent or fetched at a time
+_MOST_OBJECT = 4 << 20                  # bytes of an object that is read into memory
+_PACE = 512 << 10                       # bytes a second; a request has so much more time
+_TRIES = 4
+_AHEAD = 300                            # seconds before credentials end, in which others are got
+_TIME_FOR_CREDENTIALS = 3               # seconds, for each question
+_STALE = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"}
+_ADVICE = {
+    "SignatureDoesNotMatch": "the secret access key is not the one of this access key id",
+    "InvalidAccessKeyId": "this access key id is not known there",
+    "AccessDenied": "the credentials need a policy that allows s3:GetObject, s3:PutObject, "
+                    "s3:DeleteObject, s3:AbortMultipartUpload and s3:ListBucket",
+    "NoSuchBucket": "make it, or mend bucket: of store",
+}
+
+
+class S3Error(RoexecError):
+    """S3 has not done what it was asked for, as far as one knows.
+
+    `status` is that of its answer, None where there was none; `code` is its own word, or None.
+    """
+
+    def __init__(self, text, status=None, code=None):
+        super().__init__(printable(text))
+        self.status, self.code = status, code
+
+
+class NoSuchKey(S3Error):
+    """There is no such object."""
+
+
+# Signatures.
+
+class S3Keys(Value):
+    """Credentials: an access key id, its secret, the token of temporary ones, when they end."""
+    __slots__ = ("access", "secret", "token", "expires")
+
+    def __repr__(self):
+        return "S3Keys(...)"
+
+
+def canonical_request(method, target, headers, digest):
+    """What is signed of a request. `target` is its path and query, in the one form that they have
+    here; `headers` have lower-case names, `digest` is the SHA-256 of the body."""
+    path, _, query = target.partition("?")
+    names = sorted(headers)
+    return "\n".join([method, path, query,
+                      *(f"{name}:{' '.join(headers[name].split())}" for name in names),
+                      "", ";".join(names), digest])
+
+
+def sign_request(keys, region, method, target, headers, digest, *, service="s3"):
+    """The header Authorization of such a request, whose headers have x-amz-date."""
+    import hmac
+    instant = headers["x-amz-date"]
+    scope = f"{instant[:8]}/{region}/{service}/aws4_request"
+    whole = canonical_request(method, target, headers, digest)
+    text = f"AWS4-HMAC-SHA256\n{instant}\n{scope}\n{_sha256(whole.encode())}"
+    key = b"AWS4" + keys.secret.encode()
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return (f"AWS4-HMAC-SHA256 Credential={keys.access}/{scope},"
+            f"SignedHeaders={';'.join(sorted(headers))},"
+            f"Signature={hmac.digest(key, text.encode(), 'sha256').hex()}")
+
+
+def _sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def _target(path, query):
+    import urllib.parse
+    quoted = urllib.parse.quote(path, safe="/-_.~")
+    pairs = "&".join(f"{urllib.parse.quote(name, safe='-_.~')}="
+                     f"{urllib.parse.quote(value, safe='-_.~')}"
+                     for name, value in sorted(query.items()))
+    return f"{quoted}?{pairs}" if pairs else quoted
+
+
+# Credentials, from the places that the tools of AWS know, in their order.
+
+class S3Credentials:
+    """Where credentials come from: variables of the environment, a shared file, the endpoint of a
+    container, the metadata of an instance."""
+
+    def __init__(self, environment, home):
+        self._environment, self._home = environment, home
+        self._keys, self._lock = None, threading.Lock()
+
+    def current(self):
+        """The S3Keys that hold now; raises S3Error."""
+        with self._lock:
+            keys, now = self._keys, time.time()
+            if keys is None or keys.expires is not None and keys.expires - now < _AHEAD:
+                try:
+                    self._keys = self._find()
+                except S3Error:
+                    if keys is None or keys.expires <= now:
+                        raise
+            return self._keys
+
+    def forget(self):
+        """Look again at the next request: these were refused."""
+        with self._lock:
+            self._keys = None
+
+    def _find(self):
+        get = self._environment.get
+        keys = None
+        if get("AWS_ACCESS_KEY_ID") and get("AWS_SECRET_ACCESS_KEY"):
+            keys = S3Keys(access=get("AWS_ACCESS_KEY_ID"), secret=get("AWS_SECRET_ACCESS_KEY"),
+                          token=get("AWS_SESSION_TOKEN"))
+        keys = keys or self._of_files() or self._of_container() or self._of_instance()
+        if keys is None:
+            raise S3Error("there are no credentials for S3; set AWS_ACCESS_KEY_ID and "
+                          "AWS_SECRET_ACCESS_KEY for the server, or write them into "
+                          "~/.aws/credentials, or give this machine a role")
+        if not all(isinstance(text, str) and _CREDENTIAL_OF_S3.fullmatch(text)
+                   for text in (keys.access, keys.secret, keys.token or "none")):
+            raise S3Error("the credentials for S3 have characters that none have, such as blanks")
+        return keys
+
+    def _of_files(self):
+        folder = os.path.join(self._home, ".aws")
+        get, profile = self._environment.get, self._environment.get("AWS_PROFILE") or "default"
+        for path in (get("AWS_SHARED_CREDENTIALS_FILE") or os.path.join(folder, "credentials"),
+                     get("AWS_CONFIG_FILE") or os.path.join(folder, "config")):
+            try:
+                with open(path, encoding="utf-8") as file:
+                    keys = parse_credentials(file.read(_MOST_OBJECT), profile)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (OSError, ValueError) as error:
+                why = getattr(error, "strerror", None) or "it is no file of credentials"
+                raise S3Error(f"cannot read {path}: {why}") from None
+            if keys is not None:
+                return keys
+        if get("AWS_PROFILE"):
+            raise S3Error(f"the files of credentials have no keys for AWS_PROFILE {profile}")
+        return None
+
+    def _of_container(self):
+        get = self._environment.get
+        url = get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+        if get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"):
+            url = "http://169.254.170.2" + get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+        if not url:
+            return None
+        if not _may_have_credentials(url):
+            raise S3Error("AWS_CONTAINER_CREDENTIALS_FULL_URI is neither https nor on this host")
+        token, path = (get("AWS_CONTAINER_AUTHORIZATION_TOKEN"),
+                       get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"))
+        if path:                        # it is renewed there
+            try:
+                with open(path, encoding="utf-8") as file:
+                    token = file.read(_MOST_OBJECT).strip()
+            except (OSError, ValueError) as error:
+                raise S3Error(f"cannot read {path}: {getattr(error, 'strerror', 'no text')}"
+                              ) from None
+        return _keys_of(_fetch(url, {"Authorization": token} if token else {}),
+                        "the endpoint of this container")
+
+    def _of_instance(self):
+        get = self._environment.get
+        if get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+            return None
+        host = get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
+        base = host.rstrip("/") + "/latest/"
+        try:
+            token = _fetch(base + "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "300"},
+                           "PUT").decode("ascii")
+        except (S3Error, ValueError):   # there is none, as on most machines
+            return None
+        headers = {"X-aws-ec2-metadata-token": token}
+        place = base + "meta-data/iam/security-credentials/"
+        role = _fetch(place, headers).decode("ascii", "replace").split("\n")[0].strip()
+        return _keys_of(_fetch(place + role, headers), "the metadata of this instance")
+
+
+_CREDENTIAL_OF_S3 = Pattern(r"[!-~]+")
+
+
+def parse_credentials(text, profile):
+    """The S3Keys of a profile in the text of ~/.aws/credentials or ~/.aws/config, None without any;
+    raises ValueError, without a word of the text."""
+    import configparser
+    parser = configparser.RawConfigParser(strict=False)
+    try:
+        parser.read_string(text)
+    except configparser.Error:
+        raise ValueError("this is no file of credentials") from None
+    for section in (profile, f"profile {profile}"):
+        access, secret, token = (
+            parser.get(section, name, fallback=None) for name in (
+                "aws_access_key_id", "aws_secret_access_key", "aws_session_token"))
+        if access and secret:
+            return S3Keys(access=access, secret=secret, token=token or None)
+    return None
+
+
+def _may_have_credentials(url):
+    """Whether one may say there who one is, as the tools of AWS have it."""
+    import ipaddress
+    import urllib.parse
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https" or host in ("localhost", "169.254.170.2", "169.254.170.23",
+                                           "fd00:ec2::23"):
+        return True
+    try:
+        return parts.scheme == "http" and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _fetch(url, headers, method="GET"):
+    """What an endpoint of credentials answers; raises S3Error."""
+    import urllib.parse
+    parts = urllib.parse.urlsplit(url)
+    connection = _connection_to(parts)
+    try:
+        status, _, data = connection.ask(
+            method, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""), None, headers,
+            deadline=time.monotonic() + _TIME_FOR_CREDENTIALS, most=1 << 16)
+    except OSError as error:
+        raise S3Error(f"no credentials from {parts.netloc.rpartition('@')[2]}: "
+                      f"{_error_words(error)}") from None
+    finally:
+        connection.close()
+    if status != 200:
+        raise S3Error(f"no credentials from {parts.netloc.rpartition('@')[2]}: it answers {status}")
+    return data
+
+
+def _connection_to(parts):
+    context = None
+    if parts.scheme == "https":
+        import ssl
+        context = ssl.create_default_context()
+    return HttpConnection(parts.hostname, parts.port or (443 if context else 80), context)
+
+
+def _error_words(error):
+    return (getattr(error, "verify_message", "") or error.strerror or str(error)
+            or type(error).__name__)
+
+
+def _keys_of(data, whose):
+    try:
+        answer = json.loads(data)
+        return S3Keys(access=answer["AccessKeyId"], secret=answer["SecretAccessKey"],
+                      token=answer.get("Token"), expires=parse_instant(answer["Expiration"], None))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise S3Error(f"{whose} gives no credentials") from None
+
+
+# The bucket.
+
+class S3Client:
+    """The objects of a bucket whose keys begin with a prefix; keys are written here without it.
+
+    `settings` has bucket, prefix, endpoint and region, `credentials.current()` gives S3Keys. Each
+    try has `timeout` seconds, and more for much. Any thread may ask; whatever fails is an S3Error.
+    """
+
+    def __init__(self, settings, credentials, timeout=30):
+        import urllib.parse
+        self.credentials, self.timeout = credentials, timeout
+        self.bucket, self.region = settings.bucket, settings.region or "us-east-1"
+        self.prefix = settings.prefix.strip("/") + "/" if settings.prefix else ""
+        host, path = f"s3.{self.region}.amazonaws.com", f"/{self.bucket}"
+        if self.region.startswith("cn-"):
+            host += ".cn"
+        if "." not in self.bucket:      # no certificate is for a name with more parts
+            host, path = f"{self.bucket}.{host}", ""
+        self.address = (settings.endpoint or f"https://{host}").rstrip("/")
+        self._parts = urllib.parse.urlsplit(self.address)
+        self._base = self._parts.path + (f"/{self.bucket}" if settings.endpoint else path)
+        self._idle = []                 # connections that no thread uses now
+
+    def close(self):
+        """Close the connections that are kept."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def put(self, key, data, if_none_match=False):
+        """Write an object, of bytes or of a file open for reading bytes -> whether it was written.
+
+        With `if_none_match`, which is for bytes, it was not where there was one already; after a
+        lost answer, one of the same bytes is taken to be this.
+        """
+        if not isinstance(data, bytes):
+            size = os.fstat(data.fileno()).st_size
+            if size > _PIECE:
+                return self._put_parts(key, data, size)
+            data = data.read(size)
+        if if_none_match:
+            return self._put_new(key, data)
+        self._ask("PUT", key, body=data)
+        return True
+
+    def get(self, key):
+        """The bytes of an object, of 4 MiB at most; raises NoSuchKey."""
+        return self._ask("GET", key)[1]
+
+    def download(self, key, path):
+        """Fetch an object of any size into a file, which is there once it is complete; raises
+        NoSuchKey, and OSError where it cannot be written."""
+        new = f"{path}.{threading.get_ident()}.new"
+        try:
+            with open(open_private(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+                for piece in self._pieces(key):
+                    file.write(piece)
+            put_in_place(new, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
+            raise
+
+    def head(self, key):
+        """{"size": bytes, "etag": text} of an object; raises NoSuchKey."""
+        headers, _ = self._ask("HEAD", key)
+        return {"size": int(headers.get("Content-Length") or 0), "etag": _etag(headers)}
+
+    def delete(self, key):
+        """Remove an object, if it is there."""
+        with contextlib.suppress(NoSuchKey):
+            self._ask("DELETE", key)
+
+    def list(self, prefix="", start_after=None):
+        """Yields (key, size, instant of the last change) of objects, in the order of their keys."""
+        query = {"list-type": "2", "encoding-type": "url", "prefix": self.prefix + prefix}
+        if start_after is not None:
+            query["start-after"] = self.prefix + start_after
+        while True:
+            try:
+                found, more = _read_list(self._ask("GET", None, query, most=_PIECE)[1])
+            except ValueError:
+                raise self._nonsense() from None
+            for key, size, modified in found:
+                if key.startswith(self.prefix):
+                    yield key[len(self.prefix):], size, modified
+            if more is None:
+                return
+            query["continuation-token"] = more
+
+    def _put_new(self, key, data):
+        for number in range(_TRIES):
+            try:
+                self._ask("PUT", key, body=data, headers={"if-none-match": "*"}, tries=1)
+                return True
+            except S3Error as error:
+                if error.status == 501:
+                    raise S3Error(f"{self._where()} has no conditional writes (If-None-Match), "
+                                  "which roexec needs", 501, error.code) from None
+                if error.status == 412 and number == 0:
+                    return False
+                if error.status is not None and error.status < 500 and error.status not in (
+                        409, 412):
+                    raise
+                problem = error
+            with contextlib.suppress(NoSuchKey):        # it may have been done all the same
+                return self.get(key) == data
+            _pause(number)
+        raise problem
+
+    def _put_parts(self, key, file, size):
+        length = max(_PIECE, -(-size // 10_000))        # of which there may be 10,000
+        upload = self._text_of(self._ask("POST", key, {"uploads": ""})[1], "UploadId")
+        try:
+            etags = []
+            for number in range(1, -(-size // length) + 1):
+                query = {"partNumber": str(number), "uploadId": upload}
+                etags.append(_etag(self._ask("PUT", key, query, file.read(length))[0]))
+            self._complete(key, upload, etags, size)
+        except BaseException:
+            with contextlib.suppress(S3Error):
+                self._ask("DELETE", key, {"uploadId": upload})
+            raise
+        return True
+
+    def _complete(self, key, upload, etags, size):
+        from xml.sax import saxutils
+        parts = "".join(f"<Part><PartNumber>{number}</PartNumber><ETag>{saxutils.escape(etag)}"
+                        "</ETag></Part>" for number, etag in enumerate(etags, 1))
+        body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+        try:                            # an error may come with status 200, after a long time
+            _, data = self._ask("POST", key, {"uploadId": upload}, body)
+            self._text_of(data, "Key")
+        except S3Error as error:
+            if error.code != "NoSuchUpload" or self.head(key)["size"] != size:
+                raise                   # else it was done at the first try, and nobody has said so
+
+    def _pieces(self, key):
+        offset, total, first = 0, 1, None
+        while offset < total:
+            wanted = {"range": f"bytes={offset}-{offset + _PIECE - 1}"}
+            try:
+                headers, data = self._ask("GET", key, headers=wanted, most=_PIECE)
+            except S3Error as error:
+                if error.status == 416 and offset == 0:
+                    return              # it is empty
+                raise
+            found = _CONTENT_RANGE.fullmatch(headers.get("Content-Range") or "")
+            first = first or _etag(headers)
+            total = int(found[1]) if found else len(data)
+            if not data or _etag(headers) != first:
+                raise S3Error(f"{self._where()}: {key} has changed while it was fetched")
+            offset += len(data)
+            yield data
+
+    # Requests.
+
+    def _ask(self, method, key, query=None, body=b"", headers=None, *, most=_MOST_OBJECT,
+             tries=_TRIES):
+        """(headers, bytes) of the answer to a request; raises S3Error."""
+        for number in range(tries):
+            if number:
+                _pause(number)
+            try:
+                status, answer, data = self._exchange(method, key, query or {}, body,
+                                                      headers or {}, most)
+            except OSError as error:
+                problem = S3Error(f"{self._where()}: {_error_words(error)}")
+                if not (isinstance(error, (ConnectionResetError, BrokenPipeError))
+                        or error.errno == errno.EPROTO):
+                    break
+                continue
+            if status in (200, 204, 206):
+                return answer, data
+            problem = self._refusal(method, key, status, answer, data)
+            if problem.code in _STALE and number == 0:
+                self.credentials.forget()
+            elif status not in (429, 500, 502, 503, 504) and problem.code != "RequestTimeout":
+                break
+        raise problem from None
+
+    def _exchange(self, method, key, query, body, headers, most):
+        keys, digest = self.credentials.current(), _sha256(body)
+        path = self._base if key is None else f"{self._base}/{self.prefix}{key}"
+        target = _target(path or "/", query)
+        headers = {"host": self._parts.netloc, "x-amz-content-sha256": digest, **headers,
+                   "x-amz-date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())}
+        if keys.token:
+            headers["x-amz-security-token"] = keys.token
+        headers["authorization"] = sign_request(keys, self.region, method, target, headers, digest)
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = _connection_to(self._parts)
+        seconds = self.timeout + (len(body) + most) / _PACE
+        try:
+            return connection.ask(method, target, body if method in ("PUT", "POST") else None,
+                                  headers, deadline=time.monotonic() + seconds, most=most)
+        finally:
+            self._idle.append(connection)
+
+    # What is said of failures.
+
+    def _where(self):
+        return f"the bucket {self.bucket} at {self.address}"
+
+    def _nonsense(self):
+        return S3Error(f"{self._where()} answers what S3 would not; is endpoint: of store right?")
+
+    def _text_of(self, data, name):
+        """What an element of an answer holds; raises S3Error."""
+        try:
+            tree = _xml_root(data)
+        except ValueError:
+            raise self._nonsense() from None
+        if tree.tag == "Error":
+            raise S3Error(f"{self._where()}: {self._said(tree)}", 200, tree.findtext("Code"))
+        if not tree.findtext(name):
+            raise self._nonsense()
+        return tree.findtext(name)
+
+    def _said(self, tree):
+        """S3's own words, without what must not be shown."""
+        keys = self.credentials.current()
+        text = f"{tree.findtext('Code')}: {tree.findtext('Message') or 'without a reason'}"
+        return Masks(filter(None, (keys.secret, keys.token))).text(text[:300])
+
+    def _refusal(self, method, key, status, headers, data):
+        try:
+            tree = _xml_root(data)
+            code, said = tree.findtext("Code"), f"{self._said(tree)} ({status})"
+        except ValueError:
+            tree, code, said = None, None, f"it answers {status}"
+        region = headers.get("x-amz-bucket-region") or (tree is not None
+                                                        and tree.findtext("Region"))
+        advice = _ADVICE.get(code)
+        if code == "RequestTimeTooSkewed":
+            advice = _skew(headers.get("Date"), time.time())
+        elif status in (301, 307, 400) and region and region != self.region:
+            advice = f"write region: {region} for store"
+        what = f"{self._where()}: {method} {key or 'the list'}: {said}"
+        kind = NoSuchKey if status == 404 and code in ("NoSuchKey", None) else S3Error
+        return kind(f"{what}; {advice}" if advice else what, status, code)
+
+
+_CONTENT_RANGE = Pattern(r"bytes \d+-\d+/(\d+)")
+
+
+def _etag(headers):
+    return (headers.get("ETag") or "").strip('"')
+
+
+def _pause(number):
+    """Wait before a further try, each one longer, and not all at the same instant."""
+    time.sleep(0.1 * 2 ** number * (0.5 + os.urandom(1)[0] / 255))
+
+
+def _skew(date, now):
+    """What to say of a clock that S3 finds wrong, by the Date of its answer."""
+    import email.utils
+    try:
+        seconds = now - email.utils.parsedate_to_datetime(date).timestamp()
+    except (TypeError, ValueError):
+        return "the clock of this host is wrong"
+    return (f"the clock of this host is {format_duration(abs(seconds))} "
+            f"{'ahead' if seconds > 0 else 'behind'}; set it")
+
+
+def _xml_root(data):
+    """The root of an XML answer, tags without their namespace; raises ValueError.
+
+    One that defines entities is none of S3's: they could grow without bound.
+    """
+    from xml.etree import ElementTree
+    try:
+        text = data.decode()
+        if "<!DOCTYPE" in text:
+            raise ValueError
+        root = ElementTree.fromstring(text)
+    except (ValueError, ElementTree.ParseError):
+        raise ValueError("this is no answer of S3") from None
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    return root
+
+
+def _read_list(data):
+    """([(key, size, instant)], the token for more or None) of a list; raises ValueError."""
+    import urllib.parse
+    tree = _xml_root(data)
+    if tree.tag != "ListBucketResult":
+        raise ValueError("this is no list")
+    texts = ([entry.findtext(name) or "" for name in ("Key", "Size", "LastModified")]
+             for entry in tree.iter("Contents"))
+    found = [(urllib.parse.unquote_plus(key), int(size), parse_instant(modified, None))
+             for key, size, modified in texts]
+    more = tree.findtext("NextContinuationToken")
+    if tree.findtext("IsTruncated") == "true" and not more:
+        raise ValueError("this list has no end")
+    return found, more if tree.findtext("IsTruncated") == "true" else None
+
+
+# ==== 14 limits ===================================================================================
 # As whom a command runs and what it may use: users and groups, which are taken on in order,
 # verified and never fallen back from; nice and rlimits; memory and processor by a cgroup where the
 # server has been given a part of that tree (cgroup v2), else memory by watching what the processes
@@ -9125,7 +9693,7 @@ def meter_of(job, parent, name):
     return limits["memory"] and Watch(limits["memory"]), "; ".join(remarks)
 
 
-# ==== 14 journal ==================================================================================
+# ==== 15 journal ==================================================================================
 # The life of a run, as its supervisor writes it down: each step before or right after it is done,
 # so that whoever finds the journal later knows what may be alive. That it is locked says that its
 # supervisor is.
@@ -9344,7 +9912,7 @@ class Progress:
         self.finished, self.log = event, event.get("log") or self.log
 
 
-# ==== 15 processes ================================================================================
+# ==== 16 processes ================================================================================
 # The processes of a run: what they get, how one is started, supervised and ended with all that
 # descends from it. Where the supervisor was killed they are found all the same: by session and
 # environment, and what has left both as an orphan of its keeper. (Not where that was killed too, or
@@ -10116,7 +10684,7 @@ class Console:
             return None
 
 
-# ==== 16 runner ===================================================================================
+# ==== 17 runner ===================================================================================
 # The supervisor: it carries out one run at a time, from its journal, with all attempts and hooks,
 # and never opens the store.
 
@@ -10982,7 +11550,7 @@ def exec_here(words):
     return ended.exit_code if ended.signal is None else 128 + signal_number(ended.signal)
 
 
-# ==== 17 pipelines ================================================================================
+# ==== 18 pipelines ================================================================================
 # A run that has steps: its supervisor starts a run for each step that is ready, as a server starts
 # the runs of jobs, and goes on from their ends. Which steps are ready is decided in policy. It
 # never opens the store: the journals of steps stay beside its own until it has finished, so that
@@ -11660,7 +12228,7 @@ class _StepRun(_OfPipeline):
         return {**answer, "message": answer["message"] or f"run {run_id}"}
 
 
-# ==== 18 runs =====================================================================================
+# ==== 19 runs =====================================================================================
 # From requests to supervisors, and back into the store. A run gets its place in the transaction
 # that marks it as running, whoever starts it; its journal is there, and locked, before that. What a
 # crash leaves is finished by whoever holds `server.lock`, or needs the place.
@@ -12490,7 +13058,7 @@ def _run_detached(store, job, reader, writer, request):
     keep_orphans(run)
 
 
-# ==== 19 scheduler ================================================================================
+# ==== 20 scheduler ================================================================================
 # The loop of a server. It decides what becomes of slots that are due and of runs that wait, has
 # those that get a place started, and takes in how they have ended. A launcher forks their
 # supervisors.
@@ -13249,7 +13817,7 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 20 upkeep ===================================================================================
+# ==== 21 upkeep ===================================================================================
 # What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
 # mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone;
 # the store is never held for longer than some milliseconds, and then left to others for as long.
@@ -13930,7 +14498,7 @@ def _forget_missing_logs(store):
                 lose_logs(db, job_id, missing, when)
 
 
-# ==== 21 views ====================================================================================
+# ==== 22 views ====================================================================================
 # What there is to say of the store, as payloads: of jobs and runs, why a job has not run, metrics.
 # The API and --json of the CLI give the same.
 
@@ -14100,7 +14668,7 @@ def _summed(jobs):
     return counters, gauges
 
 
-# ==== 22 page =====================================================================================
+# ==== 23 page =====================================================================================
 # What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
 # script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
 # stands here is what is sent: there is no step in between.
@@ -16036,7 +16604,7 @@ def _source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ==== 23 gate =====================================================================================
+# ==== 24 gate =====================================================================================
 # HTTP before any route: what a request asks for, read strictly, who is at the other end, and the
 # one gate, which lets in who bears a token, and over loopback the server's own user and root.
 
@@ -16413,7 +16981,7 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# ==== 24 streams ==================================================================================
+# ==== 25 streams ==================================================================================
 # Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
 # without arguments that say whether there is more by now. One thread serves all of them and looks
 # once at the store for all, so that a thousand cost no thousand threads, and each is given what its
@@ -16728,7 +17296,7 @@ class Streams:
         self.close_connection(stream.connection)
 
 
-# ==== 25 api ======================================================================================
+# ==== 26 api ======================================================================================
 # The routes: each is a line of ROUTES with the scope that it needs, a function of (request, store)
 # that knows no sockets, and described by OpenAPI from that line.
 
@@ -18190,7 +18758,7 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# ==== 26 http =====================================================================================
+# ==== 27 http =====================================================================================
 # The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
 # does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
 # http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
@@ -18623,7 +19191,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 27 client ===================================================================================
+# ==== 28 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -19294,7 +19862,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 28 host =====================================================================================
+# ==== 29 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -20522,7 +21090,7 @@ end
 """
 
 
-# ==== 29 cli ======================================================================================
+# ==== 30 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.

@@ -4,7 +4,9 @@ import os
 import shlex
 import signal
 import sys
+import types
 
+import engines
 import pytest
 from helpers import Server, kill_descendants
 
@@ -72,3 +74,30 @@ def cli(store, surroundings, capfd, monkeypatch):
         status = roexec.main([*chosen, *shlex.split(line), *more])
         return (status, *capfd.readouterr())
     return call
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real server of S3 with an empty bucket."""
+    server = engines.start_s3(str(tmp_path_factory.mktemp("s3")))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(s3_server):
+    """`bucket(**settings)` is a client of the server's bucket, by default below a prefix of its own
+    that stays the same in a test."""
+    clients, prefix = [], roexec.new_run_id()
+
+    def client(timeout=30, access=None, secret=None, **settings):
+        credentials = roexec.S3Credentials({
+            "AWS_ACCESS_KEY_ID": access or s3_server.access,
+            "AWS_SECRET_ACCESS_KEY": secret or s3_server.secret}, "/nonexistent")
+        clients.append(roexec.S3Client(types.SimpleNamespace(**{
+            "bucket": s3_server.bucket, "prefix": prefix, "endpoint": s3_server.endpoint,
+            "region": s3_server.region, **settings}), credentials, timeout))
+        return clients[-1]
+    yield client
+    for each in clients:
+        each.close()

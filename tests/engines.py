@@ -3,11 +3,19 @@ import http.client
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
+import time
+import urllib.parse
+import urllib.request
+import uuid
 
 from helpers import engines, tool, wait_for
+
+import roexec
 
 
 class Engine:
@@ -174,3 +182,167 @@ class Etcd:
 
 class _Ended(Exception):
     """A member has ended by itself."""
+
+
+class Moto:
+    """moto, which imitates S3 in memory and checks who asks. `gateway` is what answers."""
+    region, bucket, can_return = "us-east-1", "tests", False    # it forgets all when it ends
+    checks_clocks = False
+
+    def __init__(self, folder, program):
+        self.port, = free_ports(1)
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        free = "INITIAL_NO_AUTH_ACTION_COUNT=3"         # questions: those that make the user
+        self.gateway = Engine(["env", free, program, "-H", "127.0.0.1", "-p", str(self.port)],
+                              os.path.join(folder, "moto.log"))
+        self.gateway.start()
+        wait_for(lambda: is_open(self.port), 60, lambda: self.gateway.said)
+        self._ask("CreateUser")
+        said = self._ask("CreateAccessKey")
+        self._ask("PutUserPolicy", PolicyName="p", PolicyDocument=json.dumps({
+            "Version": "2012-10-17",
+            "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}))
+        self.access, self.secret = (re.search(f"<{name}>([^<]+)", said)[1]
+                                    for name in ("AccessKeyId", "SecretAccessKey"))
+
+    def _ask(self, action, **more):
+        form = {"Action": action, "UserName": "u", "Version": "2010-05-08", **more}
+        scope = "AWS4-HMAC-SHA256 Credential=x/20200101/us-east-1/iam/aws4_request"
+        request = urllib.request.Request(
+            self.endpoint + "/", urllib.parse.urlencode(form).encode(),
+            {"Authorization": f"{scope}, SignedHeaders=host, Signature=0"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.read().decode()
+
+    def close(self):
+        self.gateway.kill()
+
+
+class Ceph:
+    """A Ceph that keeps its objects in memory, and `gateway`, its radosgw, which may end and come
+    back."""
+    region, bucket, can_return = "us-east-1", "tests", True
+    checks_clocks = True
+    access, secret = "ACCESSKEYOFTESTS", "secretkeyoftests"
+    TOOLS = {"ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "ceph-mgr": "ceph-mgr",
+             "ceph": "ceph-common", "radosgw": "radosgw"}
+
+    def __init__(self, folder):
+        for name, package in self.TOOLS.items():
+            tool(name, package)
+        self.folder, self.engines = folder, []
+        monitor, older, self.port = free_ports(3)
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.monitor = f"[v2:127.0.0.1:{monitor},v1:127.0.0.1:{older}]"
+        for name in ("mon", "osd", "mgr", "rgw", "run", "log"):
+            os.makedirs(os.path.join(folder, name))
+        with open(self._path("ceph.conf"), "w", encoding="utf-8") as file:
+            file.write(self._settings())
+        try:
+            self._start_monitor()
+            self._start_disk()
+            self._start_gateway()
+        except BaseException:
+            self.close()
+            raise
+
+    def _path(self, name):
+        return os.path.join(self.folder, name)
+
+    def _settings(self):
+        self.id = uuid.uuid4()
+        common = {
+            "fsid": self.id, "mon host": self.monitor, "mon initial members": "a",
+            "public addr": "127.0.0.1", "cluster addr": "127.0.0.1",
+            "ms bind ipv6": "false", "osd pool default size": 1, "osd pool default min size": 1,
+            "osd pool default pg num": 4, "osd pool default pgp num": 4,
+            "osd crush chooseleaf type": 0, "mon allow pool size one": "true",
+            "mon max pg per osd": 1000, "mon data avail warn": 1, "mon data avail crit": 1,
+            "osd objectstore": "memstore", "memstore device bytes": 1 << 31,
+            "mon data": self._path("mon"), "osd data": self._path("osd"),
+            "mgr data": self._path("mgr"), "rgw data": self._path("rgw"),
+            "run dir": self._path("run"), "admin socket": self._path("run/$name.asok"),
+            "log file": self._path("log/$name.log"), "pid file": self._path("run/$name.pid"),
+            "keyring": self._path("keyring"), "auth allow insecure global id reclaim": "false",
+            "rgw frontends": f"beast endpoint=127.0.0.1:{self.port}"}
+        return "[global]\n" + "".join(f"{name} = {text}\n" for name, text in common.items())
+
+    def _run(self, *line):
+        """What a tool of Ceph says, once it has done what it was asked for."""
+        done = subprocess.run([line[0], "-c", self._path("ceph.conf"), *line[1:]], timeout=90,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              check=False)
+        assert done.returncode == 0, f"{' '.join(line)}: {done.stderr}"
+        return done.stdout.strip()
+
+    def _start(self, name, *more):
+        engine = Engine([name, "-c", self._path("ceph.conf"), *more, "-f"],
+                        self._path(f"log/{name}.out"))
+        engine.start()
+        self.engines.append(engine)
+        return engine
+
+    def _start_monitor(self):
+        keys, monmap = self._path("keyring"), self._path("monmap")
+        may_all = "--cap", "osd", "allow *"
+        for new, name, *caps in (
+                ("--create-keyring", "mon.", "--cap", "mon", "allow *"),
+                ("", "client.admin", "--cap", "mon", "allow *", *may_all, "--cap", "mgr", "allow *"),
+                ("", "osd.0", "--cap", "mon", "allow profile osd", *may_all),
+                ("", "mgr.x", "--cap", "mon", "allow profile mgr", *may_all),
+                ("", "client.rgw", "--cap", "mon", "allow rw", "--cap", "osd", "allow rwx")):
+            self._run("ceph-authtool", *filter(None, [new]), keys, "--gen-key", "-n", name, *caps)
+        self._run("monmaptool", "--create", "--fsid", str(self.id), "--addv", "a", self.monitor,
+                  monmap)
+        self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keys)
+        self._start("ceph-mon", "-i", "a")
+
+    def _start_disk(self):
+        number = self._run("ceph", "--connect-timeout", "60", "osd", "create")
+        self._run("ceph-osd", "-i", number, "--mkfs")
+        self._run("ceph", "osd", "crush", "add", f"osd.{number}", "1.0", "host=localhost",
+                  "root=default")
+        self._start("ceph-osd", "-i", number)
+        self._start("ceph-mgr", "-i", "x")
+
+    def _start_gateway(self):
+        wait_for(lambda: " 1 up" in self._run("ceph", "osd", "stat"), 60, "no disk of Ceph came up")
+        self._run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
+                  f"--access-key={self.access}", f"--secret-key={self.secret}")
+        self.gateway = self._start("radosgw", "-n", "client.rgw")
+        self._await_gateway()
+
+    def _await_gateway(self):
+        wait_for(lambda: is_open(self.port), 60, lambda: self.gateway.said)
+
+    def start_gateway(self):
+        """Have it back, with all objects."""
+        self.gateway.start()
+        self._await_gateway()
+
+    def close(self):
+        for engine in reversed(self.engines):
+            engine.kill()
+
+
+def start_s3(folder):
+    """A server of S3: Ceph's gateway, as in CI; or moto, which is there at once, where
+    ROEXEC_MOTO names its moto_server, or where there is no Ceph."""
+    moto = os.environ.get("ROEXEC_MOTO") or (
+        not shutil.which("radosgw") and not os.environ.get("CI") and shutil.which("moto_server"))
+    server = Moto(folder, moto) if moto else Ceph(folder)
+    keys = roexec.S3Keys(access=server.access, secret=server.secret)
+    headers = {"host": f"127.0.0.1:{server.port}", "x-amz-content-sha256": "UNSIGNED-PAYLOAD",
+               "x-amz-date": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())}
+    headers["authorization"] = roexec.sign_request(keys, server.region, "PUT", f"/{server.bucket}",
+                                                   headers, "UNSIGNED-PAYLOAD")
+    request = urllib.request.Request(f"{server.endpoint}/{server.bucket}", method="PUT",
+                                     headers=headers)
+    urllib.request.urlopen(request, timeout=60).close()
+    return server
+
+
+def is_open(port):
+    """Whether somebody takes connections at a port of this host."""
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
