@@ -19,8 +19,11 @@ import pytest
 import roexec
 
 
-def wait_for(condition, seconds=20, what="it did not happen in time"):
-    """The first true value of `condition()`."""
+def wait_for(condition, seconds=60, what="it did not happen in time"):
+    """The first true value of `condition()`.
+
+    The time is what a hang takes to be told, not what a machine with much to do may take.
+    """
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
@@ -32,6 +35,13 @@ def wait_for(condition, seconds=20, what="it did not happen in time"):
 
 def make_job(command="true", job_id="x", **more):
     return roexec.Job({"id": job_id, "command": command, "directory": "/", **more})
+
+
+def hourly():
+    """An hourly schedule and its last slot, which was half an hour ago: it is late, and none comes
+    due while a test is on."""
+    slot = (int(time.time()) // 60 - 30) * 60
+    return time.strftime("%M * * * *", time.localtime(slot)), slot
 
 
 def apply(store, *jobs, since=None):
@@ -95,7 +105,7 @@ def output_of(store, run, **how):
     return read_log_of(store, run["id"], raw=True, **how)
 
 
-def await_state(store, run_id, *states, seconds=20):
+def await_state(store, run_id, *states, seconds=60):
     """The row of a run once it is in one of these states."""
     return wait_for(lambda: next((row for row in read_runs(store, id=run_id)
                                   if row["state"] in states), None), seconds,
@@ -148,7 +158,7 @@ def descendants(of=None):
 
 def kill_descendants():
     """End all processes that a test has started, and reap them."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         found = descendants()
         for pid in found:

@@ -20,8 +20,8 @@ from datetime import timezone
 from pathlib import Path
 
 import pytest
-from helpers import (Server, apply, await_state, claimed, descendants, end_of, in_child, is_alive,
-                     kill_descendants, make_job, read_attempts, read_log_of, read_pid,
+from helpers import (Server, apply, await_state, claimed, descendants, end_of, hourly, in_child,
+                     is_alive, kill_descendants, make_job, read_attempts, read_log_of, read_pid,
                      read_run, read_runs, wait_for)
 
 import roexec
@@ -234,13 +234,14 @@ def escaping(folder):
     """A command with a process that leaves its session, its parent and its environment behind."""
     # The shell's own redirections come first, so that no pipe tells of it either.
     return ("(setsid env -i /bin/sh -c 'trap \"\" TERM; sleep 600 & "
-            f"echo $$ $! > {folder}/new; mv {folder}/new {folder}/escaped; wait' "
+            f"echo $$ $! > {folder}/escaped; wait' "
             "< /dev/null > /dev/null 2>&1 &); sleep 600")
 
 
 def escaped(folder):
-    return [int(pid) for pid in wait_for(folder.joinpath("escaped").exists)
-            and folder.joinpath("escaped").read_text().split()]
+    path = folder / "escaped"
+    wait_for(lambda: path.exists() and path.read_text().endswith("\n"))
+    return [int(pid) for pid in path.read_text().split()]
 
 
 def supervisor_of(store, run_id):
@@ -298,6 +299,15 @@ def test_what_escapes_from_a_run_in_the_background_is_found_without_a_server(sto
     wait_for(lambda: not descendants(), what=descendants)
 
 
+def programs_of(pids):
+    """The names of what these processes execute; those that have just ended have none."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/comm").read_text().strip())
+    return found
+
+
 @pytest.fixture
 def cgroup():
     """A cgroup (v2) below which runs can have theirs; here it has no controllers."""
@@ -323,6 +333,7 @@ def test_what_escapes_from_everything_is_found_in_the_cgroup_of_its_run(
     pid = in_child(lambda: roexec.Supervision(journal, store.folder, roexec.Signals()).perform())
     journal.close()
     pids = escaped(tmp_path)
+    wait_for(lambda: programs_of(roexec.cgroup_members(cgroup, journal.run_id)).count("sleep") == 2)
     members = roexec.cgroup_members(cgroup, journal.run_id)
     assert members > set(pids)
     os.kill(pid, signal.SIGKILL)
@@ -483,15 +494,15 @@ class Claim(Case):
 
     def prepare(self):
         super().prepare()
-        now = int(time.time()) // HOUR * HOUR
+        schedule, slot = hourly()
         self.hook = Witness(self.folder / "hook")
         self.log = self.folder / "said"
         for code in (0, 3):
-            apply(self.store, numbered_job(self.witness, "due", code, schedule="@every 1h"),
-                  since=now - 1)
-        apply(self.store, numbered_job(self.witness, "late", 0, schedule="@every 1h",
-                                       catch_up="none", hooks={"on_missed": self.hook.note("x")}),
-              since=now - 4 * HOUR - 1)
+            apply(self.store, numbered_job(self.witness, "due", code, schedule=schedule),
+                  since=slot - 1)
+        apply(self.store, numbered_job(self.witness, "late", 0, schedule=schedule, catch_up="none",
+                                       hooks={"on_missed": self.hook.note("x")}),
+              since=slot - 4 * HOUR - 1)
         self.ask(numbered_job(self.witness, "asked", 5))
 
     def serve(self, ready, **options):

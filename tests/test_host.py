@@ -418,7 +418,7 @@ def host(tmp_path):
     """`host(manager, script)` performs a script of a shell, in which `install` is the command."""
     if not ROOT or PYTHON is None:
         pytest.skip("needs root, and a Python that everybody can run")
-    if subprocess.run(["unshare", "-mpf", "true"], capture_output=True).returncode:
+    if subprocess.run(["unshare", "-mpnf", "true"], capture_output=True).returncode:
         pytest.skip("no mounts can be made here")
 
     def perform(manager, script, source=roexec.__file__):
@@ -429,10 +429,12 @@ def host(tmp_path):
             (stubs / name).chmod(0o755)
         prepare = PREPARE.format(root=tmp_path, manager=manager, stubs=stubs, python=PYTHON,
                                  source=source)
-        # PID 1 is no shell: a server below one takes the host for a container.
-        first = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+        # PID 1 is no shell: a server below one takes the host for a container. The network is its
+        # own, too, as its server has the usual port; SIOCSIFFLAGS brings lo up (netdevice(7)).
+        first = ("import fcntl, socket, struct, subprocess, sys; fcntl.ioctl(socket.socket(), 0x8914, "
+                 "struct.pack('16sH14x', b'lo', 1)); sys.exit(subprocess.call(sys.argv[1:]))")
         done = subprocess.run(
-            ["unshare", "-mpf", "--kill-child", "--mount-proc", "--propagation", "private",
+            ["unshare", "-mpnf", "--kill-child", "--mount-proc", "--propagation", "private",
              PYTHON, "-c", first, "sh", "-c", prepare + script],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -700,25 +702,25 @@ def test_a_container_serves_keeps_its_data_and_ends_in_time(before, container, t
     if before:
         tool("tini")
     data = tmp_path / "data"
-    assert container("init /data").process.wait(30) == 0
+    assert container("init /data").process.wait(60) == 0
     (data / "jobs.yml").write_text(
         "jobs:\n  - {id: stubborn, command: \"trap '' TERM; echo $$ >/data/pid; while :; do "
         "sleep 0.1; done\"}\n  - {id: often, schedule: '@every 1s', command: echo hi}\n")
     one = container(COMPOSED["command"], before)
-    wait_for(lambda: "Server started" in one.log.read_text(), 30, one.log.read_text)
+    wait_for(lambda: "Server started" in one.log.read_text(), what=one.log.read_text)
     assert "http=http://0.0.0.0:8080" in one.log.read_text()
-    wait_for(one.is_healthy, 30, one.log.read_text)
+    wait_for(one.is_healthy, what=one.log.read_text)
     assert len(data.joinpath("admin-token").read_text().strip()) > 20
     assert one.exec("roexec", "run", "stubborn", "--detach").returncode == 0
     # What docker exec leaves behind becomes PID 1's.
     one.exec("/bin/sh", "-c", "(sleep 0.3 &) ; (sleep 0.3 &)")
-    wait_for(lambda: "completed, exit=0, job=often" in one.log.read_text(), 30)
-    wait_for(lambda: (data / "pid").exists(), 30)
-    wait_for(lambda: "Z" not in states_of_processes(one), 30)
+    wait_for(lambda: "completed, exit=0, job=often" in one.log.read_text())
+    wait_for(lambda: (data / "pid").exists())
+    wait_for(lambda: "Z" not in states_of_processes(one))
     status, seconds = one.stop()
     assert status == 0 and 4 < seconds < 9, one.log.read_text()
     again = container(COMPOSED["command"], before)
-    wait_for(again.is_healthy, 30, again.log.read_text)
+    wait_for(again.is_healthy, what=again.log.read_text)
     runs = json.loads(again.exec("roexec", "list", "runs", "--job", "stubborn", "--json").stdout)
     assert [(run["state"], run["reason"]) for run in runs["runs"]] == [("cancelled", "shutdown")]
     assert again.stop()[1] < 4

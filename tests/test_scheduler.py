@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import (apply, await_state, claimed, descendants, end_of, in_child, is_alive,
+from helpers import (apply, await_state, claimed, descendants, end_of, hourly, in_child, is_alive,
                      make_job, read_attempts, read_log_of, read_pid, read_run, read_runs, wait_for)
 
 import roexec
@@ -36,10 +36,8 @@ def states(store):
     return [(row["job_id"], row["state"], row["reason"]) for row in read_runs(store)]
 
 
-def past_slots(store, job, hours, now=None):
-    """Register an hourly job such that its last slots are undecided -> these slots."""
-    now = int(now or time.time())
-    last = now // HOUR * HOUR
+def past_slots(store, job, hours, last):
+    """Register an hourly job such that its slots up to the last are undecided -> these slots."""
     slots = [last - HOUR * number for number in reversed(range(hours))]
     apply(store, job, since=slots[0] - 1)
     return slots
@@ -49,12 +47,11 @@ def past_slots(store, job, hours, now=None):
 
 def test_ten_runs_outlive_the_server_that_is_killed_and_nothing_is_lost(store, start, marks,
                                                                          tmp_path):
-    go = tmp_path / "go"
+    go, (schedule, slot) = tmp_path / "go", hourly()
     jobs = [make_job(f"echo begun {number}; echo {number} >> {marks.path}; "
                      f"while ! test -e {go}; do sleep 0.02; done; "
                      f"echo middle; seq 2000; echo end >&2; exit {number}", f"j{number}",
-                     schedule="@every 1h") for number in range(10)]
-    slot = int(time.time()) // HOUR * HOUR
+                     schedule=schedule) for number in range(10)]
     apply(store, *jobs, since=slot - 1)
     server = start()
     wait_for(lambda: len(marks()) == 10)
@@ -76,9 +73,10 @@ def test_ten_runs_outlive_the_server_that_is_killed_and_nothing_is_lost(store, s
 
 def test_a_server_killed_while_it_claims_a_herd_loses_no_slot_and_runs_none_twice(
         store, start, marks):
-    jobs = [make_job(f"echo $ROEXEC_JOB_ID >> {marks.path}", f"j{number}", schedule="@every 1h")
+    schedule, slot = hourly()
+    jobs = [make_job(f"echo $ROEXEC_JOB_ID >> {marks.path}", f"j{number}", schedule=schedule)
             for number in range(60)]
-    apply(store, *jobs, since=int(time.time()) // HOUR * HOUR - 1)
+    apply(store, *jobs, since=slot - 1)
     chance = random.Random(5)
     for _ in range(24 if os.environ.get("ROEXEC_LONG") else 6):
         pid = start(wait=False).pid
@@ -98,8 +96,8 @@ def test_a_server_killed_while_it_claims_a_herd_loses_no_slot_and_runs_none_twic
 
 @pytest.mark.parametrize("step", ["create", "change_run", "commit", "hand_over"])
 def test_a_claim_that_is_cut_short_is_made_again(store, start, marks, step):
-    apply(store, make_job(f"echo ran >> {marks.path}", schedule="@every 1h"),
-          since=int(time.time()) // HOUR * HOUR - 1)
+    schedule, slot = hourly()
+    apply(store, make_job(f"echo ran >> {marks.path}", schedule=schedule), since=slot - 1)
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -304,8 +302,9 @@ def job_without_schedule(job):
 
 def test_more_runs_than_files_may_be_open_all_run(store, start):
     import resource
-    jobs = [make_job(job_id=f"j{number}", schedule="@every 1h") for number in range(300)]
-    apply(store, *jobs, since=int(time.time()) // HOUR * HOUR - 1)
+    schedule, slot = hourly()
+    jobs = [make_job(job_id=f"j{number}", schedule=schedule) for number in range(300)]
+    apply(store, *jobs, since=slot - 1)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def limit(scheduler):
@@ -493,17 +492,12 @@ def test_slots_outside_the_window_are_skipped(store, start):
                                                    ("none", 0, 4)])
 def test_slots_of_an_outage_are_caught_up_as_the_job_says(store, start, marks, tmp_path, catch_up,
                                                           ran, missed):
-    job = make_job(f"echo $ROEXEC_SLOT $ROEXEC_TRIGGER >> {marks.path}", schedule="0 * * * *",
-                   timezone="UTC", catch_up=catch_up, catch_up_window="9h",
+    schedule, last = hourly()
+    job = make_job(f"echo $ROEXEC_SLOT $ROEXEC_TRIGGER >> {marks.path}", schedule=schedule,
+                   catch_up=catch_up, catch_up_window="9h",
                    hooks={"on_missed": f"echo $ROEXEC_STATUS $ROEXEC_REASON >> {tmp_path}/missed"})
-    now = (int(time.time()) // HOUR - 1) * HOUR + 1800      # such that none is on time
-    slots = past_slots(store, job, 4, now)
-    real = time.time
-    shift = real() - now
-
-    def shift_clock(scheduler):
-        time.time = lambda: real() - shift
-    server = start(prepare=shift_clock)
+    slots = past_slots(store, job, 4, last)
+    server = start()
     wait_for(lambda: sum(row["count"] for row in read_runs(store)) == 4
              and all(row["state"] in roexec.FINAL_STATES for row in read_runs(store)))
     caught = read_runs(store, state="succeeded")
@@ -517,13 +511,14 @@ def test_slots_of_an_outage_are_caught_up_as_the_job_says(store, start, marks, t
         wait_for(lambda: (tmp_path / "missed").exists() and read_run(store, rows[0]["id"])["log"])
         assert (tmp_path / "missed").read_text() == "skipped missed\n"
     server.stop()
-    start(prepare=shift_clock).stop()
+    start().stop()
     assert len(marks()) == ran
 
 
 def test_a_hook_for_missed_slots_that_a_kill_has_held_up_runs_once(store, start, marks):
-    past_slots(store, make_job(schedule="0 * * * *", timezone="UTC", catch_up="none",
-                               hooks={"on_missed": f"echo missed >> {marks.path}"}), 5)
+    schedule, last = hourly()
+    past_slots(store, make_job(schedule=schedule, catch_up="none", hooks={
+        "on_missed": f"echo missed >> {marks.path}"}), 5, last)
 
     def die(self):
         if self.waiting:

@@ -12,8 +12,8 @@ import time
 
 import pytest
 from helpers import (Server, Smtp, VaultServer, Web, apply, await_state, claimed, descendants,
-                     end_of, in_child, make_job, output_of, perform, read_attempts, read_log_of,
-                     read_run, read_runs, supervise, wait_for)
+                     end_of, hourly, in_child, make_job, output_of, perform, read_attempts,
+                     read_log_of, read_run, read_runs, supervise, wait_for)
 
 import roexec
 
@@ -584,11 +584,11 @@ def test_a_run_that_a_hook_cannot_start_leaves_a_row_that_says_why(store, start,
 # Missed slots.
 
 def test_missed_slots_are_told_and_start_a_job_once(store, start, web, tmp_path):
-    now = int(time.time()) // HOUR * HOUR
-    job = make_job("true", schedule="@every 1h", catch_up="none", env_from={"command": "echo A=b"},
+    schedule, slot = hourly()
+    job = make_job("true", schedule=schedule, catch_up="none", env_from={"command": "echo A=b"},
                    hooks={"on_missed": [{"webhook": web.url()}, {"run": "y"},
                                         f"echo \"$A $ROEXEC_REASON\" >> {tmp_path}/told"]})
-    apply(store, job, since=now - 3 * HOUR - 1)
+    apply(store, job, since=slot - 3 * HOUR - 1)
     apply(store, make_job("true", "y"))
 
     def prepare(scheduler):
