@@ -1357,7 +1357,11 @@ _VARIABLE = Pattern(r"[^=\s\0\ud800-\udfff]+")
 _NO_TEXT = Pattern(r"[\0\ud800-\udfff]")
 _NO_LINE = Pattern(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")
 _VAULT_SECRET = Pattern(r"vault://([^\s?#%]+/[^\s?#%]+)(?:#(.+))?")
-_VAULT_ADDRESS = Pattern(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?/?", "a")
+_HTTP_ADDRESS = Pattern(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::(\d{1,5}))?/?", "a")
+_BUCKET = Pattern(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_REGION = Pattern(r"[a-z0-9-]{1,40}")
+_ETCD_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?"
+_ETCD_ADDRESS = Pattern(rf"(etcds?)://({_ETCD_HOST}(?:,{_ETCD_HOST})*)(?:/([\w./-]*))?", "a")
 _EXPANSION = Pattern(r"(?<![\w$])\$[A-Za-z_]\w*|(?<!\$)\$\{[A-Za-z_]\w*\}", "a")
 _NUMERIC = Pattern(r"-?[0-9]+(?:\.[0-9]+)?")
 _TIME_OF_DAY = Pattern(r"\d{1,2}:\d\d(?::\d\d)?")
@@ -1471,11 +1475,9 @@ class _Place:
         return ValueError(f"{self.shown(value)} stands where {wanted} is wanted")
 
 
-def _known(value, place, names, later, what):
-    """(name, value, place, key) of each key of a mapping; one not in `names` is a problem.
-
-    The name has underscores, the key is as it is. `later` are names not yet supported.
-    """
+def _known(value, place, names, what):
+    """(name, value, place, key) of each key of a mapping; one not in `names` is a problem. The name
+    has underscores, the key is as it is."""
     if not isinstance(value, dict):
         raise ValueError(f'{place.shown(value)} stands where "key: value" lines are wanted '
                          f"({', '.join(names)})")
@@ -1483,10 +1485,8 @@ def _known(value, place, names, later, what):
     for key, item in value.items():
         written = key if type(key) is str else place.key(key).written(key)
         name = written.replace("-", "_")
-        if name in later:
-            place.key(key).problem(f'"{name}" is not supported yet')
-        elif name not in names:
-            place.key(key).problem(_unknown(written, names, later, what))
+        if name not in names:
+            place.key(key).problem(_unknown(written, names, what))
         elif name in seen:
             place.key(key).problem(f'"{name}" is written twice, with "-" and with "_"; remove one')
         else:
@@ -1494,11 +1494,11 @@ def _known(value, place, names, later, what):
             yield name, item, place.item(key, name), key
 
 
-def _unknown(written, names, later, what):
+def _unknown(written, names, what):
     other = _OTHER_WORDS.get(written)
     if what == "a job" and written in _ELSEWHERE:
         return f'unknown key "{written}" in a job{_ELSEWHERE[written]}'
-    hint = f'; did you mean "{other}"?' if other in names else nearest(written, [*names, *later])
+    hint = f'; did you mean "{other}"?' if other in names else nearest(written, names)
     if not hint and len(names) < 10:
         hint = f"; it may have {', '.join(names)}"
     return f'unknown key "{written}" in {what}{hint}'
@@ -1545,12 +1545,10 @@ def _items(reader, values, place):
     return [place.item(index).read(reader, value) for index, value in enumerate(values)]
 
 
-def _one_of(*words, later=()):
+def _one_of(*words):
     def read(value, place):
         if isinstance(value, str) and value in words:
             return value
-        if value in later:
-            raise ValueError(f'"{value}" is not supported yet')
         near = nearest(value, words) if isinstance(value, str) else ""
         raise ValueError(f"{place.shown(value)} is none of {', '.join(words)}{near}")
     return read
@@ -1787,11 +1785,10 @@ def _without_nulls(value):
 class _Record(Value):
     """A value made of a spec: of a mapping of some of its KEYS to what their readers returned.
 
-    KEYS is {name: (reader, maker or None, default of the attribute)}; LATER are the names of keys
-    that are not supported yet. Null in a spec is the default; in one that is MERGED key by key it
-    is kept, since it removes what stands below.
+    KEYS is {name: (reader, maker or None, default of the attribute)}. Null in a spec is the
+    default; in one that is MERGED key by key it is kept, since it removes what stands below.
     """
-    KEYS, LATER, NAME, MAY_BE_EMPTY, MERGED = {}, (), "", False, False
+    KEYS, NAME, MAY_BE_EMPTY, MERGED = {}, "", False, False
 
     def __init_subclass__(cls):
         for name, (_, _, default) in cls.KEYS.items():
@@ -1817,8 +1814,7 @@ class _Record(Value):
     def read(cls, value, place):
         """The spec of a mapping: the reader of a key that has such a record."""
         spec, before = {}, len(place.reading.problems)
-        for name, item, there, _ in _known(value, place, cls.KEYS, cls.LATER,
-                                           cls.NAME or place.path):
+        for name, item, there, _ in _known(value, place, cls.KEYS, cls.NAME or place.path):
             if item is not None:
                 spec[name] = there.read(cls.KEYS[name][0], item)
             elif cls.MERGED:
@@ -2068,7 +2064,7 @@ def _written_hooks(value, place):
 
 def _hook_mapping(value, place):
     return [(name, item, there, place.key(key))
-            for name, item, there, key in _known(value, place, _HOOK_NAMES, (), "hooks")]
+            for name, item, there, key in _known(value, place, _HOOK_NAMES, "hooks")]
 
 
 def _hook(value, place):
@@ -2453,7 +2449,7 @@ def _read_keys(value, place, kind=Job, what="a job"):
     if hooks != {}:
         spec["hooks"] = hooks
     names = dict.fromkeys((*kind.KEYS, *_HOOK_KEYS))
-    for name, item, there, _ in _known(value, place, names, kind.LATER, what):
+    for name, item, there, _ in _known(value, place, names, what):
         if name not in _HOOK_KEYS:
             found = None
             if item is not None or name == "directory":         # whose reader looks for ~
@@ -2683,7 +2679,7 @@ def _add_parts(value, place, parts):
     if "pipeline" in value and not {"jobs", "job"} & value.keys():      # the job stands right here
         whole = {key: item for key, item in value.items() if key != "defaults"}
         value = {"pipeline": whole, **{key: value[key] for key in value if key == "defaults"}}
-    for name, item, there, key in _known(value, place, (*kinds, "defaults"), (), "a job file"):
+    for name, item, there, key in _known(value, place, (*kinds, "defaults"), "a job file"):
         other = next((kind for kind in kinds if kind in parts), None)
         if name in parts:
             place.key(key).problem(f'"{name}" is written a second time')
@@ -2797,6 +2793,7 @@ def _scalar(value):
 
 # The configuration.
 
+_PORT_BEHIND = Pattern(r"[^:\[]:\d+$|\]:\d+$", "a")
 _HOST_AND_PORT = Pattern(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", "a")
 
 
@@ -2844,12 +2841,45 @@ class _ServerSettings(_Record):
     MAY_BE_EMPTY = True
 
 
+def _bucket(value, place):
+    text = _text(value, place)
+    if not _BUCKET.fullmatch(text):
+        raise ValueError(f'"{text}" is not the name of a bucket: 3 to 63 lower-case letters, '
+                         "digits, dots and dashes")
+    return text
+
+
+def _prefix(value, place):
+    """A folder within a bucket, as it begins the keys of what lies in it: `ops/` or nothing."""
+    text = _line(value, place).strip("/")
+    return text and text + "/"
+
+
+def _endpoint(value, place):
+    text = _line(value, place)
+    if not _HTTP_ADDRESS.fullmatch(text):
+        raise ValueError(f'"{text}" is no address; write for example https://s3.example.com')
+    return text.rstrip("/")
+
+
+def _region(value, place):
+    text = _text(value, place)
+    if not _REGION.fullmatch(text):
+        raise ValueError(f'"{text}" is no region; write for example eu-central-1')
+    return text
+
+
 class _StoreSettings(_Record):
+    """Where the store is: `type` local, sqlite or s3, and its `path`. In a `bucket`, below the
+    `prefix`, of the S3 server at the `endpoint`; None is that of AWS in the `region`."""
     KEYS = {
-        "type": (_one_of("local", "sqlite", later=("s3",)), None, "local"),
+        "type": (_one_of("local", "sqlite", "s3"), None, "local"),
         "path": (_path, None, None),
+        "bucket": (_bucket, None, None),
+        "prefix": (_prefix, None, ""),
+        "endpoint": (_endpoint, None, None),
+        "region": (_region, None, None),
     }
-    LATER = ("bucket", "endpoint", "region", "prefix")
 
     @classmethod
     def read(cls, value, place):
@@ -2859,6 +2889,11 @@ class _StoreSettings(_Record):
 
     @classmethod
     def check(cls, spec):
+        if spec.get("type") == "s3" and "bucket" not in spec:
+            raise ValueError("type: s3 needs bucket:, where the store is kept")
+        bucket_keys = [key for key in spec if key not in ("type", "path")]
+        if spec.get("type") != "s3" and bucket_keys:
+            raise ValueError(f"{bucket_keys[0]} is for type: s3; write that too, or leave it out")
         if spec.get("type") == "sqlite" and "path" not in spec:
             raise ValueError("type: sqlite needs path:, the database file")
         if spec.get("type") == "sqlite" and not spec["path"].endswith(".db"):
@@ -2921,7 +2956,7 @@ class MailSettings(_Record):
 
 def _vault_address(value, place):
     text = _line(value, place)
-    found = _VAULT_ADDRESS.fullmatch(text)
+    found = _HTTP_ADDRESS.fullmatch(text)
     if not found or int(found[1] or 1) not in range(1, 65536):
         raise ValueError(f'"{text}" is no address of Vault; write for example '
                          "https://vault.example.com:8200")
@@ -2952,6 +2987,85 @@ class VaultSettings(_Record):
             raise ValueError("ca is for an address that begins with https://")
 
 
+def _etcd_address(value, place):
+    """Where etcd is: `etcd://h1:2379,h2:2379`, with etcds:// for TLS, and a path as prefix of the
+    keys. A list is taken too, since the commas suggest it."""
+    text = ",".join(_list_of(_line)(value, place)) if isinstance(value, list) \
+        else _line(value, place)
+    if not _ETCD_ADDRESS.fullmatch(text):
+        raise ValueError(f'"{text}" is no address of etcd; write for example '
+                         "etcd://h1:2379,h2:2379,h3:2379, or etcds:// for TLS")
+    return text
+
+
+class EtcdAddress(Value):
+    """The parts of an address of etcd: whether `tls` is spoken, `endpoints` (host, port), and the
+    `prefix` of the keys, without a slash at its end."""
+    __slots__ = ("tls", "endpoints", "prefix")
+
+    @classmethod
+    def of(cls, text):
+        """The parts of an address that was checked."""
+        scheme, hosts, prefix = _ETCD_ADDRESS.fullmatch(text).groups()
+        endpoints = []
+        for each in hosts.split(","):
+            host, _, port = each.rpartition(":") if _PORT_BEHIND.search(each) else (each, "", "")
+            endpoints.append((host.strip("[]"), int(port or 2379)))
+        return cls(tls=scheme == "etcds", endpoints=tuple(endpoints),
+                   prefix=(prefix or "").strip("/") or "roexec")
+
+
+def _node_name(value, place):
+    text = _text(value, place)
+    if not _ID.fullmatch(text):
+        raise ValueError(f'"{text}" is no name of a node; write letters, digits, ".", "_" and "-"')
+    return text
+
+
+class _ClusterTls(_Record):
+    KEYS = {
+        "ca": (_path, None, None),
+        "cert": (_path, None, None),
+        "key": (_path, None, None),
+    }
+
+    @classmethod
+    def check(cls, spec):
+        super().check(spec)
+        if ("cert" in spec) != ("key" in spec):
+            raise ValueError("cert and key go together; write both or none")
+
+
+class ClusterSettings(_Record):
+    """Whether this server is a node of a cluster, `enabled`; the EtcdAddress `leader_election`; the
+    name of the `node`, None for that of the host; the `lease` (seconds); the URL that other nodes
+    reach it at, `advertise`; and who asks etcd: `user`, `password_file`, `tls` (files in PEM)."""
+    KEYS = {
+        "enabled": (_switch, None, True),
+        "leader_election": (_etcd_address, EtcdAddress.of, None),
+        "node": (_node_name, None, None),
+        "lease": (_some_duration, parse_duration, 10),
+        "advertise": (_endpoint, None, None),
+        "user": (_line, None, None),
+        "password_file": (_path, None, None),
+        "tls": (_ClusterTls.read, _ClusterTls, None),
+    }
+
+    @classmethod
+    def check(cls, spec):
+        super().check(spec)
+        if "leader_election" not in spec:
+            raise ValueError("write leader_election:, for example "
+                             "etcd://h1:2379,h2:2379,h3:2379")
+        if not 3 <= parse_duration(spec.get("lease", 10)) <= 600:
+            # etcd itself needs two seconds or three to have a new leader
+            raise ValueError("lease is at least 3s and at most 10m")
+        if ("user" in spec) != ("password_file" in spec):
+            raise ValueError("user and password_file go together; write both or none")
+        if "tls" in spec and not spec["leader_election"].startswith("etcds:"):
+            raise ValueError("tls is for a leader_election that begins with etcds://")
+
+
 def _config_defaults(value, place):
     return _read_defaults(value, place, {**_NO_DEFAULT, "directory": (
         "directory is not possible here, since a job of a file has that file's folder; "
@@ -2961,10 +3075,11 @@ def _config_defaults(value, place):
 class Config(_Record):
     """A configuration, made of a checked spec; without one, that which says nothing.
 
-    `server` has host, port, hosts, tls and auth; `store` type and path; `scheduler` max_concurrent
-    and timezone; `jobs` are absolute paths of job files and folders, `defaults` the spec of jobs'
-    defaults; `mail` is the spec of MailSettings, or None, and `vault` that of VaultSettings; `log`,
-    `history` and `metrics` are specs too, of LogLimits, HistoryLimits and MetricsSettings.
+    `server` has host, port, hosts, tls and auth; `store` type, path and those of a bucket;
+    `scheduler` max_concurrent and timezone; `jobs` are absolute paths of job files and folders,
+    `defaults` the spec of jobs' defaults; `mail` is the spec of MailSettings, or None, and `vault`
+    that of VaultSettings; `log`, `history` and `metrics` are specs too, of LogLimits, HistoryLimits
+    and MetricsSettings; `clustering` is a ClusterSettings, or None.
     """
     KEYS = {
         "server": (_ServerSettings.read, _ServerSettings, _ServerSettings()),
@@ -2977,9 +3092,16 @@ class Config(_Record):
         "log": (LogLimits.read, None, None),
         "history": (HistoryLimits.read, None, None),
         "metrics": (MetricsSettings.read, None, None),
+        "clustering": (ClusterSettings.read, ClusterSettings, None),
     }
-    LATER = ("clustering",)
     NAME, MAY_BE_EMPTY = "the configuration", True
+
+    @classmethod
+    def check(cls, spec):
+        cluster, store = spec.get("clustering"), spec.get("store") or {}
+        if cluster and cluster.get("enabled", True) and store.get("type") != "s3":
+            raise ValueError("clustering needs a store that all nodes share; write store: "
+                             "{type: s3, bucket: NAME}")
 
     def __init__(self, spec=None):
         """Of `defaults` and `log` and `history` beside them, which hold for all runs, the former
@@ -3408,7 +3530,7 @@ REASONS = {                             # a state -> its reasons; nothing else i
                "secret"),
     "timed_out": ("timeout", "total_timeout"),
     "cancelled": ("user", "replaced", "shutdown", "fail_fast", "parent"),
-    "lost": ("supervisor", "power")}
+    "lost": ("supervisor", "power", "node")}
 
 TRIGGERS = ("schedule", "catch_up", "manual", "api", "retry", "pipeline")
 
@@ -3474,9 +3596,10 @@ def next_run(job, now, zone, paused=0, position=None):
 class SlotRow(Value):
     """What becomes of a slot, or of `count` consecutive ones from `slot` to `last_slot`.
 
-    `reason` is None for one that is to run, with `trigger` "schedule" or "catch_up".
+    `reason` is None for one that is to run, with `trigger` "schedule" or "catch_up". `run` is the
+    id of the run where it was given beforehand, as to all nodes of a cluster.
     """
-    __slots__ = ("slot", "last_slot", "count", "trigger", "reason", "message")
+    __slots__ = ("slot", "last_slot", "count", "trigger", "reason", "message", "run")
 
 
 def decide_slots(job, position, now, zone, paused=0):
@@ -5091,6 +5214,11 @@ def new_run_id():
     return "".join(digits[number // 36 ** place % 36] for place in range(10))
 
 
+def node_name():
+    """The name of this host, as far as a node of a cluster may be called so."""
+    return re.sub(r"[^A-Za-z0-9._-]|^[._-]+", "", socket.gethostname())[:64] or "node"
+
+
 def host_zone():
     """The zone of this host: of $TZ, else what /etc/localtime points to, else its content."""
     name = os.environ.get("TZ", "").lstrip(":")
@@ -5192,7 +5320,8 @@ CREATE TABLE runs (
     env TEXT, priority INTEGER NOT NULL DEFAULT 0, queued_at REAL NOT NULL, started_at REAL,
     finished_at REAL, exit_code INTEGER, signal TEXT,
     boot TEXT,                          -- the boot in which it began to run
-    node TEXT, log TEXT,
+    node TEXT,                          -- the node of a cluster that it is of; NULL: of this one
+    log TEXT,
     log_gone TEXT,                      -- when and why its log was removed
     outputs TEXT,                       -- what a step hands on, as JSON
     taken TEXT,                         -- {step: run} that a retry has taken over, as JSON
@@ -5279,6 +5408,7 @@ class Store:
         self.kept = None                # where `keep_open` was called
         self.told_of_log = False        # that the write-ahead log cannot be read
         self.memo, self.given = None, {}    # the Memo of a server; {run id: secrets}, only here
+        self.name = None                # of its node, in a cluster
 
     @property
     def exists(self):
@@ -5289,6 +5419,11 @@ class Store:
             return False
         except PermissionError:
             raise self.refusal() from None
+
+    @property
+    def node(self):
+        """The name of the node of a cluster that this store is of; by default that of the host."""
+        return self.name or node_name()
 
     @property
     def is_read_only(self):
@@ -5935,7 +6070,7 @@ def delete_jobs(db, ids, now, by=None):
         db.execute("DELETE FROM counters WHERE job_id = ?", (job_id,))
         _note_change(db, by, "delete", job_id, now)
         for run in active_runs(db, job_id):
-            if run["state"] == "queued":
+            if run["state"] == "queued" and run["node"] is None:
                 finish_run(db, run["id"], "cancelled", [], reason="user", finished_at=now,
                            message="the job was deleted")
 
@@ -6012,7 +6147,7 @@ def skip_slots(db, job_id, row, now):
         return last["id"]
     _count(db, job_id, {("skipped", row.reason): row.count})
     return add_run(
-        db, id=new_run_id(), job_id=job_id, trigger=row.trigger, slot=row.slot,
+        db, id=row.run or new_run_id(), job_id=job_id, trigger=row.trigger, slot=row.slot,
         last_slot=row.last_slot, count=row.count, state="skipped", reason=row.reason,
         message=row.message, queued_at=now, finished_at=now)
 
@@ -6062,10 +6197,12 @@ def active_runs(db, job_id=None):
                       f"'running') AND step IS NULL {chosen} ORDER BY seq", values).fetchall()
 
 
-def queued_runs(db):
-    """Rows of the queued runs that are no steps, oldest first."""
+def own_runs(db, state):
+    """Rows of the runs of this node that are no steps, in one of the active states, oldest first:
+    what other nodes run is theirs to look after."""
     return db.execute("SELECT * FROM runs INDEXED BY runs_active WHERE state IN ('queued', "
-                      "'running') AND step IS NULL AND state = 'queued' ORDER BY seq").fetchall()
+                      "'running') AND step IS NULL AND state = ? AND node IS NULL ORDER BY seq",
+                      (state,)).fetchall()
 
 
 def count_queued(db):
@@ -12386,7 +12523,7 @@ def claim(db, folder, jobs, max_concurrent, wanted, **header):
     `jobs(row)` is the effective Job of a run, or None if there is none any more. Each journal is
     made and locked before the run is marked as running; `header` is what its header has besides.
     """
-    queued = queued_runs(db)
+    queued = own_runs(db, "queued")
     if not queued:
         return []
     known, boot = {row["id"]: jobs(row) for row in queued}, boot_id()
@@ -12759,8 +12896,8 @@ def _carry(store, journal, settings, reader, writer):
 
 def lose_without_journal(db, store):
     """End the running rows that have no journal: a power cut took it, or somebody removed it."""
-    for row in active_runs(db):
-        if row["state"] == "running" and not os.path.exists(store.file(f"active/{row['id']}")):
+    for row in own_runs(db, "running"):
+        if not os.path.exists(store.file(f"active/{row['id']}")):
             again = _make_again(db, store.file("active"), row)
             if again is None:
                 _lose(db, row, "its journal is gone")
@@ -12784,9 +12921,8 @@ def _make_again(db, folder, row):
 def tell_cancels(db, store):
     """Tell the supervisors of runs that are to be cancelled once more: whoever asked for it may
     have died between its commit and that."""
-    for row in active_runs(db):
-        journal = row["state"] == "running" and row["cancel"] and Journal.glance(
-            store.file(f"active/{row['id']}"))
+    for row in own_runs(db, "running"):
+        journal = row["cancel"] and Journal.glance(store.file(f"active/{row['id']}"))
         if journal:
             journal.cancel(*journal.cancelled() or (row["cancel"],))
 
@@ -12799,8 +12935,8 @@ def _lose(db, row, message):
 
 def withdraw_orphans(db):
     """Cancel queued runs whose process, which alone may start them, has ended."""
-    for row in active_runs(db):
-        if row["state"] == "queued" and row["owner"] and not _is_alive(row["owner"]):
+    for row in own_runs(db, "queued"):
+        if row["owner"] and not _is_alive(row["owner"]):
             finish_run(db, row["id"], "cancelled", [], reason="user", finished_at=time.time(),
                        message="the command that waited for it has ended")
 
@@ -13161,15 +13297,16 @@ class _Timetable:
         self.entries, self.heap = {}, []                    # heap: (due, job id)
         self.changes, self.settings, self.zone = -1, {}, datetime.timezone.utc
         self.limit = None                                   # of all runs
+        self.asleep = False                                 # since another node decides slots
 
     def next_due(self):
         """The instant (UTC seconds) at which a job has to be looked at; infinity without one."""
-        return self.heap[0][0] if self.heap else math.inf
+        return self.heap[0][0] if self.heap and not self.asleep else math.inf
 
     def pop_due(self, now):
         """The ids of jobs that are due, some of them at a time; `plan` puts them back."""
         due = []
-        while self.heap and self.heap[0][0] <= now and len(due) < _BATCH:
+        while self.next_due() <= now and len(due) < _BATCH:
             instant, job_id = heapq.heappop(self.heap)
             entry = self.entries.get(job_id)
             if entry is not None and entry.due == instant and job_id not in due:
@@ -13247,15 +13384,12 @@ class _Timetable:
                     and max(entry.paused, start or 0) <= time.time() <= (end or math.inf):
                 self._add(db, entry, "schedule", time.time())
 
-    def decide(self, db, job_id, now, replaced, started):
-        """Decide the due slots of a job -> its new position, for `move` once that is committed.
-
-        Ids of runs to be replaced and journals of hooks to be run are added to the lists.
-        """
+    def decide(self, db, job_id, now):
+        """What becomes of the due slots of a job -> ([SlotRow], its new position), for `write_down`
+        and, once that is committed, `move`; None where nothing is due yet."""
         entry = self.entries.get(job_id)
         if entry is None or entry.due is None or entry.due > now:   # it is another one since
             return None
-        job = entry.job
         if now < entry.instant and active_runs(db, job_id):     # it may have ended until then
             self._look_at(job_id, entry, entry.instant)
             return None
@@ -13264,27 +13398,34 @@ class _Timetable:
             newest = newest_slot_row(db, job_id, now)
             if newest is not None:
                 position = max(position, min(now, newest["last_slot"] or newest["slot"]))
-        rows, position = decide_slots(job, position, max(now, entry.instant), self.zone,
-                                      entry.paused)
+        return decide_slots(entry.job, position, max(now, entry.instant), self.zone, entry.paused)
+
+    def write_down(self, db, granted, now, replaced, started):
+        """Write down what was decided of slots: (job id, [SlotRow], new position). Ids of runs to
+        be replaced and journals of hooks to be run are added to the lists."""
+        job_id, rows, position = granted
+        entry = self.entries.get(job_id)
         for row in rows:
-            if slot_is_known(db, job.id, row.slot):     # before a clock was corrected
+            if slot_is_known(db, job_id, row.slot):     # before a clock was corrected
                 continue
+            if row.reason is None and entry is None:
+                row = row.changed(reason="missed", message="the job was removed meanwhile")
             if row.reason is None:
                 self._start_slot(db, entry, row, now, replaced)
                 continue
-            run_id = skip_slots(db, job.id, row, now)
+            run_id = skip_slots(db, job_id, row, now)
             path = self.store.file(f"active/{run_id}")
-            if row.reason == "missed" and "on_missed" in job.hooks and not os.path.exists(path):
+            if row.reason == "missed" and entry is not None and "on_missed" in entry.job.hooks \
+                    and not os.path.exists(path):
                 started.append(make_journal(db, self.store.file("active"), get_run(db, run_id),
-                                            job, now, boot=boot_id(), only="on_missed"))
-        set_position(db, job.id, position)
-        return position
+                                            entry.job, now, boot=boot_id(), only="on_missed"))
+        set_position(db, job_id, position)
 
     def move(self, job_id, position):
-        """Know the new position of a job; None where nothing was decided yet."""
+        """Know the new position of a job; None where it is to be decided anew."""
         if position is not None and job_id in self.entries:
             self.entries[job_id].position = position
-            self.plan(job_id)
+        self.plan(job_id)
 
     def _start_slot(self, db, entry, row, now, replaced):
         job = entry.job
@@ -13295,19 +13436,83 @@ class _Timetable:
         elif count_queued(db) >= MOST_QUEUED:
             reason, message = "capacity", f"{MOST_QUEUED} runs were queued"
         if reason:
-            skip_slots(db, job.id, SlotRow(slot=row.slot, last_slot=row.slot, count=1,
-                                           trigger=row.trigger, reason=reason, message=message),
-                       now)
+            skip_slots(db, job.id, row.changed(reason=reason, message=message), now)
             return
-        self._add(db, entry, row.trigger, now, row.slot)
+        self._add(db, entry, row.trigger, now, row.slot, row.run)
         if action == "replace":
             replace_run(db, other)
             if other["state"] == "running":
                 replaced.append(other["id"])
 
-    def _add(self, db, entry, trigger, now, slot=None):
-        add_run(db, id=new_run_id(), job_id=entry.job.id, version=entry.version, trigger=trigger,
-                slot=slot, state="queued", queued_at=now, priority=entry.job.priority)
+    def _add(self, db, entry, trigger, now, slot=None, run_id=None):
+        add_run(db, id=run_id or new_run_id(), job_id=entry.job.id, version=entry.version,
+                trigger=trigger, slot=slot, state="queued", queued_at=now,
+                priority=entry.job.priority)
+
+
+class Alone:
+    """What a server asks before it decides slots and starts runs; one that is no node of a cluster
+    may do it all, at once."""
+
+    def __init__(self):
+        self._asked = []
+
+    def leads(self):
+        """Whether this server decides slots."""
+        return True
+
+    def ask(self, job_id, rows, position):
+        """Ask for the right to write down what was decided of slots: `granted` has it."""
+        self._asked.append((job_id, rows, position))
+
+    def granted(self):
+        """[(job id, [SlotRow] or None where another decision is wanted, position)], once each."""
+        granted, self._asked = self._asked, []
+        return granted
+
+    def wrote(self, granted):
+        """What was granted is committed."""
+
+    def may_start(self, row):
+        """Whether a queued run may start now; if not, that is asked for."""
+        return True
+
+
+class _Decisions:
+    """Slots on their way from being due to being written down: decided, asked for, granted."""
+
+    def __init__(self, timetable, claims):
+        self.timetable, self.claims = timetable, claims
+        self.asked, self.granted = set(), []    # ids of jobs; what is to be written down
+
+    def decide(self, db, due, now):
+        """Decide the slots of jobs that are due, and ask for the right to write that down."""
+        for job_id in due:
+            what = None if job_id in self.asked else self.timetable.decide(db, job_id, now)
+            if what is not None:
+                self.asked.add(job_id)
+                self.claims.ask(job_id, *what)
+
+    def write_down(self, db, now, replaced, started):
+        """Write down what was granted; `commit` has to follow."""
+        self.granted += self.claims.granted()
+        for granted in self.granted:
+            if granted[1] is not None:
+                self.timetable.write_down(db, granted, now, replaced, started)
+
+    def commit(self):
+        """What was granted is committed."""
+        granted, self.granted = self.granted, []
+        for job_id, rows, position in granted:
+            self.asked.discard(job_id)
+            self.timetable.move(job_id, None if rows is None else position)
+        self.claims.wrote(granted)
+
+    def give_up(self, due):
+        """Nothing was committed: what was granted is written down the next time."""
+        for job_id in due:
+            if job_id not in self.asked:
+                self.timetable.plan(job_id)
 
 
 STUCK = "the scheduler does not answer"
@@ -13439,11 +13644,12 @@ class _Calls:
 class Scheduler:
     """The loop of a server. The order of its start is that of `server` in the command line.
 
-    `say(text, level, at)` writes its log. `each_second` and `on_reload` are called each second and
-    at SIGHUP. `run` returns when SIGTERM or SIGINT asks for the end; runs go on.
+    `say(text, level, at)` writes its log; `claims` grants what it decides and starts. `each_second`
+    and `on_reload` are called each second and at SIGHUP. `run` returns when SIGTERM or SIGINT asks
+    for the end; runs go on.
     """
 
-    def __init__(self, store, launcher, say):
+    def __init__(self, store, launcher, say, claims=None):
         self.store, self.launcher, self.say = store, launcher, say
         self.each_second, self.on_reload = [], []
         self.poller = select.poll()
@@ -13453,6 +13659,8 @@ class Scheduler:
         self.timetable = _Timetable(store, say)
         self.vitals = Vitals(store, self.supervisors, self.timetable)
         self.postman = None             # who is to be told of new notices
+        self.claims = claims or Alone()
+        self.decisions = _Decisions(self.timetable, self.claims)
         self.ended = []                 # journals that are to be taken in
         self.more_queued = False        # whether not all have got the places that are free
         self.said = set()               # what is to be said once
@@ -13594,7 +13802,7 @@ class Scheduler:
 
     def _take_in(self, journals, due, now, looking):
         """One transaction: take ends in, decide slots, give places. Then the runs are started."""
-        started, decided, replaced = [], [], []
+        started, replaced = [], []
         try:
             with self.store.write() as db:
                 done, unfinished = sort_journals(db, journals, self._say_once)
@@ -13606,20 +13814,17 @@ class Scheduler:
                     lose_without_journal(db, self.store)
                     tell_cancels(db, self.store)
                     withdraw_orphans(db)
-                for job_id in due:
-                    position = self.timetable.decide(db, job_id, now, replaced, started)
-                    decided.append((job_id, position))
+                self.decisions.decide(db, due, now)
+                self.decisions.write_down(db, now, replaced, started)
                 started += self._claim(db)
                 ends = [journal.taken for journal in done if journal.taken]
         except BaseException:
             for journal in journals + started:      # found again at the next look, which knows
                 journal.close()                     # whether the commit holds after all
-            for job_id in due:
-                self.timetable.plan(job_id)
+            self.decisions.give_up(due)
             raise
         self.vitals.failed = False
-        for job_id, position in decided:
-            self.timetable.move(job_id, position)
+        self.decisions.commit()
         discard(done)
         if any((row.get("cause") or "").endswith("/job") for row in ends):
             self.last_look = -math.inf              # a step waits for that
@@ -13638,7 +13843,8 @@ class Scheduler:
         most = _most_at_once(self.files) - self.supervisors.count_busy()
         places = iter(range(min(_MOST_WAITING, most) - waiting))
         started = claim(db, self.store.file("active"), self.timetable.job_of, self.timetable.limit,
-                        lambda row: not row["owner"] and next(places, None) is not None)
+                        lambda row: not row["owner"] and self.claims.may_start(row)
+                        and next(places, None) is not None)
         self.more_queued = next(places, None) is None
         return started
 
@@ -13676,7 +13882,7 @@ def _given_to(store, journals):
 
 def _ask_all_to_end(store):
     with store.write() as db:
-        running = [row["id"] for row in active_runs(db) if row["state"] == "running"]
+        running = [row["id"] for row in own_runs(db, "running")]
         for run_id in running:
             ask_to_cancel(db, run_id, "shutdown")
     return running

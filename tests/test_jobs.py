@@ -970,14 +970,20 @@ def test_a_host_that_was_set_to_its_default_was_set():
      "wanted"),
     ("server: {hosts: ['http://a']}", '1:18: server.hosts: "http://a" is not the name of a host; '
      "write for example roexec.example.com, or with a port roexec.example.com:8443"),
-    ("store: {bucket: x}", '1:9: "bucket" is not supported yet'),
+    ("store: {bucket: runs}",
+     "1:8: store: bucket is for type: s3; write that too, or leave it out"),
     ("store: /var/lib/x", "1:8: store: write {path: /var/lib/x}"),
-    ("store: {type: s3}", '1:15: store.type: "s3" is not supported yet'),
-    ("store: {type: postgres}", '1:15: store.type: "postgres" is none of local, sqlite'),
+    ("store: {type: s3}", "1:8: store: type: s3 needs bucket:, where the store is kept"),
+    ("store: {type: s3, bucket: My_Bucket}", '1:27: store.bucket: "My_Bucket" is not the name of a '
+     "bucket: 3 to 63 lower-case letters, digits, dots and dashes"),
+    ("store: {type: s3, bucket: runs, endpoint: s3.example.com}", '1:43: store.endpoint: '
+     '"s3.example.com" is no address; write for example https://s3.example.com'),
+    ("store: {type: s3, bucket: runs, region: Frankfurt am Main}", '1:41: store.region: '
+     '"Frankfurt am Main" is no region; write for example eu-central-1'),
+    ("store: {type: postgres}", '1:15: store.type: "postgres" is none of local, sqlite, s3'),
     ("store: {type: sqlite}", "1:8: store: type: sqlite needs path:, the database file"),
     ("store: {type: sqlite, path: /srv/runs}", "1:8: store: path: the name of a database file ends "
      "in .db; write for example /srv/runs.db"),
-    ("store: {bucket: x}", '1:9: "bucket" is not supported yet'),
     ("store: {path: ~/x}", '1:15: store.path: "~/x": the home folder depends on who reads this; '
                            'write the path from "/"'),
     ("scheduler: {timezone: Mars}", None),
@@ -986,7 +992,23 @@ def test_a_host_that_was_set_to_its_default_was_set():
     ("metrics: {enabled: yes}", '1:20: metrics.enabled: "yes" is a text here (as YAML 1.2 has it); '
                                 "write true"),
     ("metrics: {max-jobs: 0}", "1:21: metrics.max_jobs: 0 is not a whole number from 1 to 1000000"),
-    ("clustering: {enabled: true}", '1:1: "clustering" is not supported yet'),
+    ("clustering: {enabled: true}", "1:13: clustering: write leader_election:, for example "
+     "etcd://h1:2379,h2:2379,h3:2379"),
+    ("clustering: {leader_election: etcd://h:2379}", "1:1: clustering needs a store that all nodes "
+     "share; write store: {type: s3, bucket: NAME}"),
+    ("clustering: {leader_election: 'http://h:2379'}", '1:31: clustering.leader_election: '
+     '"http://h:2379" is no address of etcd; write for example etcd://h1:2379,h2:2379,h3:2379, or '
+     "etcds:// for TLS"),
+    ("clustering: {leader_election: etcd://h, lease: 1s}",
+     "1:13: clustering: lease is at least 3s and at most 10m"),
+    ("clustering: {leader_election: etcd://h, user: u}",
+     "1:13: clustering: user and password_file go together; write both or none"),
+    ("clustering: {leader_election: etcd://h, tls: {ca: c}}",
+     "1:13: clustering: tls is for a leader_election that begins with etcds://"),
+    ("clustering: {leader_election: etcds://h, tls: {cert: c}}",
+     "1:47: clustering.tls: cert and key go together; write both or none"),
+    ("clustering: {leader_election: etcd://h, node: a b}", '1:47: clustering.node: "a b" is no '
+     'name of a node; write letters, digits, ".", "_" and "-"'),
     ("mail: {host: h, user: u}",
      "1:7: mail: user and password_file go together; write both or none"),
     ("mail: {host: h, user: u, password-file: p, tls: none}",
@@ -1016,8 +1038,33 @@ def test_a_wrong_configuration_is_refused_where_it_is_wrong(text, expected):
 def test_all_problems_of_a_configuration_are_reported():
     assert [problem.split(": ")[0] for problem in config_problems(
         "server: {host: 'a b', port: x}\nclustering: {}\nlog: {}\ndefaults: {retries: x}\n")] == [
-            "config.yml:1:16", "config.yml:1:29", "config.yml:2:1", "config.yml:3:6",
+            "config.yml:1:16", "config.yml:1:29", "config.yml:2:13", "config.yml:3:6",
             "config.yml:4:21"]
+
+
+@pytest.mark.parametrize("text, tls, endpoints, prefix", [
+    ("etcd://h1", False, (("h1", 2379),), "roexec"),
+    ("etcd://h1:1,h2:22,10.0.0.3:333", False, (("h1", 1), ("h2", 22), ("10.0.0.3", 333)), "roexec"),
+    ("etcds://[::1]:2379,[fe80::1]", True, (("::1", 2379), ("fe80::1", 2379)), "roexec"),
+    ("etcd://h1:2379/", False, (("h1", 2379),), "roexec"),
+    ("etcd://h1:2379/ops/roexec/", False, (("h1", 2379),), "ops/roexec"),
+])
+def test_an_address_of_etcd_has_endpoints_and_a_prefix(text, tls, endpoints, prefix):
+    assert roexec.EtcdAddress.of(text) == roexec.EtcdAddress(
+        tls=tls, endpoints=endpoints, prefix=prefix)
+
+
+def test_a_cluster_is_configured_as_the_readme_has_it():
+    config = roexec.read_config(
+        "store: {type: s3, bucket: runs, prefix: /ops/, endpoint: 'http://127.0.0.1:9000/'}\n"
+        "clustering:\n  enabled: true\n  leader-election: etcd://h1:2379,h2:2379\n"
+        "  node: a\n  lease: 15s\n  advertise: https://a.example.com:8443\n", "config.yml", "/etc")
+    assert (config.store.bucket, config.store.prefix, config.store.endpoint) == (
+        "runs", "ops/", "http://127.0.0.1:9000")
+    cluster = config.clustering
+    assert (cluster.node, cluster.lease, cluster.advertise, cluster.enabled) == (
+        "a", 15, "https://a.example.com:8443", True)
+    assert cluster.leader_election.endpoints == (("h1", 2379), ("h2", 2379))
 
 
 # Two passes.

@@ -533,7 +533,7 @@ def test_each_final_state_but_success_has_its_reasons():
         "failed": tuple("exit signal output start pre_run condition memory outputs secret".split()),
         "timed_out": ("timeout", "total_timeout"),
         "cancelled": tuple("user replaced shutdown fail_fast parent".split()),
-        "lost": ("supervisor", "power")}
+        "lost": ("supervisor", "power", "node")}
 
 
 # What is to come.

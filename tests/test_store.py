@@ -30,7 +30,7 @@ from roexec import (ACTIVE_STATES, FINAL_STATES, REASONS, STATES, Job, NoSuchJob
                     get_meta, get_run, get_settings, host_zone, is_at, job_ids, job_versions,
                     last_decision, list_jobs, list_runs, lock_is_held, new_run_id, newest_run,
                     newest_slot_row, open_private, pause_job, paused_in_queue, perform_apply,
-                    plan_apply, process_start, queued_runs, run_filter, run_rows, runs_on_at,
+                    own_runs, plan_apply, process_start, run_filter, run_rows, runs_on_at,
                     set_log, set_meta, set_position, set_settings, skip_slots, slot_is_known,
                     step_rows, store_id, try_lock, usual_durations)
 
@@ -1149,8 +1149,10 @@ def test_active_runs_are_counted_and_listed_without_steps(db):
     run(db, "step2", "a", "queued", parent="run0", step="s")
     assert [row["id"] for row in active_runs(db)] == [f"run{number}" for number in range(5)]
     assert [row["id"] for row in active_runs(db, "a")] == ["run0", "run1"]
-    assert [row["id"] for row in queued_runs(db)] == ["run1", "run2"]
-    assert count_running(db) == {"a": 1, "b": 2} and count_queued(db) == 2
+    assert [row["id"] for row in own_runs(db, "queued")] == ["run1", "run2"]
+    run(db, "elsewhere", "b", "running", node="other")
+    assert [row["id"] for row in own_runs(db, "running")] == ["run0", "run3", "run4"]
+    assert count_running(db) == {"a": 1, "b": 3} and count_queued(db) == 2
 
 
 # Skipped slots.
@@ -1358,7 +1360,7 @@ class Listener:
     (active_runs, "runs_active"), (lambda db: active_runs(db, "a"), "runs_active (job_id=?)"),
     (lambda db: get_job(db, "backup"), "runs_active (job_id=?)"),
     (list_jobs, "runs_active (job_id=?)"),
-    (queued_runs, "runs_active"), (count_queued, "runs_active"), (count_apart, "runs_active"),
+    (lambda db: own_runs(db, "queued"), "runs_active"), (count_queued, "runs_active"), (count_apart, "runs_active"),
     (lambda db: step_rows(db, "a"), "runs_parent (parent=?)"),
     (count_running, "runs_state (state=?)"),
     (lambda db: paused_in_queue(db, NOW), "runs_state (state=?)"),
