@@ -952,7 +952,7 @@ def test_a_host_that_was_set_to_its_default_was_set():
 @pytest.mark.parametrize("text, expected", [
     ("[a]", '1:1: a list stands where "key: value" lines are wanted '
             "(server, store, scheduler, jobs, defaults, mail, vault, log, "
-            "history, metrics)"),
+            "history, metrics, clustering)"),
     ("sever: {}", '1:1: unknown key "sever" in the configuration; did you mean "server"?'),
     ("server: {prot: 1}", '1:10: unknown key "prot" in server; did you mean "port"?'),
     ("server: {port: 70000}", "1:16: server.port: 70000 is not a whole number from 0 to 65535"),
