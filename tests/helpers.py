@@ -37,7 +37,7 @@ def make_job(command="true", job_id="x", **more):
     return roexec.Job({"id": job_id, "command": command, "directory": "/", **more})
 
 
-def hourly():
+def hourly_schedule():
     """An hourly schedule and its last slot, which was half an hour ago: it is late, and none comes
     due while a test is on."""
     slot = (int(time.time()) // 60 - 30) * 60

@@ -20,9 +20,9 @@ from datetime import timezone
 from pathlib import Path
 
 import pytest
-from helpers import (Server, apply, await_state, claimed, descendants, end_of, hourly, in_child,
-                     is_alive, kill_descendants, make_job, read_attempts, read_log_of, read_pid,
-                     read_run, read_runs, wait_for)
+from helpers import (Server, apply, await_state, claimed, descendants, end_of, hourly_schedule,
+                     in_child, is_alive, kill_descendants, make_job, read_attempts, read_log_of,
+                     read_pid, read_run, read_runs, wait_for)
 
 import roexec
 from roexec import RoexecError
@@ -494,7 +494,7 @@ class Claim(Case):
 
     def prepare(self):
         super().prepare()
-        schedule, slot = hourly()
+        schedule, slot = hourly_schedule()
         self.hook = Witness(self.folder / "hook")
         self.log = self.folder / "said"
         for code in (0, 3):

@@ -11,8 +11,9 @@ import sys
 import time
 
 import pytest
-from helpers import (apply, await_state, claimed, descendants, end_of, hourly, in_child, is_alive,
-                     make_job, read_attempts, read_log_of, read_pid, read_run, read_runs, wait_for)
+from helpers import (apply, await_state, claimed, descendants, end_of, hourly_schedule, in_child,
+                     is_alive, make_job, read_attempts, read_log_of, read_pid, read_run, read_runs,
+                     wait_for)
 
 import roexec
 from roexec import RoexecError, own_identity
@@ -47,7 +48,7 @@ def past_slots(store, job, hours, last):
 
 def test_ten_runs_outlive_the_server_that_is_killed_and_nothing_is_lost(store, start, marks,
                                                                          tmp_path):
-    go, (schedule, slot) = tmp_path / "go", hourly()
+    go, (schedule, slot) = tmp_path / "go", hourly_schedule()
     jobs = [make_job(f"echo begun {number}; echo {number} >> {marks.path}; "
                      f"while ! test -e {go}; do sleep 0.02; done; "
                      f"echo middle; seq 2000; echo end >&2; exit {number}", f"j{number}",
@@ -73,7 +74,7 @@ def test_ten_runs_outlive_the_server_that_is_killed_and_nothing_is_lost(store, s
 
 def test_a_server_killed_while_it_claims_a_herd_loses_no_slot_and_runs_none_twice(
         store, start, marks):
-    schedule, slot = hourly()
+    schedule, slot = hourly_schedule()
     jobs = [make_job(f"echo $ROEXEC_JOB_ID >> {marks.path}", f"j{number}", schedule=schedule)
             for number in range(60)]
     apply(store, *jobs, since=slot - 1)
@@ -96,7 +97,7 @@ def test_a_server_killed_while_it_claims_a_herd_loses_no_slot_and_runs_none_twic
 
 @pytest.mark.parametrize("step", ["create", "change_run", "commit", "hand_over"])
 def test_a_claim_that_is_cut_short_is_made_again(store, start, marks, step):
-    schedule, slot = hourly()
+    schedule, slot = hourly_schedule()
     apply(store, make_job(f"echo ran >> {marks.path}", schedule=schedule), since=slot - 1)
 
     def die(*_, **__):
@@ -302,7 +303,7 @@ def job_without_schedule(job):
 
 def test_more_runs_than_files_may_be_open_all_run(store, start):
     import resource
-    schedule, slot = hourly()
+    schedule, slot = hourly_schedule()
     jobs = [make_job(job_id=f"j{number}", schedule=schedule) for number in range(300)]
     apply(store, *jobs, since=slot - 1)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -492,7 +493,7 @@ def test_slots_outside_the_window_are_skipped(store, start):
                                                    ("none", 0, 4)])
 def test_slots_of_an_outage_are_caught_up_as_the_job_says(store, start, marks, tmp_path, catch_up,
                                                           ran, missed):
-    schedule, last = hourly()
+    schedule, last = hourly_schedule()
     job = make_job(f"echo $ROEXEC_SLOT $ROEXEC_TRIGGER >> {marks.path}", schedule=schedule,
                    catch_up=catch_up, catch_up_window="9h",
                    hooks={"on_missed": f"echo $ROEXEC_STATUS $ROEXEC_REASON >> {tmp_path}/missed"})
@@ -516,7 +517,7 @@ def test_slots_of_an_outage_are_caught_up_as_the_job_says(store, start, marks, t
 
 
 def test_a_hook_for_missed_slots_that_a_kill_has_held_up_runs_once(store, start, marks):
-    schedule, last = hourly()
+    schedule, last = hourly_schedule()
     past_slots(store, make_job(schedule=schedule, catch_up="none", hooks={
         "on_missed": f"echo missed >> {marks.path}"}), 5, last)
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from helpers import (Server, Smtp, VaultServer, Web, apply, await_state, claimed, descendants,
-                     end_of, hourly, in_child, make_job, output_of, perform, read_attempts,
+                     end_of, hourly_schedule, in_child, make_job, output_of, perform, read_attempts,
                      read_log_of, read_run, read_runs, supervise, wait_for)
 
 import roexec
@@ -584,7 +584,7 @@ def test_a_run_that_a_hook_cannot_start_leaves_a_row_that_says_why(store, start,
 # Missed slots.
 
 def test_missed_slots_are_told_and_start_a_job_once(store, start, web, tmp_path):
-    schedule, slot = hourly()
+    schedule, slot = hourly_schedule()
     job = make_job("true", schedule=schedule, catch_up="none", env_from={"command": "echo A=b"},
                    hooks={"on_missed": [{"webhook": web.url()}, {"run": "y"},
                                         f"echo \"$A $ROEXEC_REASON\" >> {tmp_path}/told"]})
