@@ -15,24 +15,25 @@ The file is read from top to bottom; a section uses only sections above it.
     10  logs       one run's log: write, read, follow
     11  secrets    variables from files, commands and Vault; masks over what is secret
     12  notices    webhook, mail and ping, and the outbox that they wait in
-    13  s3         objects in a bucket: S3Client, its signatures and credentials
-    14  limits     as whom a command runs, and what it may use
-    15  journal    the life of a run, written so that a crash loses nothing of it
-    16  processes  a command and all that descends from it: start, signals, end
-    17  runner     the supervisor: a run with its attempts and hooks
-    18  pipelines  steps in order, in parallel, and again from where they failed
-    19  runs       a run's place, its start, its way into the store, recovery
-    20  scheduler  the loop of the server, the launcher
-    21  upkeep     retention, purge, check, backup, restore
-    22  views      what there is to say of jobs and runs, the same for the CLI and the API
-    23  page       the web page, served with a strict content policy
-    24  gate       what an HTTP request asks for, who asks, and whether they may
-    25  streams    logs that are followed and events, all of them from one look at the store
-    26  api        the routes, their functions and their description
-    27  http       connections, their limits, TLS
-    28  client     a server elsewhere, for the same commands
-    29  host       what a host needs: doctor, install, init, completion
-    30  cli        one function per command; main(argv) -> exit status
+    13  etcd       EtcdClient: keys, transactions, leases and watches of etcd
+    14  s3         objects in a bucket: S3Client, its signatures and credentials
+    15  limits     as whom a command runs, and what it may use
+    16  journal    the life of a run, written so that a crash loses nothing of it
+    17  processes  a command and all that descends from it: start, signals, end
+    18  runner     the supervisor: a run with its attempts and hooks
+    19  pipelines  steps in order, in parallel, and again from where they failed
+    20  runs       a run's place, its start, its way into the store, recovery
+    21  scheduler  the loop of the server, the launcher
+    22  upkeep     retention, purge, check, backup, restore
+    23  views      what there is to say of jobs and runs, the same for the CLI and the API
+    24  page       the web page, served with a strict content policy
+    25  gate       what an HTTP request asks for, who asks, and whether they may
+    26  streams    logs that are followed and events, all of them from one look at the store
+    27  api        the routes, their functions and their description
+    28  http       connections, their limits, TLS
+    29  client     a server elsewhere, for the same commands
+    30  host       what a host needs: doctor, install, init, completion
+    31  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -8575,11 +8576,12 @@ class Guard:
 
     def __init__(self, connection, deadline):
         self.copy = socket.socket(fileno=os.dup(connection.fileno()))   # TLS takes the other over
-        self.timer = threading.Timer(max(0, deadline - time.monotonic()), self._end)
+        self.timer = threading.Timer(max(0, deadline - time.monotonic()), self.end)
         self.timer.daemon = True
         self.timer.start()
 
-    def _end(self):
+    def end(self):
+        """End it now; for any thread."""
         with contextlib.suppress(OSError):
             self.copy.shutdown(socket.SHUT_RDWR)
 
@@ -8591,17 +8593,21 @@ class Guard:
 
 class HttpConnection:
     """A connection with an HTTP server that is kept from one request to the next; for one thread at
-    a time. `context` is the ssl.SSLContext of one that speaks TLS."""
+    a time. `context` is the ssl.SSLContext of one that speaks TLS; `is_sent` says whether some of
+    the last request may have arrived."""
 
     def __init__(self, host, port, context=None):
         self._host, self._port, self._context, self._client = host, port, context, None
+        self.is_sent = False
 
     def ask(self, method, target, body, headers, *, deadline, most):
         """(status, headers, bytes) of a request that has all of its answer, `most` bytes, before a
         `deadline` (of time.monotonic). Raises OSError, once that has passed TimeoutError."""
         import http.client
+        self.is_sent = False
         try:
             self._see_open(deadline)
+            self.is_sent = True
             guard = Guard(self._client.sock, deadline)
             try:
                 answer = self._ask(method, target, body, headers, most)
@@ -8631,19 +8637,9 @@ class HttpConnection:
         if self._client is not None and (self._client.sock is None or self._has_ended()):
             self.close()
         if self._client is None:
-            connection = connect_within(resolve_host(self._host, self._port, deadline), deadline)
-            guard = Guard(connection, deadline)
-            try:
-                if self._context is not None:
-                    connection = self._context.wrap_socket(connection, server_hostname=self._host)
-            except BaseException:
-                connection.close()
-                raise
-            finally:
-                guard.close()
+            connection = dial(self._host, self._port, self._context, deadline)
             self._client = http.client.HTTPConnection(self._host, self._port)
             self._client.sock, self._client.auto_open = connection, 0
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._client.sock.settimeout(max(0.001, deadline - time.monotonic()))
 
     def _has_ended(self):
@@ -8665,6 +8661,22 @@ class HttpConnection:
             if answer.length:           # from Python 3.12 on read() says so itself
                 raise OSError(errno.EPROTO, "the answer ends too early")
             return answer.status, answer.headers, data
+
+
+def dial(host, port, context, deadline):
+    """A socket that is connected to a host, with TLS where there is a context; raises OSError."""
+    connection = connect_within(resolve_host(host, port, deadline), deadline)
+    guard = Guard(connection, deadline)
+    try:                                # http.client sends head and body apart: no waiting between
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if context is not None:
+            connection = context.wrap_socket(connection, server_hostname=host)
+        return connection
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        guard.close()
 
 
 def resolve_host(host, port, deadline):
@@ -8936,7 +8948,555 @@ def start_postman(store, settings, say):
     return Postman(store, settings, say)
 
 
-# ==== 13 s3 =======================================================================================
+# ==== 13 etcd =====================================================================================
+# etcd of 3.4 and newer, through the JSON gateway of its API v3: keys, transactions, leases and
+# watches. One endpoint is asked, and another one once that has failed; what was certainly not done
+# is asked again elsewhere at once. Each request has a deadline, from the look-up of a name to the
+# last byte. A request that gives nothing is an EtcdError, which says whether it may have been done.
+
+_MOST_OF_ETCD = 16 << 20                # bytes of an answer, or of a message of a watch
+_PAGE_OF_KEYS = 200                     # cursors of jobs have up to 30 kB each
+_DATE_COUNTS = 300                      # seconds, for which the Date of an answer says anything
+# What reading an answer raises that is none of etcd's.
+_NO_ETCD = AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError
+
+
+class EtcdError(RoexecError):
+    """A request that etcd has not answered as it should.
+
+    `unknown`: it may have been done all the same. `away`: another endpoint may do it. `reason` are
+    etcd's own words.
+    """
+
+    def __init__(self, text, unknown=False, away=False, reason=""):
+        super().__init__(printable(text))
+        self.unknown, self.away, self.reason = unknown, away, reason
+
+
+class EtcdEntry(Value):
+    """A key (str) with its value (bytes; None where it was deleted), the revisions that have
+    changed and created it, and its lease (0: none)."""
+    __slots__ = ("key", "value", "mod", "create", "lease")
+
+
+class EtcdClient:
+    """Several threads may use one. All methods but `offset` and `close` raise EtcdError.
+
+    `endpoints` are (host, port), `timeout` is the seconds that each request may take. `tls` has the
+    paths `ca`, `cert` and `key`, each may be None; where it is None itself TLS is not spoken.
+    """
+
+    def __init__(self, endpoints, timeout, tls=None, user=None, password=None):
+        self._way = _Endpoints(endpoints, timeout, tls, user, password)
+
+    def close(self):
+        """Close the connections that are kept for the next requests."""
+        self._way.close()
+
+    # Keys. What is read is what most members have agreed on, never what one still believes.
+
+    def get(self, key):
+        """The EtcdEntry of a key, or None."""
+        return self._ask("kv/range", {"key": _key_bytes(key)}, _entry_of)
+
+    def get_prefix(self, prefix):
+        """([EtcdEntry] of all keys that begin so, in their order; the revision of all this)."""
+        entries, first, revision, has_more = [], prefix, 0, True
+        while has_more:
+            page, has_more, now = self._ask("kv/range", {
+                "key": _key_bytes(first), "range_end": _prefix_end(prefix),
+                "limit": _PAGE_OF_KEYS, "revision": str(revision)}, _page_of)
+            entries += page
+            first, revision = page[-1].key + "\0" if page else None, revision or now
+        return entries, revision
+
+    def put(self, key, value, lease=0):
+        """Set a key to bytes, under a lease or none -> the revision."""
+        body = _etcd_operation("put", key, value, lease)["request_put"]
+        return self._ask("kv/put", body, _revision)
+
+    def delete(self, key):
+        """Delete a key -> whether it was there."""
+        return self._ask("kv/deleterange", {"key": _key_bytes(key)}, _is_deleted)
+
+    def txn(self, compares, then, otherwise=()):
+        """Do `then` if all `compares` hold, else `otherwise`, in one step -> (whether they held,
+        what each operation gave).
+
+        A compare is (key, "mod" or "create", the revision that it must have; 0: the key is not
+        there). Operations are ("put", key, value[, lease]), which gives the revision, ("get", key),
+        an EtcdEntry or None, and ("delete", key), whether it was there.
+        """
+        def read(answer):
+            holds, answers = answer.get("succeeded", False), answer.get("responses", [])
+            operations = then if holds else otherwise
+            if len(operations) != len(answers):
+                raise ValueError
+            return holds, [_result_of(operation[0], each, _revision(answer))
+                           for operation, each in zip(operations, answers)]
+        return self._ask("kv/txn", {
+            "compare": [{"key": _key_bytes(key), "target": target.upper(), "result": "EQUAL",
+                         f"{target}_revision": str(revision)}
+                        for key, target, revision in compares],
+            "success": [_etcd_operation(*operation) for operation in then],
+            "failure": [_etcd_operation(*operation) for operation in otherwise]}, read)
+
+    def watch(self, prefix, from_revision, seconds=60):
+        """The EtcdWatch of all keys that begin so, from a revision on; etcd has begun it.
+
+        It ends by itself after so many seconds, since nothing else would tell a watch without
+        events from one that etcd has forgotten.
+        """
+        body = {"create_request": {"key": _key_bytes(prefix), "range_end": _prefix_end(prefix),
+                                   "start_revision": str(from_revision)}}
+        return self._way.somewhere(lambda endpoint, token, deadline: EtcdWatch(
+            self._way, endpoint, body, token, deadline, seconds))
+
+    # Leases.
+
+    def grant(self, ttl):
+        """The id of a new lease that ends after so many seconds (int)."""
+        return self._ask("lease/grant", {"TTL": str(ttl)}, lambda answer: _positive(answer["ID"]))
+
+    def keep_alive(self, lease):
+        """The seconds that a lease lasts, counted from some instant during this; 0: it is gone."""
+        return self._ask("lease/keepalive", {"ID": str(lease)},
+                         lambda answer: int(answer["result"].get("TTL", 0)))
+
+    def revoke(self, lease):
+        """End a lease, and delete its keys; one that is gone already is no error."""
+        try:
+            self._ask("lease/revoke", {"ID": str(lease)}, _revision)
+        except EtcdError as error:
+            if "lease not found" not in error.reason:
+                raise
+
+    # The servers.
+
+    def status(self):
+        """What each endpoint says of itself, in their order: [{endpoint, version, leads, error}].
+
+        All are asked at once. The text `error` is None where nothing is wrong.
+        """
+        deadline, found = self._way.deadline(), {}
+
+        def ask(endpoint):
+            try:
+                found[endpoint] = self._way.authorized(
+                    endpoint, deadline, lambda token: self._way.exchange(
+                        endpoint, "maintenance/status", {}, token, deadline, _health_of))
+            except EtcdError as error:
+                found[endpoint] = {"version": None, "leads": False, "error": str(error)}
+        endpoints = self._way.endpoints
+        threads = [start_thread(lambda endpoint=endpoint: ask(endpoint), "etcd")
+                   for endpoint in endpoints]
+        for thread in threads:
+            thread.join()
+        return [{"endpoint": _place(endpoint), **found[endpoint]} for endpoint in endpoints]
+
+    def offset(self):
+        """Seconds that the clock of this host is ahead of etcd's for certain, negative where it is
+        behind: the median of the endpoints that have answered lately; None where none has.
+
+        `status` asks all of them.
+        """
+        found = self._way.seconds_ahead()
+        middle = len(found) // 2
+        return (found[middle] + found[~middle]) / 2 if found else None
+
+    def _ask(self, path, body, read):
+        """What `read` gives of the answer (dict) to a request."""
+        return self._way.somewhere(lambda endpoint, token, deadline: self._way.exchange(
+            endpoint, path, body, token, deadline, read))
+
+
+class _Endpoints:
+    """The way to etcd: which endpoint is asked, its connections, the token, and what clocks say."""
+
+    def __init__(self, endpoints, timeout, tls, user, password):
+        self.endpoints, self._timeout, self._tls = [*map(tuple, endpoints)], timeout, tls
+        self._user, self._password, self._token = user, password, None
+        self._lock, self._first = threading.Lock(), 0
+        self._idle = {endpoint: [] for endpoint in self.endpoints}
+        self._ahead = {}                # endpoint -> (time.monotonic(), seconds ahead of its clock)
+
+    def deadline(self):
+        """That of a request that begins now."""
+        return time.monotonic() + self._timeout
+
+    def close(self):
+        with self._lock:
+            idle = [connection for each in self._idle.values() for connection in each]
+            self._idle = {endpoint: [] for endpoint in self.endpoints}
+        for connection in idle:
+            connection.close()
+
+    def somewhere(self, work):
+        """What work(endpoint, token, deadline) gives at the first endpoint that can do it."""
+        deadline, errors = self.deadline(), []
+        with self._lock:
+            endpoints = self.endpoints[self._first:] + self.endpoints[:self._first]
+        for endpoint in endpoints:
+            try:
+                return self.authorized(endpoint, deadline,
+                                       lambda token: work(endpoint, token, deadline))
+            except EtcdError as error:
+                if error.away:
+                    self.leave(endpoint)
+                if error.unknown or not error.away:
+                    raise
+                errors.append(str(error))
+            if time.monotonic() >= deadline:
+                break
+        raise EtcdError("; ".join(errors), away=True)
+
+    def leave(self, endpoint):
+        """Ask the next one first, from now on."""
+        with self._lock:
+            if self.endpoints[self._first] == endpoint:
+                self._first = (self._first + 1) % len(self.endpoints)
+
+    def authorized(self, endpoint, deadline, work):
+        """What work(token) gives; tokens end after minutes, and with the member that gave them."""
+        if self._user is None:
+            return work(None)
+        token = self._token
+        if token is not None:
+            try:
+                return work(token)
+            except EtcdError as error:
+                if error.unknown or not any(words in error.reason for words in _STALE_TOKEN):
+                    raise
+        self._token = self._log_in(endpoint, deadline)
+        return work(self._token)
+
+    def _log_in(self, endpoint, deadline):
+        """A new token, empty where etcd wants none."""
+        def read(answer):
+            if not _ETCD_TOKEN.fullmatch(answer["token"]):
+                raise ValueError
+            return answer["token"]
+        body = {"name": self._user, "password": self._password}
+        try:
+            return self.exchange(endpoint, "auth/authenticate", body, None, deadline, read)
+        except EtcdError as error:
+            if "authentication is not enabled" in error.reason:
+                return ""
+            error.unknown = False       # what the token is for was not asked
+            raise
+
+    def exchange(self, endpoint, path, body, token, deadline, read):
+        with self._lock:
+            connection = self._idle[endpoint].pop() if self._idle[endpoint] else None
+        connection = connection or HttpConnection(*endpoint, self.context())
+        begun = time.time()
+        try:
+            status, headers, data = connection.ask(
+                "POST", f"/v3/{path}", json.dumps(body), _headers_with(token),
+                deadline=deadline, most=_MOST_OF_ETCD)
+        except OSError as error:
+            raise _trouble(endpoint, error, connection.is_sent) from None
+        self._note_clock(endpoint, headers.get("Date"), begun, time.time())
+        with self._lock:
+            self._idle[endpoint].append(connection)
+        return self.understood(endpoint, status, data, read)
+
+    def understood(self, endpoint, status, data, read):
+        """What `read` gives of an answer in JSON."""
+        failure = None
+        try:
+            answer, _ = json.JSONDecoder().raw_decode(data.decode().strip())
+            status, failure = _said_to_fail(status, answer)
+            if failure is None:
+                return read(answer)
+        except _NO_ETCD:
+            pass                        # below
+        said = failure              # what should have been a success may hold values, or a token
+        if said is None:
+            said = data[:200].decode(errors="replace").strip() if status != 200 else ""
+        said = Masks(filter(None, (self._password, self._token))).text(printable(said)[:300])
+        hint = next((f"; {hint}" for words, hint in _ETCD_HINTS if words in said), "")
+        is_refused = 400 <= status < 500 and status != 408      # 408: it has taken too long
+        if failure is None:
+            what = f"answers {status} and nothing of etcd's API v3{said and f' ({said})'}"
+            hint = hint or ("; is that etcd, of 3.4 or newer, and has it its JSON gateway "
+                            "(enable-grpc-gateway)?")
+        else:
+            what = f"{'refuses' if is_refused else 'fails'}: {said}"
+        raise EtcdError(f"etcd at {_place(endpoint)} {what}{hint}",
+                        away=not is_refused or failure is None,
+                        unknown=not is_refused and _NO_LEADER not in said, reason=said)
+
+    def context(self):
+        """The SSLContext of a new connection, with the files as they are now; None without TLS."""
+        if self._tls is None:
+            return None
+        try:
+            import ssl
+        except ImportError:
+            raise EtcdError("this Python has no ssl, which etcds:// needs") from None
+        what = f"the ca of etcd, {self._tls.ca},"
+        try:
+            context = ssl.create_default_context(cafile=self._tls.ca)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            if self._tls.cert is not None:
+                what = f"the cert and key of etcd, {self._tls.cert} and {self._tls.key},"
+                context.load_cert_chain(self._tls.cert, self._tls.key, password=lambda: "")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            raise EtcdError(f"{what} cannot be used: {why}") from None
+        return context
+
+    # Clocks.
+
+    def _note_clock(self, endpoint, date, begun, ended):
+        """A Date says the second in which an answer was made, which was some time meanwhile."""
+        import email.utils
+        try:
+            second = email.utils.parsedate_to_datetime(date).timestamp()
+        except _NO_ETCD:
+            return
+        ahead = max(begun - second - 1, min(ended - second, 0.0))
+        with self._lock:
+            self._ahead[endpoint] = time.monotonic(), ahead
+
+    def seconds_ahead(self):
+        """How far this clock is ahead of that of each endpoint that has answered lately, sorted."""
+        since = time.monotonic() - _DATE_COUNTS
+        with self._lock:
+            return sorted(ahead for at, ahead in self._ahead.values() if at >= since)
+
+
+class EtcdWatch:
+    """What has changed, as EtcdEntry, in the order in which it did.
+
+    It ends when its time is over, or when any thread closes it; a new one from `revision` on
+    misses nothing. After an EtcdError of its own read again what is watched. Use it in `with`.
+    """
+
+    def __init__(self, way, endpoint, body, token, deadline, seconds):
+        import http.client
+        self.revision = int(body["create_request"]["start_revision"])
+        self._way, self._endpoint, self._is_closed = way, endpoint, False
+        self._response = self._guard = None
+        self._connection = http.client.HTTPConnection(*endpoint)
+        try:
+            self._begin(json.dumps(body), _headers_with(token), deadline)
+            self._guard.close()
+            self._until = time.monotonic() + seconds
+            self._guard = Guard(self._connection.sock, self._until)
+        except BaseException as error:
+            self._release()
+            if time.monotonic() >= deadline:
+                error = TimeoutError()
+            elif isinstance(error, (ValueError, http.client.HTTPException)):
+                error = OSError(errno.EPROTO, "the answer is no HTTP")
+            raise (_trouble(endpoint, error) if isinstance(error, OSError) else error) from None
+
+    def _begin(self, body, headers, deadline):
+        connected = dial(*self._endpoint, self._way.context(), deadline)
+        self._connection.sock, self._connection.auto_open = connected, 0
+        self._until, self._guard = deadline, Guard(connected, deadline)
+        connected.settimeout(None)
+        self._connection.request("POST", "/v3/watch", body, headers)
+        self._response = self._connection.getresponse()
+        self._entries, revision = self._next()
+        self.revision = self.revision or revision + 1
+
+    def __iter__(self):
+        while self._entries is not None:
+            yield from self._entries
+            self.revision = max([self.revision, *(entry.mod + 1 for entry in self._entries)])
+            self._entries, _ = self._next()
+
+    def close(self):
+        """End it; for any thread."""
+        self._is_closed = True
+        self._guard.end()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        self._release()
+
+    def _release(self):
+        for each in filter(None, (self._guard, self._response)):
+            each.close()
+        self._connection.close()
+
+    def _next(self):
+        """([EtcdEntry], revision) of the next message; (None, 0) at the end."""
+        import http.client
+        try:
+            line = self._response.readline(_MOST_OF_ETCD)
+        except (OSError, ValueError, http.client.HTTPException):
+            line = b""
+        if self._is_closed or time.monotonic() >= self._until:
+            return None, 0
+        try:
+            if not line:
+                raise EtcdError(f"etcd at {_place(self._endpoint)} has ended a watch", away=True)
+            return self._way.understood(self._endpoint, self._response.status, line, _events_of)
+        except EtcdError as error:
+            error.unknown = False       # it changes nothing
+            if error.away:
+                self._way.leave(self._endpoint)
+            raise
+
+
+# What is said to etcd, and by it: int64 as texts, bytes in base64, and nothing that is zero.
+
+_ETCD_TOKEN = Pattern(r"[!-~]+")
+# A watch with an old token is "permission denied"; the second is said to who has none.
+_STALE_TOKEN = ("invalid auth token", "user name is empty", "auth store is old",
+                "permission denied")
+_COMPACTED = "etcdserver: mvcc: required revision has been compacted"
+_DELETED = {"value": None, "create": 0}
+_NO_LEADER = "etcdserver: no leader"
+_ETCD_HINTS = (
+    ("authentication failed", "look at its user and the password in password_file"),
+    ("user name is empty", "it wants a user and a password_file"),
+    ("permission denied", "its user needs a role that may read and write the keys of roexec (etcdctl "
+     "role grant-permission --prefix=true ROLE readwrite PREFIX)"),
+    ("database space exceeded", "compact and defragment it, then etcdctl alarm disarm"),
+    (_NO_LEADER, "more than half of its members must run, and reach each other"),
+    ("HTTP request to an HTTPS server", "it speaks TLS: write etcds://"),
+)
+
+
+def _place(endpoint):
+    host, port = endpoint
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _headers_with(token):
+    """The headers of a request. A member without a leader is to refuse it at once, as etcd's own
+    client asks with the metadata hasleader; it would try for seconds, and a watch be silent."""
+    headers = {"Content-Type": "application/json", "Grpc-Metadata-hasleader": "true"}
+    if token:
+        headers["Authorization"] = token
+    return headers
+
+
+def _trouble(endpoint, error, is_sent=False):
+    """The EtcdError of what kept an answer away."""
+    place, is_tls = f"etcd at {_place(endpoint)}", type(error).__module__ == "ssl"
+    if hasattr(error, "verify_message"):
+        text = (f"{place} has a certificate that cannot be trusted ({error.verify_message}); ca of "
+                "tls names the file with the certificate of its authority")
+    elif is_tls and "CERTIFICATE" in str(error.reason):     # an alert, after the first request
+        is_sent, text = False, (f"{place} wants another certificate of this client "
+                                f"({error.reason}); write cert and key of tls")
+    elif is_tls:
+        text = f"{place} does not speak TLS as it should ({error.reason}); is it etcd:// instead?"
+    elif isinstance(error, (TimeoutError, socket.timeout)):
+        text = f"{place} does not answer in time"
+    elif isinstance(error, ConnectionRefusedError):
+        text = (f"{place} is not there, nothing listens on that port; does it run, and listen "
+                "beyond its own host (listen-client-urls)?")
+    else:
+        text = f"{place} cannot be asked: {getattr(error, 'strerror', None) or error}"
+    return EtcdError(text, unknown=is_sent, away=True)
+
+
+def _said_to_fail(status, answer):
+    """(status, etcd's words) of an answer, (200, None) of one of success; raises ValueError.
+
+    The words stand in `error`, from 3.6 on in `message`; those of a stream, which begins as a
+    success, in an object `error` with a status of its own; those of a watch in its result.
+    """
+    error, result = answer.get("error"), answer.get("result")
+    if isinstance(error, dict):
+        status, error = int(error.get("http_code", 500)), error.get("message")
+    elif isinstance(result, dict) and result.get("canceled"):
+        status, error = 400, result.get("cancel_reason") or _COMPACTED
+    elif status != 200:
+        error = error or answer["message"]
+    return status, None if error is None else str(error)
+
+
+def _key_bytes(key):
+    return _in_base64(key.encode("utf-8", "surrogateescape"))
+
+
+def _prefix_end(prefix):
+    """The first key behind all that begin so; no UTF-8 has the byte 255."""
+    data = prefix.encode("utf-8", "surrogateescape")
+    return _in_base64(data[:-1] + bytes([data[-1] + 1]))
+
+
+def _in_base64(data):
+    return base64.b64encode(data).decode()
+
+
+def _etcd_operation(kind, key, value=b"", lease=0):
+    """An operation of a transaction."""
+    if kind == "put":
+        return {"request_put": {"key": _key_bytes(key), "value": _in_base64(value),
+                                "lease": str(lease)}}
+    return {{"get": "request_range", "delete": "request_delete_range"}[kind]:
+            {"key": _key_bytes(key)}}
+
+
+def _result_of(kind, answer, revision):
+    """What an operation of a transaction has given."""
+    if kind == "put":
+        return revision
+    if kind == "get":
+        return _entry_of(answer["response_range"])
+    return _is_deleted(answer["response_delete_range"])
+
+
+def _is_deleted(answer):
+    return int(answer.get("deleted", 0)) > 0
+
+
+def _revision(answer):
+    return _positive(answer["header"]["revision"])
+
+
+def _positive(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def _entry(item):
+    return EtcdEntry(
+        key=base64.b64decode(item["key"], validate=True).decode("utf-8", "surrogateescape"),
+        value=base64.b64decode(item.get("value", ""), validate=True),
+        mod=_positive(item["mod_revision"]), create=int(item.get("create_revision", 0)),
+        lease=int(item.get("lease", 0)))
+
+
+def _entry_of(answer):
+    return next((_entry(item) for item in answer.get("kvs", ())), None)
+
+
+def _page_of(answer):
+    """([EtcdEntry], whether there are more, the revision) of a range."""
+    entries, has_more = [_entry(item) for item in answer.get("kvs", ())], answer.get("more", False)
+    if has_more and not entries:
+        raise ValueError
+    return entries, has_more, _revision(answer)
+
+
+def _events_of(answer):
+    """([EtcdEntry], the revision) of a message of a watch."""
+    return ([_entry(event["kv"]).changed(**_DELETED if event.get("type") == "DELETE" else {})
+             for event in answer["result"].get("events", ())], _revision(answer["result"]))
+
+
+def _health_of(answer):
+    leader, errors = answer.get("leader"), map(str, answer.get("errors", ()))
+    return {"version": printable(str(answer["version"]))[:40],
+            "leads": leader is not None and leader == answer["header"].get("member_id"),
+            "error": printable("; ".join(errors)) or None}
+
+
+# ==== 14 s3 =======================================================================================
 # Objects in a bucket of S3, or of what speaks as it does. Each request is signed (AWS Signature
 # Version 4), has its answer before a deadline, and is repeated where that can do no harm. What is
 # read of an answer is bounded. No error holds a credential.
@@ -9499,7 +10059,7 @@ def _read_list(data):
     return found, more if tree.findtext("IsTruncated") == "true" else None
 
 
-# ==== 14 limits ===================================================================================
+# ==== 15 limits ===================================================================================
 # As whom a command runs and what it may use: users and groups, which are taken on in order,
 # verified and never fallen back from; nice and rlimits; memory and processor by a cgroup where the
 # server has been given a part of that tree (cgroup v2), else memory by watching what the processes
@@ -9830,7 +10390,7 @@ def meter_of(job, parent, name):
     return limits["memory"] and Watch(limits["memory"]), "; ".join(remarks)
 
 
-# ==== 15 journal ==================================================================================
+# ==== 16 journal ==================================================================================
 # The life of a run, as its supervisor writes it down: each step before or right after it is done,
 # so that whoever finds the journal later knows what may be alive. That it is locked says that its
 # supervisor is.
@@ -10049,7 +10609,7 @@ class Progress:
         self.finished, self.log = event, event.get("log") or self.log
 
 
-# ==== 16 processes ================================================================================
+# ==== 17 processes ================================================================================
 # The processes of a run: what they get, how one is started, supervised and ended with all that
 # descends from it. Where the supervisor was killed they are found all the same: by session and
 # environment, and what has left both as an orphan of its keeper. (Not where that was killed too, or
@@ -10821,7 +11381,7 @@ class Console:
             return None
 
 
-# ==== 17 runner ===================================================================================
+# ==== 18 runner ===================================================================================
 # The supervisor: it carries out one run at a time, from its journal, with all attempts and hooks,
 # and never opens the store.
 
@@ -11687,7 +12247,7 @@ def exec_here(words):
     return ended.exit_code if ended.signal is None else 128 + signal_number(ended.signal)
 
 
-# ==== 18 pipelines ================================================================================
+# ==== 19 pipelines ================================================================================
 # A run that has steps: its supervisor starts a run for each step that is ready, as a server starts
 # the runs of jobs, and goes on from their ends. Which steps are ready is decided in policy. It
 # never opens the store: the journals of steps stay beside its own until it has finished, so that
@@ -12365,7 +12925,7 @@ class _StepRun(_OfPipeline):
         return {**answer, "message": answer["message"] or f"run {run_id}"}
 
 
-# ==== 19 runs =====================================================================================
+# ==== 20 runs =====================================================================================
 # From requests to supervisors, and back into the store. A run gets its place in the transaction
 # that marks it as running, whoever starts it; its journal is there, and locked, before that. What a
 # crash leaves is finished by whoever holds `server.lock`, or needs the place.
@@ -13194,7 +13754,7 @@ def _run_detached(store, job, reader, writer, request):
     keep_orphans(run)
 
 
-# ==== 20 scheduler ================================================================================
+# ==== 21 scheduler ================================================================================
 # The loop of a server. It decides what becomes of slots that are due and of runs that wait, has
 # those that get a place started, and takes in how they have ended. A launcher forks their
 # supervisors.
@@ -14023,7 +14583,7 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 21 upkeep ===================================================================================
+# ==== 22 upkeep ===================================================================================
 # What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
 # mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone;
 # the store is never held for longer than some milliseconds, and then left to others for as long.
@@ -14704,7 +15264,7 @@ def _forget_missing_logs(store):
                 lose_logs(db, job_id, missing, when)
 
 
-# ==== 22 views ====================================================================================
+# ==== 23 views ====================================================================================
 # What there is to say of the store, as payloads: of jobs and runs, why a job has not run, metrics.
 # The API and --json of the CLI give the same.
 
@@ -14874,7 +15434,7 @@ def _summed(jobs):
     return counters, gauges
 
 
-# ==== 23 page =====================================================================================
+# ==== 24 page =====================================================================================
 # What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
 # script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
 # stands here is what is sent: there is no step in between.
@@ -16810,7 +17370,7 @@ def _source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ==== 24 gate =====================================================================================
+# ==== 25 gate =====================================================================================
 # HTTP before any route: what a request asks for, read strictly, who is at the other end, and the
 # one gate, which lets in who bears a token, and over loopback the server's own user and root.
 
@@ -17187,7 +17747,7 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# ==== 25 streams ==================================================================================
+# ==== 26 streams ==================================================================================
 # Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
 # without arguments that say whether there is more by now. One thread serves all of them and looks
 # once at the store for all, so that a thousand cost no thousand threads, and each is given what its
@@ -17502,7 +18062,7 @@ class Streams:
         self.close_connection(stream.connection)
 
 
-# ==== 26 api ======================================================================================
+# ==== 27 api ======================================================================================
 # The routes: each is a line of ROUTES with the scope that it needs, a function of (request, store)
 # that knows no sockets, and described by OpenAPI from that line.
 
@@ -18964,7 +19524,7 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# ==== 27 http =====================================================================================
+# ==== 28 http =====================================================================================
 # The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
 # does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
 # http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
@@ -19397,7 +19957,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 28 client ===================================================================================
+# ==== 29 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -20068,7 +20628,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 29 host =====================================================================================
+# ==== 30 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -21296,7 +21856,7 @@ end
 """
 
 
-# ==== 30 cli ======================================================================================
+# ==== 31 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.
