@@ -8649,7 +8649,7 @@ class HttpConnection:
         return bool(poll.poll(0))
 
     def _ask(self, method, target, body, headers, most):
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        with contextlib.suppress(OSError):
             self._client.request(method, target, body, headers)
         if hasattr(socket, "TCP_QUICKACK"):     # some send the body of an answer only once its head
             self._client.sock.setsockopt(       # was acknowledged, for which Linux takes 40 ms
@@ -9289,7 +9289,8 @@ class EtcdWatch:
             self._release()
             if time.monotonic() >= deadline:
                 error = TimeoutError()
-            elif isinstance(error, (ValueError, http.client.HTTPException)):
+            elif (not isinstance(error, OSError)
+                  and isinstance(error, (ValueError, http.client.HTTPException))):
                 error = OSError(errno.EPROTO, "the answer is no HTTP")
             raise (_trouble(endpoint, error) if isinstance(error, OSError) else error) from None
 
@@ -9298,7 +9299,8 @@ class EtcdWatch:
         self._connection.sock, self._connection.auto_open = connected, 0
         self._until, self._guard = deadline, Guard(connected, deadline)
         connected.settimeout(None)
-        self._connection.request("POST", "/v3/watch", body, headers)
+        with contextlib.suppress(OSError):      # it may have said why, in an alert of TLS
+            self._connection.request("POST", "/v3/watch", body, headers)
         self._response = self._connection.getresponse()
         self._entries, revision = self._next()
         self.revision = self.revision or revision + 1
@@ -9358,8 +9360,8 @@ _NO_LEADER = "etcdserver: no leader"
 _ETCD_HINTS = (
     ("authentication failed", "look at its user and the password in password_file"),
     ("user name is empty", "it wants a user and a password_file"),
-    ("permission denied", "its user needs a role that may read and write the keys of roexec (etcdctl "
-     "role grant-permission --prefix=true ROLE readwrite PREFIX)"),
+    ("permission denied", "its user needs a role that may read and write the keys of roexec: "
+     "etcdctl role grant-permission --prefix=true ROLE readwrite PREFIX"),
     ("database space exceeded", "compact and defragment it, then etcdctl alarm disarm"),
     (_NO_LEADER, "more than half of its members must run, and reach each other"),
     ("HTTP request to an HTTPS server", "it speaks TLS: write etcds://"),
@@ -9389,13 +9391,17 @@ def _trouble(endpoint, error, is_sent=False):
     elif is_tls and "CERTIFICATE" in str(error.reason):     # an alert, after the first request
         is_sent, text = False, (f"{place} wants another certificate of this client "
                                 f"({error.reason}); write cert and key of tls")
+    elif isinstance(error, ConnectionRefusedError):
+        text = (f"{place} is not there, nothing listens on that port; does it run, and listen "
+                "beyond its own host (listen-client-urls)?")
+    elif isinstance(error, ConnectionError) or is_tls and "EOF" in (error.reason or "EOF"):
+        text = (f"{place} has ended the connection without an answer: it stops, or only one side "
+                "speaks TLS (etcd://, etcds://), or it wants a certificate of this client (cert "
+                "and key of tls)")
     elif is_tls:
         text = f"{place} does not speak TLS as it should ({error.reason}); is it etcd:// instead?"
     elif isinstance(error, (TimeoutError, socket.timeout)):
         text = f"{place} does not answer in time"
-    elif isinstance(error, ConnectionRefusedError):
-        text = (f"{place} is not there, nothing listens on that port; does it run, and listen "
-                "beyond its own host (listen-client-urls)?")
     else:
         text = f"{place} cannot be asked: {getattr(error, 'strerror', None) or error}"
     return EtcdError(text, unknown=is_sent, away=True)
