@@ -30,10 +30,11 @@ The file is read from top to bottom; a section uses only sections above it.
     25  gate       what an HTTP request asks for, who asks, and whether they may
     26  streams    logs that are followed and events, all of them from one look at the store
     27  api        the routes, their functions and their description
-    28  http       connections, their limits, TLS
-    29  client     a server elsewhere, for the same commands
-    30  host       what a host needs: doctor, install, init, completion
-    31  cli        one function per command; main(argv) -> exit status
+    28  relay      requests that another node of a cluster has to answer
+    29  http       connections, their limits, TLS
+    30  client     a server elsewhere, for the same commands
+    31  host       what a host needs: doctor, install, init, completion
+    32  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -3112,6 +3113,11 @@ class Config(_Record):
         object.__setattr__(self, "defaults", _merged(below, self.defaults))
 
     @property
+    def cluster(self):
+        """The ClusterSettings of a server that is a node of a cluster, else None."""
+        return self.clustering if self.clustering and self.clustering.enabled else None
+
+    @property
     def host_was_set(self):
         """Whether the host was written, be it as the default has it."""
         return "host" in vars(self.server)
@@ -4332,8 +4338,9 @@ _OF_ALL_JOBS = ("token:admin", "metrics:read")      # nobody has these for some 
 class Caller(Value):
     """Who asks for something: `name`, as audit rows have it (`user root`, `token ci-token`), the
     `scopes` (`*` is all), the `pattern` of the ids of jobs that it is about (`*` and `?` as in a
-    shell; None: all), and whether it is the `owner`, who may do everything."""
-    __slots__ = ("name", "scopes", "pattern", "owner")
+    shell; None: all), and whether it is the `owner`, who may do everything; `node` is that of a
+    cluster which has let it in, and passes on what it asks for."""
+    __slots__ = ("name", "scopes", "pattern", "owner", "node")
 
     def may(self, scope):
         """Whether it has a scope, for the jobs that it sees."""
@@ -4970,6 +4977,26 @@ def status_text(payload, style):
         (notice["kind"], notice["state"].replace("_", " "), style.time(notice["created_at"]),
          notice["tries"], style.time(notice["next_try"]), notice["title"], notice["error"])
         for notice in notices], style)
+
+
+def cluster_text(payload, style):
+    """The nodes of a cluster, and how it does."""
+    etcd, store, ahead = payload["etcd"], payload["store"], payload["clock_offset"]
+    answers = "answers" if etcd["answers"] else f"does not answer since {style.time(etcd['since'])}"
+    waiting = f"{store['waiting']} changes wait" + (
+        f", the oldest for {format_duration(store['behind'])}" if store["waiting"] else "")
+    text = fields([
+        ("node", f"{payload['node']} ({payload['role']})"),
+        ("leader", payload["leader"] or "none"), ("term", payload["term"]),
+        ("lease", format_duration(payload["lease"])),
+        ("clock", None if ahead is None else f"{ahead:+.1f}s against etcd's"),
+        ("etcd", f"{', '.join(etcd['endpoints'])}: {answers}"),
+        ("store", f"{store['place']}: {waiting}"
+         + ("" if store["complete"] else "; the history is not all here yet")),
+        ("trouble", "; ".join(filter(None, (payload["trouble"], store["trouble"]))))], style)
+    return text + "\n" + table(("NODE", "ROLE", "SINCE", "VERSION", "URL"), [
+        (node["node"], node["role"], style.time(node["started_at"]), node["version"], node["url"])
+        for node in payload["nodes"]], style)
 
 
 def findings_text(findings, style):
@@ -13152,6 +13179,9 @@ def cancel_run(store, run_id, reason="user", by=None):
     """
     with store.write() as db:
         run = get_run(db, run_id)
+        if run["node"] is not None:
+            raise RoexecError(f"run {run_id} is of the node {run['node']}; ask a server for it, "
+                              "with --url")
         state = live_run(store, run)[0]["state"]
         if state in FINAL_STATES:
             raise HasEnded(f"run {run_id} has ended already: {state}")
@@ -14027,6 +14057,9 @@ class Alone:
         """Whether this server decides slots."""
         return True
 
+    def trouble(self):
+        """What keeps it from that, a sentence; None where nothing does."""
+
     def ask(self, job_id, rows, position):
         """Ask for the right to write down what was decided of slots: `granted` has it."""
         self._asked.append((job_id, rows, position))
@@ -14087,8 +14120,9 @@ STUCK = "the scheduler does not answer"
 class Vitals:
     """How the loop of a server is doing: any thread may ask, and commands are left word of it."""
 
-    def __init__(self, store, supervisors, timetable):
+    def __init__(self, store, supervisors, timetable, claims):
         self.store, self.supervisors, self.timetable = store, supervisors, timetable
+        self.claims = claims
         self.last_turn, self.failed, self.found = time.monotonic(), False, None
         self.worst = -math.inf, 0.0     # (when, the most seconds that it was late of late)
 
@@ -14114,7 +14148,7 @@ class Vitals:
 
     def look(self):
         """See whether something is wrong; the loop does, each second."""
-        found = self._store_trouble() or self._work_trouble()
+        found = self._store_trouble() or self._work_trouble() or self.claims.trouble()
         if found != self.found:
             self.found = found
             self.store.leave_word(found)
@@ -14223,9 +14257,9 @@ class Scheduler:
             store.folder, lambda channel: send_descriptor(launcher, store.folder, channel.fileno()),
             self.poller, say)
         self.timetable = _Timetable(store, say)
-        self.vitals = Vitals(store, self.supervisors, self.timetable)
-        self.postman = None             # who is to be told of new notices
         self.claims = claims or Alone()
+        self.vitals = Vitals(store, self.supervisors, self.timetable, self.claims)
+        self.postman = None             # who is to be told of new notices
         self.decisions = _Decisions(self.timetable, self.claims)
         self.ended = []                 # journals that are to be taken in
         self.more_queued = False        # whether not all have got the places that are free
@@ -15383,7 +15417,10 @@ def _attempts_of(store, db, run, job_id):
 
 def run_payloads(store, db, rows):
     """Payloads of rows of runs; what a running one has done so far its journal says."""
-    return [run_payload(*_completed(store, db, row)) for row in rows]
+    payloads = [run_payload(*_completed(store, db, row)) for row in rows]
+    for payload in payloads:
+        payload["node"] = payload["node"] or store.name
+    return payloads
 
 
 def step_payloads(store, db, run):
@@ -17396,15 +17433,15 @@ class Request:
     `headers` {lower-case name: [values]}, `length` of the body (bytes).
 
     `route`, `arguments` (texts in the path), `body` (bytes), `caller` (a Caller), `vitals` (those
-    of the scheduler, where there is one) and `warnings` (a function that gives texts) are put in
-    when they are known.
+    of the scheduler, where there is one), `cluster` (where the server is a node of one) and
+    `warnings` (a function that gives texts) are put in when they are known.
     """
 
     def __init__(self, method, target, headers=None, *, version=1):
         self.method, self.version, self.headers = method, version, headers or {}
         self.path, _, self.query = target.partition("?")
         self.length, self.arguments, self.body = 0, (), b""
-        self.route = self.caller = self.vitals = None
+        self.route = self.caller = self.vitals = self.cluster = None
         self.warnings = list
 
     def header(self, name):
@@ -17616,8 +17653,9 @@ _OF_PROXIES = ("forwarded", "via", "x-real-ip")
 class Place(Value):
     """Where a request has arrived: the `port` of the server, the `name` of its host, the `hosts`
     that it is called besides. `owner()` says which local user is at the other end, None for any
-    other, and `token(text)` gives the row of a token, or None."""
-    __slots__ = ("port", "name", "hosts", "owner", "token")
+    other, and `token(text)` gives the row of a token, or None, `node(text)` the name of the node of
+    the cluster whose key it is."""
+    __slots__ = ("port", "name", "hosts", "owner", "token", "node")
 
 
 def gate(scope, request, place):
@@ -17719,6 +17757,9 @@ def _bearer(request, host, place):
             name, _, text = base64.b64decode(text, validate=True).decode().partition(":")
     elif kind.lower() != "bearer":
         raise _no_token("write Authorization: Bearer TOKEN")
+    node = place.node and place.node(text)
+    if node and kind.lower() == "bearer":
+        return _caller_elsewhere(request, node)
     row = place.token(text)
     if row is None or name not in (None, row["name"]):
         raise _no_token("there is no such token, or it has expired", BAD_TOKEN)
@@ -17726,7 +17767,18 @@ def _bearer(request, host, place):
                   pattern=row["pattern"])
 
 
+def _caller_elsewhere(request, node):
+    """The Caller that a node of the cluster has let in, and names in a header of its own."""
+    try:
+        told = json.loads(request.header(ON_BEHALF) or "")
+        return Caller(name=str(told["name"]), scopes=tuple(map(str, told["scopes"])),
+                      pattern=told["pattern"], node=node)
+    except (ValueError, TypeError, KeyError):
+        raise Refusal(400, "bad_request", "a node has to say who asks") from None
+
+
 BAD_TOKEN = "invalid_token"
+ON_BEHALF = "roexec-caller"     # a header: whom a node of a cluster asks for, as JSON
 
 
 class Failures:
@@ -18336,7 +18388,33 @@ def _get_me(request, store):
         "name": caller.name, "owner": bool(caller.owner), "jobs": caller.pattern,
         "scopes": [scope for scope in SCOPES if caller.may(scope)],
         "now": format_instant(round(time.time(), 3)), "version": __version__,
-        "node": socket.gethostname(), "timezone": str(zone)})
+        "node": store.node, "timezone": str(zone)})
+
+
+def _get_cluster(request, store):
+    """The nodes of the cluster, who leads it, and how far its store is behind."""
+    request.options()
+    return json_response(_cluster_of(request).status())
+
+
+def _post_step_down(request, store):
+    """Let another node lead, where there is one."""
+    request.options()
+    _body_object(request, ())
+    cluster = _cluster_of(request)
+    if not cluster.leads():
+        raise Refusal(409, "no_leader", "no node leads at the moment")
+    with store.write() as db:
+        add_audit(db, request.caller.name, "step-down", time.time(), target=store.node)
+    cluster.step_down()
+    return json_response(cluster.status(), 202)
+
+
+def _cluster_of(request):
+    if request.cluster is None:
+        raise Refusal(404, "no_cluster", "this server is no node of a cluster; clustering: in its "
+                      "configuration makes it one")
+    return request.cluster
 
 
 # Changes of jobs.
@@ -19113,7 +19191,8 @@ def _get_metrics(request, store):
                           "the configuration")
         samples = metric_samples(db, settings.max_jobs, time.time())
     lag = request.vitals.lag() if request.vitals else 0
-    samples += [("roexec_scheduler_lag_seconds", {}, round(lag, 6)), ("roexec_leader", {}, 1)]
+    samples += [("roexec_scheduler_lag_seconds", {}, round(lag, 6)), ("roexec_leader", {}, int(
+        request.vitals is None or request.vitals.claims.leads()))]
     return Response(status=200, type="text/plain; version=0.0.4; charset=utf-8", headers={},
                     body=metrics_text(samples).encode())
 
@@ -19130,6 +19209,11 @@ _MEMBERS = {
               "created_at:instant next_try:instant?",
     "Status": "store:text? process:integer? health:text jobs:integer running:integer "
               "queued:integer warnings:text[] unsent_notices:Notice[]",
+    "Node": "node:text url:text? version:text started_at:instant role:text",
+    "Etcd": "endpoints:text[] answers:boolean since:instant?",
+    "Bucket": "place:text waiting:integer behind:number trouble:text? complete:boolean",
+    "Cluster": "node:text role:text leader:text? term:integer? lease:number clock_offset:number? "
+               "trouble:text? nodes:Node[] etcd:Etcd store:Bucket",
     "LastRun": "id:text state:state started_at:instant? finished_at:instant?",
     "Job": "id:text name:text? schedule:text[] words:text[] timezone:text enabled:boolean "
            "paused:boolean paused_until:instant? next_run:instant? last_run:LastRun? usual:number? "
@@ -19372,6 +19456,9 @@ ROUTES = tuple(_route(text, handler) for text, handler in (
     ("GET /api/v1/me any -> 200:Me", _get_me),
     ("GET /api/v1/status job:read -> 200:Status", _get_status),
     ("GET /api/v1/openapi.json any -> 200:any", _get_openapi),
+    ("GET /api/v1/cluster job:read -> 200:Cluster 404", _get_cluster),
+    ("POST /api/v1/cluster/step-down token:admin < EmptyRequest -> 202:Cluster 404 409",
+     _post_step_down),
     ("GET /api/v1/jobs job:read limit cursor tag state:job_states brief ids -> 200:JobPage",
      _get_jobs),
     ("GET /api/v1/jobs/{id} job:read -> 200:Job", _get_job),
@@ -19530,7 +19617,114 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# ==== 28 http =====================================================================================
+# ==== 28 relay ====================================================================================
+# Between the nodes of a cluster. A request is answered by the node that can: what changes something
+# by the leader, what is about the process or the log of a run by the node that has it. The node
+# that was asked has let its caller in; it passes the request on under a key of its own, and says
+# for whom.
+
+_RELAY_TIME = 10                # seconds until another node has answered
+_SILENCE = 60                   # seconds; a stream that has nothing to say says so more often
+_PASSED_ON = ("accept", "content-type", "idempotency-key", "if-match", "if-none-match",
+              "last-event-id")
+_PASSED_BACK = ("etag", "location", "idempotency-replayed", "retry-after", "allow",
+                "roexec-next-offset", "roexec-log-size", "roexec-gap")
+
+
+def relayed(request, store):
+    """The Response of the node of a cluster that has to answer a request; None where that is this
+    one. Raises Refusal where no such node can be reached."""
+    cluster = request.cluster
+    if cluster is None or request.caller.node or not request.path.startswith("/api/v1/"):
+        return None
+    node = _node_to_ask(request, store, cluster)
+    if node is None:
+        return None
+    url = cluster.url_of(node)
+    if url is None and request.method in ("GET", "HEAD"):
+        return None                     # it is away: what the bucket has of it has to do
+    if url is None:
+        raise Refusal(503, "unavailable", f"the node {node} cannot be reached",
+                      headers={"Retry_After": "5"})
+    try:
+        return _asked_of(url, request, cluster.key)
+    except OSError as error:
+        raise Refusal(503, "unavailable", f"the node {node} ({url}) does not answer: "
+                      f"{error.strerror or error}", headers={"Retry_After": "5"}) from None
+
+
+def _node_to_ask(request, store, cluster):
+    """The name of the node that has to answer a request, None for this one."""
+    _, _, _, kind, *rest = request.path.split("/")
+    if kind == "runs" and rest[1:] in (["logs"], ["cancel"]):
+        with contextlib.suppress(NoSuchRun), store.read() as db:
+            return find_run(db, request.arguments[0])["node"]
+        return None
+    if request.method in ("GET", "HEAD") or cluster.leads():
+        return None
+    leader = cluster.leader()
+    if leader is None:
+        raise Refusal(503, "no_leader", "no node leads at the moment; try again in some seconds",
+                      headers={"Retry_After": "5"})
+    return leader
+
+
+def _asked_of(url, request, key):
+    """The Response of the server at a URL to a request that it is passed."""
+    import urllib.parse
+    parts = urllib.parse.urlsplit(url)
+    target = request.path + (f"?{request.query}" if request.query else "")
+    caller = request.caller
+    headers = {name: request.header(name) for name in _PASSED_ON if request.header(name)}
+    headers.update({"Host": parts.netloc, "Authorization": f"Bearer {key}", ON_BEHALF: json.dumps(
+        {"name": caller.name, "scopes": caller.scopes if not caller.owner else ["*"],
+         "pattern": caller.pattern})})
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    context = _trusting() if parts.scheme == "https" else None
+    client, answer = _asked((parts.hostname, port, context), request.method, target, request.body,
+                            headers)
+    passed = {name.title(): answer.headers[name] for name in _PASSED_BACK if answer.headers[name]}
+    how = {"status": answer.status, "type": answer.headers["Content-Type"], "headers": passed}
+    if answer.status == 200 and request.method == "GET":
+        return Response(stream=lambda: _pieces(client, answer), **how)
+    return Response(body=b"".join(_pieces(client, answer)), **how)
+
+
+def _trusting():
+    import ssl
+    return ssl.create_default_context()
+
+
+def _asked(where, method, target, body, headers):
+    """(the HTTPConnection, its HTTPResponse) of a request; raises OSError where there is no answer
+    in time."""
+    import http.client
+    deadline = time.monotonic() + _RELAY_TIME
+    client = http.client.HTTPConnection(*where[:2])
+    client.sock = dial(*where, deadline)
+    client.sock.settimeout(_SILENCE)
+    guard = Guard(client.sock, deadline)
+    try:
+        client.request(method, target, body, headers)
+        return client, client.getresponse()
+    except (OSError, http.client.HTTPException) as error:
+        client.close()
+        raise error if isinstance(error, OSError) else OSError(
+            errno.EPROTO, "the answer is no HTTP") from None
+    finally:
+        guard.close()
+
+
+def _pieces(client, answer):
+    import http.client
+    with contextlib.closing(client):
+        try:
+            yield from iter(lambda: answer.read1(1 << 16), b"")
+        except (OSError, http.client.HTTPException) as error:
+            raise RoexecError(f"the answer of another node ends early: {error}") from None
+
+
+# ==== 29 http =====================================================================================
 # The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
 # does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
 # http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
@@ -19556,8 +19750,9 @@ class _Connection:
         self.buffer = bytearray()       # what was received and belongs to no request yet
         self.users = []                 # who is at the other end, found out once
         access, port = self.server.access, self.connection.getsockname()[1]
+        cluster = self.server.cluster
         self.place = Place(port=port, name=access.name, hosts=access.hosts, owner=self.owner,
-                           token=self.server.find_token)
+                           token=self.server.find_token, node=cluster and cluster.node_of_key)
 
     def handle(self):
         with contextlib.suppress(OSError):      # it has gone already, or cannot speak TLS
@@ -19594,8 +19789,9 @@ class _Connection:
             route = admitted(request, self.place)
             self.read_body(request)
             unread, request.vitals = False, self.server.vitals
-            request.warnings = self.server.warnings
-            response = answer(route, request, self.server.store, self.server.say)
+            request.warnings, request.cluster = self.server.warnings, self.server.cluster
+            store = self.server.store
+            response = relayed(request, store) or answer(route, request, store, self.server.say)
             if response.feed is not None and not self.server.streams.has_place_for(
                     self.follower(request)):
                 raise Refusal(503, "busy", "too many clients follow something; try again later",
@@ -19726,7 +19922,7 @@ class _Server:
     allow_reuse_address, daemon_threads, block_on_close = True, True, False
     request_queue_size = 128
 
-    vitals = None                       # of the scheduler of the same process
+    vitals = cluster = None             # of the scheduler of the same process; its Cluster
     warnings = list                     # a function that gives texts on what is wrong with the host
     dated = None, None
 
@@ -19963,7 +20159,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 29 client ===================================================================================
+# ==== 30 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -20460,6 +20656,14 @@ class Remote(_Asking):
         for name in () if dry_run else names:
             self.ask("DELETE", f"tokens/{_in_path(name)}")
 
+    def cluster(self):
+        """The payload of the nodes of its cluster."""
+        return self.ask("GET", "cluster")
+
+    def step_down(self):
+        """Let another node lead than the one that does -> the payload of the cluster."""
+        return self.ask("POST", "cluster/step-down", body={})
+
     def audit(self, limit):
         """Payloads of the newest changes."""
         if limit > 1000:
@@ -20634,7 +20838,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 30 host =====================================================================================
+# ==== 31 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -21862,7 +22066,7 @@ end
 """
 
 
-# ==== 31 cli ======================================================================================
+# ==== 32 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.
@@ -21986,6 +22190,8 @@ class Session:
             if path is None:            # a second server has a store of its own
                 path = usual_store() if self.command.name == "server" else _store_in_use()
             self._store = Store(path, _say)
+            if self.config.cluster:
+                self._store.name = self.config.cluster.node or node_name()
             if self.options.verbose:
                 _say(f"the store is {path}")
             tell = self.options.verbose or self.command.name == "run"
@@ -22187,8 +22393,9 @@ class Local:
             with store.read() as db:
                 states, jobs = [run["state"] for run in active_runs(db)], job_ids(db)
                 notices = unsent_notices(db)
-                if health == "healthy":
-                    health = store.trouble() or _overdue(db, session.settings) or health
+                if health == "healthy":     # of a cluster, another node may decide slots
+                    health = store.trouble() or store.name is None and _overdue(
+                        db, session.settings) or health
         return {"store": store.path, "process": process, "health": health, "jobs": len(jobs),
                 "running": states.count("running"), "queued": states.count("queued"),
                 "warnings": _warnings(store, session.config),
@@ -22324,6 +22531,25 @@ class Local:
                 get_token(db, name)
             for name in () if dry_run else names:
                 remove_token(db, name, self.session.caller, time.time())
+
+    def _server(self):
+        """The Remote that is the server of this store: only a process that runs is a node."""
+        store, url = self.session.store, None
+        if store.exists and store.server() is not None:
+            with store.read() as db:
+                url = get_meta(db, "url")
+        if url is None:
+            raise RoexecError(f"no server runs on {store.path}, or none with HTTP; start one, or "
+                              "name another node with --url")
+        return Remote(url, "", self.session.store.say)
+
+    def cluster(self):
+        """The payload of the nodes of the cluster of the server here."""
+        return self._server().cluster()
+
+    def step_down(self):
+        """Let another node lead than the one that does -> the payload of the cluster."""
+        return self._server().step_down()
 
     def audit(self, limit):
         """Payloads of the newest changes."""
@@ -22950,6 +23176,22 @@ def _is_system_crontab(path):
 
 
 _ANSWER_PATIENCE = 5    # seconds for a server to notice that it was woken
+
+
+def _cmd_cluster_status(session):
+    payload = session.asked.cluster()
+    session.give(payload, lambda style: cluster_text(payload, style))
+    return 0 if payload["leader"] and not payload["trouble"] else 1
+
+
+def _cmd_cluster_step_down(session):
+    payload = session.asked.cluster()
+    if not session.options.dry_run:
+        payload = session.asked.step_down()
+    dry = session.options.dry_run
+    session.give({**payload, "dry_run": dry}, lambda style: (
+        f"{'would ask ' if dry else 'asked '}{payload['leader'] or 'the leader'} to let another "
+        f"node lead{' (dry run)' * dry}\n"))
 
 
 def _cmd_status(session):
@@ -23751,6 +23993,8 @@ def _cmd_server(session):
             http = start_http(store, host, port, say, access)
             stack.callback(http.close)
             address = f"http{'s' if access.tls else ''}://%s:%d" % http.address
+            with store.write() as db:
+                set_meta(db, "url", _url_here(http.address, access.tls))
             _join(session, scheduler, http)
             prepare_access(store, http, say)
         stack.callback(withdraw_announcement, announce_server(store))
@@ -23771,6 +24015,13 @@ def _cmd_server(session):
             say(warning, "ERROR")
         scheduler.run()
     say("Server ended" if ends_with_us() else "Server ended; runs that are on go on by themselves")
+
+
+def _url_here(address, tls):
+    """The URL at which the commands of this host reach the server that listens at an address."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+    host = f"[{host}]" if ":" in host else host
+    return f"http{'s' if tls else ''}://{host}:{address[1]}"
 
 
 def _join(session, scheduler, http):
@@ -23958,6 +24209,10 @@ _COMMANDS = (
             "NAME", "token rotate ci-token", _WITH_ID, changes=True),
     Command("token revoke", _cmd_token_revoke, "remove tokens; they are void at once",
             "NAME [NAME ...]", "token revoke ci-token", _WITH_ID, changes=True),
+    Command("cluster status", _cmd_cluster_status, "show the nodes of the cluster, and its leader",
+            "", "cluster status"),
+    Command("cluster step-down", _cmd_cluster_step_down, "let another node lead", "",
+            "cluster step-down", changes=True),
     Command("audit", _cmd_audit, "list who has changed what", "", "audit --limit 100",
             ("--limit", "N", "how many of the newest (50)", 50)),
     Command("maintenance purge", _cmd_maintenance_purge,
