@@ -15275,7 +15275,7 @@ def _swap(store, fresh):
 
     The database comes last, in one step, and its write-ahead log has left with the old one.
     """
-    old = store.file(f"before-{format_instant(int(time.time()))}")
+    old = store.file(f"before-{format_instant(time.time())}")
     moved = [name for name in (store.database, store.database + "-wal", store.database + "-shm",
                                store.file("active"))
              if os.path.exists(name)]

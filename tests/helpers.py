@@ -273,7 +273,7 @@ def status_of(server, method, path, **headers):
     """The status of the answer to a request over a connection of its own."""
     lines = [f"{method} {path} HTTP/1.1", *(f"{name.replace('_', '-')}: {text}" for name, text in {
         "Host": "localhost", "Content-Length": "0", **headers}.items())]
-    with socket.create_connection(server.address, timeout=20) as client:
+    with socket.create_connection(server.address, timeout=60) as client:
         client.sendall("\r\n".join([*lines, "", ""]).encode())
         return int(client.makefile("rb").readline().split()[1])
 

@@ -65,7 +65,7 @@ def server(store, said):
 
 @pytest.fixture
 def connection(server):
-    with contextlib.closing(http.client.HTTPConnection(*server.address, timeout=20)) as connection:
+    with contextlib.closing(http.client.HTTPConnection(*server.address, timeout=60)) as connection:
         yield connection
 
 
@@ -153,7 +153,7 @@ def head(*lines, host="localhost"):
 
 
 def dial(server):
-    return socket.create_connection(server.address, timeout=20)
+    return socket.create_connection(server.address, timeout=60)
 
 
 @contextlib.contextmanager

@@ -152,7 +152,7 @@ def server(cli, tmp_path):
         yield wait_for(lambda: re.search(r"http=(http\S+)", (tmp_path / "log").read_text()))[1]
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 @pytest.mark.parametrize("read", [scripts_of_github, scripts_of_jenkins])

@@ -809,7 +809,7 @@ def test_zsh_completes_commands_options_and_ids(shell):
             nonlocal seen
             os.write(terminal, text.encode())
             seen = ""
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while until not in seen:
                 assert time.monotonic() < deadline, seen
                 if select.select([terminal], [], [], 0.1)[0]:

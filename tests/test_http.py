@@ -59,7 +59,7 @@ def over_tls(server, certificate, path="/api/v1/health", **headers):
     """(status, body) of an answer to a client that trusts this certificate alone."""
     context = ssl.create_default_context(cafile=certificate)
     with contextlib.closing(http.client.HTTPSConnection(
-            "localhost", server.address[1], timeout=20, context=context)) as connection:
+            "localhost", server.address[1], timeout=60, context=context)) as connection:
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         return response.status, response.read()
@@ -86,7 +86,7 @@ def test_tls_is_spoken_with_files_that_are_read_again_when_they_change(run_serve
 
 def test_a_client_without_tls_gets_nothing_and_is_no_error(run_server, certificates, said):
     server = run_server(tls=certificates("plain"))
-    with socket.create_connection(server.address, timeout=20) as client:
+    with socket.create_connection(server.address, timeout=60) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             assert not client.makefile("rb").read().startswith(b"HTTP")
@@ -146,7 +146,7 @@ def test_a_large_log_is_followed_over_tls_at_the_pace_of_its_reader(run_server, 
                        state="succeeded", log="logs/x/1.log")
     context = ssl.create_default_context(cafile=paths["cert"])
     with contextlib.closing(http.client.HTTPSConnection(
-            "localhost", server.address[1], timeout=20, context=context)) as connection:
+            "localhost", server.address[1], timeout=60, context=context)) as connection:
         connection.request("GET", f"/api/v1/runs/{run_id}/logs?follow=1")
         response = connection.getresponse()
         stream = wait_for(lambda: next(iter(server.streams.all.values()), None))
@@ -303,7 +303,7 @@ def dialled(server, count):
     """So many connections that say nothing."""
     with contextlib.ExitStack() as stack:
         for _ in range(count):
-            stack.enter_context(socket.create_connection(server.address, timeout=20))
+            stack.enter_context(socket.create_connection(server.address, timeout=60))
         yield
 
 
@@ -383,7 +383,7 @@ def test_whatever_others_do_the_owner_is_answered_in_time(run_server, said):
     with contextlib.ExitStack() as stack:
         clients = []
         for piece in ABUSE * 20:
-            client = stack.enter_context(socket.create_connection(server.address, timeout=20))
+            client = stack.enter_context(socket.create_connection(server.address, timeout=60))
             client.settimeout(5)
             clients.append(client)
             with contextlib.suppress(OSError):
@@ -402,7 +402,7 @@ def test_whatever_others_do_the_owner_is_answered_in_time(run_server, said):
 def test_nothing_that_is_smuggled_behind_a_request_is_answered(run_server):
     server = run_server()
     for piece in ABUSE:
-        with socket.create_connection(server.address, timeout=20) as client:
+        with socket.create_connection(server.address, timeout=60) as client:
             with contextlib.suppress(OSError):
                 client.sendall(piece)
                 client.shutdown(socket.SHUT_WR)
@@ -469,7 +469,7 @@ def test_no_request_finds_a_defect(spec, run_server, store, said):
     server, chance = run_server(), random.Random(repr(spec))
     bearer = {"Authorization": f"Bearer {token(store, 'fuzz', **spec)}"}
     statuses = set()
-    with contextlib.closing(http.client.HTTPConnection(*server.address, timeout=20)) as connection:
+    with contextlib.closing(http.client.HTTPConnection(*server.address, timeout=60)) as connection:
         for _ in range(20_000 if os.environ.get("ROEXEC_LONG") else 1500):
             method, path, body, headers = random_request(chance)
             connection.request(method, path, body, {**headers, **bearer})
@@ -597,7 +597,7 @@ def test_a_client_that_sends_its_head_for_ever_is_let_go(server, monkeypatch):
     began, answer = time.monotonic(), b""
     with dial(server) as client:
         client.settimeout(0.01)
-        while not answer and time.monotonic() - began < 5:
+        while not answer and time.monotonic() - began < 60:
             with contextlib.suppress(socket.timeout):
                 client.sendall(b"G")
                 answer = client.recv(13)
@@ -610,7 +610,7 @@ def test_a_client_that_sends_its_body_for_ever_is_let_go(server, monkeypatch):
     with dial(server) as client:
         client.sendall(head("POST /api/v1/jobs/hello/run HTTP/1.1", "Content-Length: 1000"))
         client.settimeout(0.01)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         with contextlib.suppress(ConnectionError):
             while time.monotonic() < deadline:
                 with contextlib.suppress(socket.timeout):
@@ -686,7 +686,8 @@ def test_a_stream_that_fails_in_the_middle_has_no_proper_end(connection, store, 
 
 
 @needs_tables
-def test_closing_ends_idle_connections_and_followers_and_frees_the_port(store):
+def test_closing_ends_idle_connections_and_followers_and_frees_the_port(store, monkeypatch):
+    monkeypatch.setattr(roexec, "_CLOSING_TIME", 60)
     server = start_http(store, "127.0.0.1", 0, print)
     run_id, journal = running(store)
     with dial(server) as idle, dial(server) as follower:
@@ -694,7 +695,7 @@ def test_closing_ends_idle_connections_and_followers_and_frees_the_port(store):
         received = follower.recv(100)
         began = time.monotonic()
         server.close()
-        assert time.monotonic() - began < 1.9 and not server.connections
+        assert time.monotonic() - began < 30 and not server.connections
         assert idle.recv(1) == b""
         received += follower.makefile("rb").read()
         assert received.startswith(b"HTTP/1.1 200 ") and not received.endswith(b"0\r\n\r\n")
@@ -709,13 +710,13 @@ def test_a_request_that_is_being_answered_is_answered_before_the_end(store, monk
 
     def slowly(*_):
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return []
     monkeypatch.setattr(roexec, "job_payloads", slowly)
     server = start_http(store, "127.0.0.1", 0, print)
     with dial(server) as client:
         client.sendall(head("GET /api/v1/jobs HTTP/1.1"))
-        assert begun.wait(10)
+        assert begun.wait(60)
         closer = threading.Thread(target=server.close)
         closer.start()
         wait_for(lambda: server.socket.fileno() == -1)
@@ -728,7 +729,7 @@ def test_a_request_that_is_being_answered_is_answered_before_the_end(store, monk
 def test_closing_does_not_wait_for_ever(store, monkeypatch):
     monkeypatch.setattr(roexec, "_CLOSING_TIME", 0.05)
     go_on = threading.Event()
-    monkeypatch.setattr(roexec, "count_changes", lambda db: go_on.wait(10))
+    monkeypatch.setattr(roexec, "count_changes", lambda db: go_on.wait(60))
     server = start_http(store, "127.0.0.1", 0, print)
     with dial(server) as client:
         client.sendall(head("GET /api/v1/health HTTP/1.1"))
@@ -781,7 +782,7 @@ def test_the_owner_is_let_in_wherever_the_server_listens(host, to, store):
     server = start_http(store, host, 0, print)
     try:
         port = server.address[1]
-        connection = http.client.HTTPConnection(to, port, timeout=20)
+        connection = http.client.HTTPConnection(to, port, timeout=60)
         with contextlib.closing(connection):
             connection.request("GET", "/api/v1/jobs", headers={"Host": f"localhost:{port}"})
             assert connection.getresponse().status == 200

@@ -153,7 +153,7 @@ def test_the_loss_of_a_run_whose_user_is_gone_leaves_no_process_and_is_told(stor
         journal.note(event, **values)
     run = supervise(store, roexec.Journal.glance(journal.path) and _again(journal))
     assert (run["state"], run["reason"]) == ("lost", "supervisor")
-    assert left.wait(10) < 0 and len(read_attempts(store, run["id"])) == 1
+    assert left.wait(60) < 0 and len(read_attempts(store, run["id"])) == 1
 
 
 def _again(journal):
@@ -317,7 +317,7 @@ def _cannot_be_nicer():
 
 
 def test_a_command_that_computes_too_long_ends_with_the_signal_that_says_so(store):
-    run = perform(store, "while :; do :; done", limits={"cpu_time": 1}, timeout=20)
+    run = perform(store, "while :; do :; done", limits={"cpu_time": 1}, timeout=60)
     assert (run["state"], run["reason"], run["signal"]) == ("failed", "signal", "SIGXCPU")
     attempt, = read_attempts(store, run["id"])
     assert 0.5 < attempt["cpu_seconds"] < 3 and attempt["exit_code"] is None
@@ -370,7 +370,7 @@ def test_a_tree_that_grows_beyond_its_memory_is_killed_soon(store, no_cgroup):
     began = time.monotonic()
     run = perform(store, f"trap '' TERM; {holding(50)} & {holding(50)} & wait; sleep 600",
                   limits={"memory": 80 * MEBIBYTE}, grace=600)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 60
     assert (run["state"], run["reason"], run["signal"]) == ("failed", "memory", "SIGKILL")
     assert roexec.exit_status(run) == 137
     attempt, = read_attempts(store, run["id"])

@@ -270,13 +270,13 @@ def prometheus(folder, target, credentials):
             url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode(
                 {"query": query})
             with contextlib.suppress(urllib.error.HTTPError):       # it is not ready yet
-                with urllib.request.urlopen(url, timeout=20) as answer:
+                with urllib.request.urlopen(url, timeout=60) as answer:
                     return json.load(answer)["data"]["result"]
             return []
         yield ask
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(20)
+        server.wait(60)
         log.close()
 
 

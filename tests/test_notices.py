@@ -39,7 +39,7 @@ def drip(first, each):
     """An answer that begins, and then comes byte by byte for longer than one waits."""
     def answer(handler):
         handler.wfile.write(first)
-        for _ in range(200):
+        for _ in range(3000):
             handler.wfile.write(each)
             time.sleep(0.02)
     return answer
@@ -451,7 +451,7 @@ def test_a_slow_answer_ends_at_the_deadline(web, impatient, answer):
     began = time.monotonic()
     error = error_of("webhook", web.url())
     assert (str(error), error.permanent, error.away) == (NO_ANSWER, False, True)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
@@ -459,7 +459,7 @@ def test_what_comes_slowly_after_the_status_does_not_undo_it(web, impatient, beg
     web.answer = drip(begin, b"x")
     began = time.monotonic()
     send("webhook", web.url())
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 30
 
 
 def test_of_a_huge_answer_little_is_read(web):
@@ -491,7 +491,7 @@ def test_what_is_no_http_is_an_error(web, answer):
 
 def test_a_name_service_that_hangs_ends_at_the_deadline(impatient, monkeypatch):
     over = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(5) and [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(60) and [])
     assert str(error_of("webhook", "http://hooks.example.com/")) == NO_ANSWER
     over.set()
 
@@ -688,13 +688,13 @@ def test_a_mail_server_that_says_nothing_ends_at_its_timeout():
 
 def test_a_mail_server_that_goes_on_slowly_ends_at_its_timeout(smtp, monkeypatch):
     def slowly(self, _):
-        for _ in range(100):
+        for _ in range(3000):
             self.request.sendall(b"250-x\r\n")
             time.sleep(0.02)
     monkeypatch.setattr(SmtpHandler, "do_MAIL", slowly)
     began = time.monotonic()
     error = error_of("mail", "ops@example.com", mail_body(), **smtp.settings(timeout=0.2))
-    assert str(error) == NO_ANSWER and time.monotonic() - began < 1.5
+    assert str(error) == NO_ANSWER and time.monotonic() - began < 30
 
 
 # The outbox.
@@ -1037,15 +1037,15 @@ def test_a_postman_outlives_errors(store, web, said, monkeypatch):
 
 def test_closing_a_postman_does_not_wait_for_a_slow_host(store, web):
     reached, over = threading.Event(), threading.Event()
-    web.answer = lambda handler: reached.set() or over.wait(20) and reply(200)(handler)
+    web.answer = lambda handler: reached.set() or over.wait(60) and reply(200)(handler)
     add(store, target=web.url(), now=time.time())
     postman = start_postman(store, dict, lambda *_: None)
-    assert reached.wait(10)
+    assert reached.wait(60)
     began = time.monotonic()
     postman.close()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
     over.set()
-    postman._thread.join(10)
+    postman._thread.join(60)
     assert states(store) == ["sent"]
 
 

@@ -237,13 +237,13 @@ class Site:
         return done.stdout
 
     def get(self, path):
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}", timeout=60) as answer:
             return json.load(answer)
 
     def post(self, path, body=None):
         request = urllib.request.Request(f"{self.url}/api/v1/{path}",
                                          json.dumps(body or {}).encode(), method="POST")
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
     def ended(self, run_id):
@@ -258,7 +258,7 @@ class Site:
             with contextlib.suppress(OSError):
                 self.post(f"runs/{run['id']}/cancel")
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -268,12 +268,12 @@ def closed(tmp_path_factory):
                 auth={"owner": False})
     yield site
     site.process.send_signal(signal.SIGTERM)
-    site.process.wait(20)
+    site.process.wait(60)
 
 
 def request(site, path, **headers):
     """(status, headers, bytes) of an answer."""
-    connection = http.client.HTTPConnection(site.url.removeprefix("http://"), timeout=10)
+    connection = http.client.HTTPConnection(site.url.removeprefix("http://"), timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", path, headers={name.replace("_", "-"): text
                                                  for name, text in headers.items()})

@@ -283,17 +283,16 @@ def test_a_rerun_after_a_power_cut_is_looked_after_like_any_attempt(store, tmp_p
 
 
 def test_an_orphan_that_comes_within_the_grace_is_asked_to_end_too(store):
-    started = time.monotonic()
     # (What is asked between its fork and its exec, where the trap is still there, may miss it.)
     run = perform(store, "trap 'setsid sleep 600 > /dev/null 2>&1 & sleep 0.3; exit' TERM; "
-                  "while :; do sleep 0.02; done", timeout=0.2, grace=20)
-    assert run["state"] == "timed_out" and time.monotonic() - started < 10
+                  "while :; do sleep 0.02; done", timeout=0.5, grace=60)
+    assert run["state"] == "timed_out" and run["finished_at"] - run["started_at"] < 30
     assert not descendants()
 
 
 def test_what_a_command_cleans_up_with_is_left_to_it(store):
     run = perform(store, "trap 'sleep 0.4 && echo clean; exit' TERM; while :; do sleep 0.02; done",
-                  timeout=0.2)
+                  timeout=0.5)
     assert (run["state"], output_of(store, run).split()[-1:]) == ("timed_out", ["clean"])
 
 
@@ -564,19 +563,18 @@ def test_a_piece_of_a_line_is_in_the_log_before_its_end(store, tmp_path):
 
 
 def test_a_daemon_that_holds_the_output_is_left_and_the_run_ends(store, tmp_path):
-    started = time.monotonic()
     run = perform(store, f"sleep 600 & echo $! > {tmp_path}/pid; echo done")
-    assert time.monotonic() - started < 5
     assert (run["state"], output_of(store, run)) == ("succeeded", "done\n")
-    assert run["finished_at"] - run["started_at"] < 3
+    assert run["finished_at"] - run["started_at"] < 30
     last = read_log_of(store, run["id"]).splitlines()
     assert any("holds the output open" in line for line in last[-2:])
     assert is_alive(read_pid(tmp_path / "pid"))
 
 
-def test_a_daemon_without_our_output_is_left_and_nobody_waits(store, tmp_path):
+def test_a_daemon_without_our_output_is_left_and_nobody_waits(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(roexec, "_DRAIN", 60)
     run = perform(store, f"setsid sleep 600 >/dev/null 2>&1 & echo $! > {tmp_path}/pid")
-    assert run["finished_at"] - run["started_at"] < 0.9
+    assert run["finished_at"] - run["started_at"] < 30
     assert "output" not in read_log_of(store, run["id"])
     assert is_alive(read_pid(tmp_path / "pid"))
 
@@ -591,7 +589,7 @@ def test_leftovers_are_killed_where_the_job_wants_that(store):
 # Timeout and cancel.
 
 def test_a_timeout_leaves_no_process_behind(store):
-    run = perform(store, 'trap "" TERM; sleep 600 & setsid sleep 600 & sleep 600', timeout=0.2,
+    run = perform(store, 'trap "" TERM; sleep 600 & setsid sleep 600 & sleep 600', timeout=1,
                   grace=0.2)
     assert (run["state"], run["reason"]) == ("timed_out", "timeout")
     assert roexec.exit_status(run) == 124
@@ -599,10 +597,10 @@ def test_a_timeout_leaves_no_process_behind(store):
 
 
 def test_a_command_that_obeys_ends_within_its_grace(store):
-    run = perform(store, "trap 'echo bye; exit 5' TERM; sleep 600 & wait", timeout=0.1, grace=60)
+    run = perform(store, "trap 'echo bye; exit 5' TERM; sleep 600 & wait", timeout=0.5, grace=60)
     assert (run["state"], run["exit_code"]) == ("timed_out", 5)
     assert output_of(store, run) == "bye\n"
-    assert run["finished_at"] - run["started_at"] < 5
+    assert run["finished_at"] - run["started_at"] < 30
 
 
 def test_the_eldest_process_is_told_to_end_first(monkeypatch):
@@ -716,7 +714,8 @@ def test_failed_attempts_are_tried_again_after_a_growing_backoff(store):
     ({"signal": True}, "exit 1", 1), ({"timeout": True}, "sleep 60", 2),
     ({"exit_codes": [75]}, "sleep 60", 1)])
 def test_only_what_retry_on_lists_is_tried_again(store, retry_on, command, attempts):
-    run = perform(store, command, retries=1, backoff=0, timeout=0.15, retry_on=retry_on)
+    run = perform(store, command, retries=1, backoff=0, retry_on=retry_on,
+                  timeout=0.15 if command == "sleep 60" else 60)
     assert len(read_attempts(store, run["id"])) == attempts
 
 
@@ -727,10 +726,10 @@ def test_what_counts_as_success_is_not_tried_again(store):
 
 
 def test_the_total_timeout_counts_from_the_first_start_and_ends_all_attempts(store):
-    run = perform(store, "sleep 0.1; exit 1", retries=50, backoff=0, total_timeout=0.35)
+    run = perform(store, "sleep 0.2; exit 1", retries=500, backoff=0, total_timeout=0.9)
     assert (run["state"], run["reason"]) == ("timed_out", "total_timeout")
-    assert 2 <= len(read_attempts(store, run["id"])) <= 4
-    assert run["finished_at"] - run["started_at"] < 2
+    assert 2 <= len(read_attempts(store, run["id"])) <= 5
+    assert run["finished_at"] - run["started_at"] < 30
 
 
 def test_no_attempt_is_waited_for_that_could_not_start_within_the_total_timeout(store):

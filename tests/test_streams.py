@@ -30,7 +30,7 @@ class Listener:
     """A client of a stream of events."""
 
     def __init__(self, server, path, headers):
-        self.connection = http.client.HTTPConnection(*server.address, timeout=20)
+        self.connection = http.client.HTTPConnection(*server.address, timeout=60)
         headers = {name.replace("_", "-"): text for name, text in headers.items()}
         self.connection.request("GET", "/api/v1" + path, headers={
             "Accept": "text/event-stream", **headers})
@@ -279,7 +279,7 @@ def test_many_follow_at_once_and_cost_no_threads(server, store):
         run_id.encode())
     before = threading.active_count()
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(socket.create_connection(server.address, timeout=20))
+        clients = [stack.enter_context(socket.create_connection(server.address, timeout=60))
                    for _ in range(100)]
         for client in clients:
             client.sendall(request)
@@ -449,7 +449,7 @@ def test_the_head_of_a_stream_can_be_asked_for(ask, store):
 def test_a_client_of_http_1_0_gets_a_stream_without_chunks(server, store):
     run_id, journal = running(store)
     finish(store, run_id, journal)
-    with socket.create_connection(server.address, timeout=20) as client:
+    with socket.create_connection(server.address, timeout=60) as client:
         client.sendall(b"GET /api/v1/runs/%b/logs?follow=1&raw=1 HTTP/1.0\r\nHost: localhost\r\n"
                        b"\r\n" % run_id.encode())
         with client.makefile("rb") as file:

@@ -736,7 +736,7 @@ def test_a_long_look_at_the_database_holds_up_no_writer(store):
                 roexec.set_meta(writing, "x", os.urandom(100_000))
             began = time.monotonic()
             store.checkpoint(1)
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 4     # and not as long as a writer waits
     store.checkpoint(1)
     assert os.stat(store.database + "-wal").st_size == 0
     store.close()
@@ -929,10 +929,8 @@ def test_a_kill_in_the_middle_of_a_restore_loses_nothing(full, tmp_path):
         olds = [name for name in os.listdir(full.folder) if name.startswith("before-")]
         kept = [name for name in olds if roexec.Store(full.file(name)).exists]
         assert full.exists or kept
-        time.sleep(1.1 - time.time() % 1 if olds else 0)        # names are told by the second
         put_back(path, full)
         assert content(full) == wanted and check(full) == []
-        time.sleep(1.01 - time.time() % 1)
         add(full, "later", 0, log=True)
     assert number > 4
 

@@ -98,7 +98,7 @@ def outbox(store):
 
 def api(server, path):
     connection = http.client.HTTPConnection("127.0.0.1", int(
-        server.said.partition("port=")[2].partition(".")[0]), timeout=10)
+        server.said.partition("port=")[2].partition(".")[0]), timeout=60)
     connection.request("GET", "/api/v1" + path)
     answer = connection.getresponse()
     data = answer.read()
@@ -433,15 +433,16 @@ def test_the_process_for_notices_is_none_of_a_run(store, web, tmp_path):
     assert read_run(store, run["id"])["state"] == "lost"
 
 
-def test_a_host_that_is_away_delays_and_fails_nothing(store, start, web):
+def test_a_host_that_is_away_delays_and_fails_nothing(store, start, web, monkeypatch):
+    monkeypatch.setattr(roexec, "_HTTP_DEADLINE", 60)
     server, job = start(), make_job("exit 0", hooks={
         "pre_run": {"ping": "http://192.0.2.1/x"}, "on_success": [
             {"webhook": "http://127.0.0.1:9/"}, {"webhook": "http://no-such-host.invalid/"}]})
     apply(store, job)
     began = time.monotonic()
     for _ in range(3):
-        await_state(store, ask(store, job), "succeeded", seconds=5)
-    assert time.monotonic() - began < 5
+        await_state(store, ask(store, job), "succeeded")
+    assert time.monotonic() - began < 30
     assert {row["state"] for row in outbox(store)} <= {"waiting", "merged", "superseded"}
     assert len(outbox(store)) >= 9
     server.stop()
