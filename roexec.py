@@ -10473,10 +10473,14 @@ class Journal:
             descriptor = open_private(path, os.O_RDWR)
         except FileNotFoundError:
             return None
-        if try_lock(descriptor) and is_at(descriptor, path):
-            return cls(path, descriptor)
-        os.close(descriptor)
-        return None
+        journal = None
+        try:
+            if try_lock(descriptor) and is_at(descriptor, path):
+                journal = cls(path, descriptor)
+        finally:
+            if journal is None:         # also where it cannot be read: or else it stays locked
+                os.close(descriptor)
+        return journal
 
     @classmethod
     def glance(cls, path):

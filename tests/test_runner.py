@@ -1,4 +1,5 @@
 """The supervisor: journals, the start and the end of commands, attempts, hooks, what is left."""
+import errno
 import json
 import os
 import pwd
@@ -34,6 +35,20 @@ def test_a_locked_journal_is_alive_and_a_free_one_can_be_found(store):
     assert found.header == journal.header and found.header["spec"]["command"] == "true"
     found.close()
     assert Journal.find(journal.path + "x") is None
+
+
+def test_a_journal_that_cannot_be_read_does_not_stay_locked(store, monkeypatch):
+    journal = claimed(store, make_job())
+    journal.close()
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "pread", fail)
+        with pytest.raises(OSError):
+            Journal.find(journal.path)
+    assert not roexec.lock_is_held(journal.path)
+    Journal.find(journal.path).close()
 
 
 def test_a_journal_that_was_replaced_while_it_was_opened_is_not_found(store, monkeypatch):
