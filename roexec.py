@@ -9,32 +9,33 @@ The file is read from top to bottom; a section uses only sections above it.
      4  jobs       Job and Config: validated, immutable, from text and back
      5  crontab    the files of cron(8) as job files
      6  policy     what is due, what to do about it, retry or give up, states of a run
-     7  render     payloads, tables and plain text, the same for the CLI and the API
-     8  store      Store: the folder, its locks, the database and its schema
-     9  tables     jobs, runs, events, notices, tokens: what is asked and changed of them
-    10  logs       one run's log: write, read, follow
-    11  secrets    variables from files, commands and Vault; masks over what is secret
-    12  notices    webhook, mail and ping, and the outbox that they wait in
-    13  etcd       EtcdClient: keys, transactions, leases and watches of etcd
-    14  s3         objects in a bucket: S3Client, its signatures and credentials
-    15  limits     as whom a command runs, and what it may use
-    16  journal    the life of a run, written so that a crash loses nothing of it
-    17  processes  a command and all that descends from it: start, signals, end
-    18  runner     the supervisor: a run with its attempts and hooks
-    19  pipelines  steps in order, in parallel, and again from where they failed
-    20  runs       a run's place, its start, its way into the store, recovery
-    21  scheduler  the loop of the server, the launcher
-    22  upkeep     retention, purge, check, backup, restore
-    23  views      what there is to say of jobs and runs, the same for the CLI and the API
-    24  page       the web page, served with a strict content policy
-    25  gate       what an HTTP request asks for, who asks, and whether they may
-    26  streams    logs that are followed and events, all of them from one look at the store
-    27  api        the routes, their functions and their description
-    28  relay      requests that another node of a cluster has to answer
-    29  http       connections, their limits, TLS
-    30  client     a server elsewhere, for the same commands
-    31  host       what a host needs: doctor, install, init, completion
-    32  cli        one function per command; main(argv) -> exit status
+     7  claims     the cursor of a job that several servers share, and how it is moved
+     8  render     payloads, tables and plain text, the same for the CLI and the API
+     9  store      Store: the folder, its locks, the database and its schema
+    10  tables     jobs, runs, events, notices, tokens: what is asked and changed of them
+    11  logs       one run's log: write, read, follow
+    12  secrets    variables from files, commands and Vault; masks over what is secret
+    13  notices    webhook, mail and ping, and the outbox that they wait in
+    14  etcd       EtcdClient: keys, transactions, leases and watches of etcd
+    15  s3         objects in a bucket: S3Client, its signatures and credentials
+    16  limits     as whom a command runs, and what it may use
+    17  journal    the life of a run, written so that a crash loses nothing of it
+    18  processes  a command and all that descends from it: start, signals, end
+    19  runner     the supervisor: a run with its attempts and hooks
+    20  pipelines  steps in order, in parallel, and again from where they failed
+    21  runs       a run's place, its start, its way into the store, recovery
+    22  scheduler  the loop of the server, the launcher
+    23  upkeep     retention, purge, check, backup, restore
+    24  views      what there is to say of jobs and runs, the same for the CLI and the API
+    25  page       the web page, served with a strict content policy
+    26  gate       what an HTTP request asks for, who asks, and whether they may
+    27  streams    logs that are followed and events, all of them from one look at the store
+    28  api        the routes, their functions and their description
+    29  relay      requests that another node of a cluster has to answer
+    30  http       connections, their limits, TLS
+    31  client     a server elsewhere, for the same commands
+    32  host       what a host needs: doctor, install, init, completion
+    33  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -4424,7 +4425,172 @@ def _expiry(text, now, zone):
     return instant
 
 
-# ==== 7 render (pure) =============================================================================
+# ==== 7 claims (pure) =============================================================================
+# Who starts a slot where several servers share jobs: the cursor of a job, kept in etcd, and its
+# moves. A move gives a new cursor, which takes the place of the old one only if nobody has moved
+# that since it was read. So a slot is claimed once, a claim is begun once, by its owner, and what a
+# server that died has left is taken over, or is told; `due` never goes back, and so none of it
+# can happen again. tests/test_claims.py tries these moves in each order, with each failure.
+
+MOST_OPEN = 64          # claims of one job
+
+
+class CannotMove(RoexecError):
+    """A move that a cursor does not allow, since it was moved by another."""
+
+
+class Claim(Value):
+    """A row that its owner, a node, has to write down: of a slot, or of consecutive ones.
+
+    `state` is "claimed" (it may be begun, and taken over), "starting" (its owner alone may execute
+    it, and may have done so), "skipped" or "lost". `boot` is the boot of the owner that made it so.
+    `rerun_of` is the lost run that this one repeats, which the job allows (`if_lost`).
+    """
+    __slots__ = ("run", "slot", "last_slot", "count", "trigger", "reason", "message", "state",
+                 "owner", "boot", "rerun_of")
+
+
+class Cursor(Value):
+    """Each slot of a job at or before `due` (UTC seconds) is decided; `open` are the claims that
+    are not known to be in the history that all nodes share."""
+    __slots__ = ("due", "open")
+
+    def find(self, run):
+        """The Claim of a run, or None."""
+        return next((claim for claim in self.open if claim.run == run), None)
+
+    def claim(self, rows, due, owner, boot):
+        """Claim slots: `rows` are pairs of the id of a run and its SlotRow, in order of their
+        slots, up to the position `due`; as many as there is room for.
+
+        Raises CannotMove where they are decided already, or there is no room.
+        """
+        if due <= self.due or rows and rows[0][1].slot <= self.due:
+            raise CannotMove("the slot is decided already")
+        room = MOST_OPEN - len(self.open)
+        if rows and room <= 0:
+            raise CannotMove(f"{MOST_OPEN} runs wait to be shipped")
+        claims = [_claim_of(run, row, "claimed" if row.reason is None else "skipped", owner, boot)
+                  for run, row in rows[:room]]
+        return Cursor(due=due if len(rows) <= room else claims[-1].last_slot,
+                      open=(*self.open, *claims))
+
+    def begin(self, run, owner, boot):
+        """Begin what is claimed: when this is known to have succeeded its owner may execute it."""
+        claim = self.find(run)
+        if claim is None or (claim.state, claim.owner) != ("claimed", owner):
+            raise CannotMove(f"run {run} is not, or no longer, to be begun by {owner}")
+        return self._with({run: claim.changed(state="starting", boot=boot)})
+
+    def close(self, runs):
+        """Forget the claims of runs that have ended, as the history of all nodes says."""
+        return self.changed(open=tuple(claim for claim in self.open if claim.run not in runs))
+
+    def take_over(self, me, boot, live, again=None):
+        """Own what other nodes will not see to, those in `live` still do: what was claimed and not
+        begun, by whomever, and what nodes that are gone have to write down. What they were starting
+        is lost; `again` maps the ids of such runs that are to be repeated to ids of new runs."""
+        moved, added = {}, []
+        for claim in self.open:
+            if claim.owner == me or claim.state != "claimed" and claim.owner in live:
+                continue
+            moved[claim.run] = claim.changed(owner=me, boot=boot)
+            if claim.state == "starting":
+                moved[claim.run] = _lost(claim, f"its node {claim.owner} went away").changed(
+                    owner=me, boot=boot)
+                if claim.run in (again or {}) and claim.rerun_of is None:
+                    added.append(claim.changed(run=again[claim.run], state="claimed", owner=me,
+                                               boot=boot, trigger="retry", rerun_of=claim.run))
+        cursor = self._with(moved)
+        return cursor.changed(open=(*cursor.open, *added))
+
+    def _with(self, moved):
+        return self.changed(open=tuple(moved.get(claim.run, claim) for claim in self.open))
+
+    def to_write(self, me, boot, states):
+        """The claims that this node has to write down still, as their state says; a claimed one as
+        a queued run. `states` maps the ids of runs to the states of the rows of this node.
+
+        A run that was begun is lost where its row is gone: the disk was. With its row queued it was
+        not executed, since that is written down before; after another boot nobody can know.
+        """
+        for claim in self.open:
+            state = states.get(claim.run)
+            if claim.owner != me:
+                continue
+            if claim.state == "starting" and (
+                    state is None or state == "queued" and claim.boot != boot):
+                yield _lost(claim, f"its node {me} went away while it was started")
+            elif state is None or state == "queued" and claim.state in ("lost", "skipped"):
+                yield claim
+
+    def may_execute(self, run, me, boot):
+        """Whether this node has begun a run, which its row says is queued."""
+        claim = self.find(run)
+        return claim is not None and (claim.state, claim.owner, claim.boot) == (
+            "starting", me, boot)
+
+    def to_withdraw(self, me, runs):
+        """The runs among `runs`, queued by this node, that another one has taken over since."""
+        owned = {claim.run for claim in self.open if claim.owner == me}
+        return [run for run in runs if run not in owned]
+
+    def to_text(self):
+        """The cursor as JSON."""
+        return json.dumps({"due": self.due, "open": [
+            {name: getattr(claim, name) for name in claim.__slots__
+             if getattr(claim, name) is not None} for claim in self.open]})
+
+
+def _lost(claim, message):
+    return claim.changed(state="lost", reason="node", message=message)
+
+
+def first_cursor(position, rows, owner, boot):
+    """The cursor of a job that has none yet: all up to its position is decided. `rows` are pairs of
+    the ids of its runs that are queued for a slot, and their SlotRows."""
+    return Cursor(due=position, open=tuple(
+        _claim_of(run, row, "claimed", owner, boot) for run, row in rows))
+
+
+def _claim_of(run, row, state, owner, boot):
+    return Claim(run=run, state=state, owner=owner, boot=boot, slot=row.slot,
+                 last_slot=row.last_slot, count=row.count, trigger=row.trigger,
+                 reason=row.reason, message=row.message)
+
+
+_CLAIM_TYPES = {"run": str, "slot": int, "last_slot": int, "count": int, "trigger": str,
+                "state": str, "owner": str, "boot": str}
+_TEXTS_OF_CLAIM = "reason", "message", "rerun_of"
+
+
+def read_cursor(text):
+    """The Cursor that a text of JSON is; raises ValueError. Members of later versions are passed
+    over."""
+    try:
+        found = json.loads(text)
+        due, claims = found["due"], tuple(map(_read_claim, found["open"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        due, claims = None, ()
+    if type(due) not in (int, float) or not math.isfinite(due) \
+            or len({claim.run for claim in claims}) < len(claims):
+        raise ValueError(f"{printable(str(text)[:200])} is not the cursor of a job")
+    return Cursor(due=due, open=claims)
+
+
+def _read_claim(found):
+    if type(found) is not dict:
+        raise ValueError
+    claim = Claim(**{name: found.get(name) for name in Claim.__slots__})
+    if any(type(getattr(claim, name)) is not kind for name, kind in _CLAIM_TYPES.items()) \
+            or any(type(getattr(claim, name)) not in (str, type(None))
+                   for name in _TEXTS_OF_CLAIM) \
+            or claim.state not in ("claimed", "starting", "skipped", "lost"):
+        raise ValueError
+    return claim
+
+
+# ==== 8 render (pure) =============================================================================
 # What is shown of jobs, runs and slots: payloads, which --json and the API give, and from the same
 # payloads the tables and texts of the CLI. A pipe gets UTC and nothing that changes by itself;
 # people get local time, colour and how long ago. No control character reaches a terminal.
@@ -5151,7 +5317,7 @@ def explanation_text(payload, style):
     return text
 
 
-# ==== 8 store =====================================================================================
+# ==== 9 store =====================================================================================
 # The folder on disk: its files and locks, and the database with its schema. Every change of state
 # is one transaction, made by one writer at a time; what was committed survives a kill and a power
 # cut.
@@ -5853,7 +6019,7 @@ def _sync(path):
         os.close(descriptor)
 
 
-# ==== 9 tables ====================================================================================
+# ==== 10 tables ===================================================================================
 # What is asked of the tables of the store, and changed in them: jobs, runs, slots, events, notices,
 # tokens. All SQL but that of the schema stands here, in functions of a `db` that work within the
 # transaction which `Store.write` or `Store.read` opened.
@@ -6945,7 +7111,7 @@ def give_back(db, pages):
         db.execute("PRAGMA incremental_vacuum(1)").close()
 
 
-# ==== 10 logs =====================================================================================
+# ==== 11 logs =====================================================================================
 # One run's log. Each line bears an instant and a tag; of output, OUT or ERR, or OUT~ or ERR~ where
 # the newline at its end is the log's own, so that every byte of both streams comes back. Lines are
 # written whole and never changed. A full disk stops the log, not the run, and the log says how much
@@ -7712,7 +7878,7 @@ class ServerLog:
 _DATED = Pattern(r"\d{4}-\d\d-\d\d")
 
 
-# ==== 11 secrets ==================================================================================
+# ==== 12 secrets ==================================================================================
 # What a run gets from elsewhere when it starts (env_from: files, the server's environment, a
 # command, Vault), and masks that keep those values out of all that is written about it. A source
 # gives what it says, or the run does not start. No error holds a value. A secret of Vault is there
@@ -8301,7 +8467,7 @@ def _answer_of(data):
     return answer if isinstance(answer, dict) else {}
 
 
-# ==== 12 notices ==================================================================================
+# ==== 13 notices ==================================================================================
 # What is told to people and programs about runs: webhooks, mail, and pings of a monitor. They are
 # built as rows of the outbox, by functions without effects, in the transaction that they belong to;
 # and sent later by a Postman, tried again, and given up where one can see it. So they never delay
@@ -8975,7 +9141,7 @@ def start_postman(store, settings, say):
     return Postman(store, settings, say)
 
 
-# ==== 13 etcd =====================================================================================
+# ==== 14 etcd =====================================================================================
 # etcd of 3.4 and newer, through the JSON gateway of its API v3: keys, transactions, leases and
 # watches. One endpoint is asked, and another one once that has failed; what was certainly not done
 # is asked again elsewhere at once. Each request has a deadline, from the look-up of a name to the
@@ -9529,7 +9695,7 @@ def _health_of(answer):
             "error": printable("; ".join(errors)) or None}
 
 
-# ==== 14 s3 =======================================================================================
+# ==== 15 s3 =======================================================================================
 # Objects in a bucket of S3, or of what speaks as it does. Each request is signed (AWS Signature
 # Version 4), has its answer before a deadline, and is repeated where that can do no harm. What is
 # read of an answer is bounded. No error holds a credential.
@@ -10092,7 +10258,7 @@ def _read_list(data):
     return found, more if tree.findtext("IsTruncated") == "true" else None
 
 
-# ==== 15 limits ===================================================================================
+# ==== 16 limits ===================================================================================
 # As whom a command runs and what it may use: users and groups, which are taken on in order,
 # verified and never fallen back from; nice and rlimits; memory and processor by a cgroup where the
 # server has been given a part of that tree (cgroup v2), else memory by watching what the processes
@@ -10423,7 +10589,7 @@ def meter_of(job, parent, name):
     return limits["memory"] and Watch(limits["memory"]), "; ".join(remarks)
 
 
-# ==== 16 journal ==================================================================================
+# ==== 17 journal ==================================================================================
 # The life of a run, as its supervisor writes it down: each step before or right after it is done,
 # so that whoever finds the journal later knows what may be alive. That it is locked says that its
 # supervisor is.
@@ -10646,7 +10812,7 @@ class Progress:
         self.finished, self.log = event, event.get("log") or self.log
 
 
-# ==== 17 processes ================================================================================
+# ==== 18 processes ================================================================================
 # The processes of a run: what they get, how one is started, supervised and ended with all that
 # descends from it. Where the supervisor was killed they are found all the same: by session and
 # environment, and what has left both as an orphan of its keeper. (Not where that was killed too, or
@@ -11418,7 +11584,7 @@ class Console:
             return None
 
 
-# ==== 18 runner ===================================================================================
+# ==== 19 runner ===================================================================================
 # The supervisor: it carries out one run at a time, from its journal, with all attempts and hooks,
 # and never opens the store.
 
@@ -12284,7 +12450,7 @@ def exec_here(words):
     return ended.exit_code if ended.signal is None else 128 + signal_number(ended.signal)
 
 
-# ==== 19 pipelines ================================================================================
+# ==== 20 pipelines ================================================================================
 # A run that has steps: its supervisor starts a run for each step that is ready, as a server starts
 # the runs of jobs, and goes on from their ends. Which steps are ready is decided in policy. It
 # never opens the store: the journals of steps stay beside its own until it has finished, so that
@@ -12962,7 +13128,7 @@ class _StepRun(_OfPipeline):
         return {**answer, "message": answer["message"] or f"run {run_id}"}
 
 
-# ==== 20 runs =====================================================================================
+# ==== 21 runs =====================================================================================
 # From requests to supervisors, and back into the store. A run gets its place in the transaction
 # that marks it as running, whoever starts it; its journal is there, and locked, before that. What a
 # crash leaves is finished by whoever holds `server.lock`, or needs the place.
@@ -13794,7 +13960,7 @@ def _run_detached(store, job, reader, writer, request):
     keep_orphans(run)
 
 
-# ==== 21 scheduler ================================================================================
+# ==== 22 scheduler ================================================================================
 # The loop of a server. It decides what becomes of slots that are due and of runs that wait, has
 # those that get a place started, and takes in how they have ended. A launcher forks their
 # supervisors.
@@ -14627,7 +14793,7 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 22 upkeep ===================================================================================
+# ==== 23 upkeep ===================================================================================
 # What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
 # mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone;
 # the store is never held for longer than some milliseconds, and then left to others for as long.
@@ -15308,7 +15474,7 @@ def _forget_missing_logs(store):
                 lose_logs(db, job_id, missing, when)
 
 
-# ==== 23 views ====================================================================================
+# ==== 24 views ====================================================================================
 # What there is to say of the store, as payloads: of jobs and runs, why a job has not run, metrics.
 # The API and --json of the CLI give the same.
 
@@ -15481,7 +15647,7 @@ def _summed(jobs):
     return counters, gauges
 
 
-# ==== 24 page =====================================================================================
+# ==== 25 page =====================================================================================
 # What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
 # script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
 # stands here is what is sent: there is no step in between.
@@ -17417,7 +17583,7 @@ def _source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ==== 25 gate =====================================================================================
+# ==== 26 gate =====================================================================================
 # HTTP before any route: what a request asks for, read strictly, who is at the other end, and the
 # one gate, which lets in who bears a token, and over loopback the server's own user and root.
 
@@ -17809,7 +17975,7 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# ==== 26 streams ==================================================================================
+# ==== 27 streams ==================================================================================
 # Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
 # without arguments that say whether there is more by now. One thread serves all of them and looks
 # once at the store for all, so that a thousand cost no thousand threads, and each is given what its
@@ -18124,7 +18290,7 @@ class Streams:
         self.close_connection(stream.connection)
 
 
-# ==== 27 api ======================================================================================
+# ==== 28 api ======================================================================================
 # The routes: each is a line of ROUTES with the scope that it needs, a function of (request, store)
 # that knows no sockets, and described by OpenAPI from that line.
 
@@ -19621,7 +19787,7 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# ==== 28 relay ====================================================================================
+# ==== 29 relay ====================================================================================
 # Between the nodes of a cluster. A request is answered by the node that can: what changes something
 # by the leader, what is about the process or the log of a run by the node that has it. The node
 # that was asked has let its caller in; it passes the request on under a key of its own, and says
@@ -19728,7 +19894,7 @@ def _pieces(client, answer):
             raise RoexecError(f"the answer of another node ends early: {error}") from None
 
 
-# ==== 29 http =====================================================================================
+# ==== 30 http =====================================================================================
 # The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
 # does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
 # http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
@@ -20163,7 +20329,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 30 client ===================================================================================
+# ==== 31 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -20842,7 +21008,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 31 host =====================================================================================
+# ==== 32 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -22070,7 +22236,7 @@ end
 """
 
 
-# ==== 32 cli ======================================================================================
+# ==== 33 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.

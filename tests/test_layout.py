@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 BANNER = re.compile(r"# ==== (\d+) (\w+)( \(pure\))? =+")
 MAP_LINE = re.compile(r" +(\d+)  (\w+)  +\S")
-PURE = ["basics", "yaml", "cron", "jobs", "crontab", "policy", "render"]
+PURE = ["basics", "yaml", "cron", "jobs", "crontab", "policy", "claims", "render"]
 
 # Each Python has loaded these by the time a program starts.
 ALWAYS_LOADED = {"os", "sys", "time"}
