@@ -24,18 +24,19 @@ The file is read from top to bottom; a section uses only sections above it.
     19  runner     the supervisor: a run with its attempts and hooks
     20  pipelines  steps in order, in parallel, and again from where they failed
     21  runs       a run's place, its start, its way into the store, recovery
-    22  scheduler  the loop of the server, the launcher
-    23  upkeep     retention, purge, check, backup, restore
-    24  views      what there is to say of jobs and runs, the same for the CLI and the API
-    25  page       the web page, served with a strict content policy
-    26  gate       what an HTTP request asks for, who asks, and whether they may
-    27  streams    logs that are followed and events, all of them from one look at the store
-    28  api        the routes, their functions and their description
-    29  relay      requests that another node of a cluster has to answer
-    30  http       connections, their limits, TLS
-    31  client     a server elsewhere, for the same commands
-    32  host       what a host needs: doctor, install, init, completion
-    33  cli        one function per command; main(argv) -> exit status
+    22  mirror     the store in a bucket: to it, from it, and what is there for nobody
+    23  scheduler  the loop of the server, the launcher
+    24  upkeep     retention, purge, check, backup, restore
+    25  views      what there is to say of jobs and runs, the same for the CLI and the API
+    26  page       the web page, served with a strict content policy
+    27  gate       what an HTTP request asks for, who asks, and whether they may
+    28  streams    logs that are followed and events, all of them from one look at the store
+    29  api        the routes, their functions and their description
+    30  relay      requests that another node of a cluster has to answer
+    31  http       connections, their limits, TLS
+    32  client     a server elsewhere, for the same commands
+    33  host       what a host needs: doctor, install, init, completion
+    34  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -5497,7 +5498,8 @@ CREATE TABLE jobs (
     paused REAL NOT NULL DEFAULT 0,     -- until when (UTC seconds), infinity until it is resumed
     deleted INTEGER NOT NULL DEFAULT 0,
     changed INTEGER NOT NULL,           -- the count of changes when this row changed last
-    last_run TEXT) WITHOUT ROWID;
+    last_run TEXT,
+    changed_at REAL NOT NULL) WITHOUT ROWID;        -- when somebody did that last
 CREATE INDEX jobs_changed ON jobs (changed);
 CREATE TABLE versions (
     job_id TEXT, version INTEGER, spec TEXT NOT NULL, source TEXT, since REAL NOT NULL,
@@ -5551,7 +5553,12 @@ CREATE TABLE counters (                 -- of registered jobs, as the metrics ha
     PRIMARY KEY (job_id, name, label)) WITHOUT ROWID;
 CREATE TABLE audit (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL,
-    action TEXT NOT NULL, job_id TEXT, target TEXT, detail TEXT);
+    action TEXT NOT NULL, job_id TEXT, target TEXT, detail TEXT,
+    key TEXT UNIQUE);                   -- of its object in a bucket, if it came from there
+CREATE TABLE changes (                  -- objects of a bucket that are not yet as rows are here
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE,
+    count INTEGER NOT NULL DEFAULT 1,   -- of changes since
+    at REAL NOT NULL);                  -- when the first was
 CREATE TABLE events (                   -- the newest changes, of a run or of a job
     id INTEGER PRIMARY KEY, job_id TEXT NOT NULL, run_id TEXT);
 CREATE TRIGGER run_added AFTER INSERT ON runs BEGIN
@@ -5571,6 +5578,52 @@ CREATE TABLE answers (                  -- to requests that bear an Idempotency-
     run_id TEXT NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX answers_at ON answers (at);
 """]
+
+# What a store in a bucket has besides: triggers that note the key of each object which is to be
+# written anew, or removed, in the transaction that changes its row; but not where it came from the
+# bucket. Another row of a log, or none, concerns its files.
+
+JOB_KEY = "'jobs/' || {0}.id || '.json'"
+RUN_KEY = ("'runs/' || strftime('%Y-%m-%d/%Y-%m-%dT%H:%M:%S', {0}.queued_at, 'unixepoch') || '-' "
+           "|| {0}.id || '.json'")
+TOKEN_KEY = "'tokens/' || {0}.name || '.json'"
+AUDIT_KEY = ("COALESCE({0}.key, 'audit/' || strftime('%Y-%m-%d/%Y-%m-%dT%H:%M:%S', {0}.at, "
+             "'unixepoch') || '-' || (SELECT value FROM meta WHERE key = 'node') || '-' || {0}.seq "
+             "|| '.json')")
+_WATCHED = {                            # name: (event, table, key, condition)
+    "job_added": ("INSERT", "jobs", JOB_KEY.format("NEW"), "1"),
+    "job_changed": ("UPDATE OF spec, version, source, paused, deleted, changed_at", "jobs",
+                    JOB_KEY.format("NEW"), "1"),
+    "run_added": ("INSERT", "runs", RUN_KEY.format("NEW"), "1"),
+    "run_changed": ("UPDATE", "runs", RUN_KEY.format("NEW"), "1"),
+    "run_removed": ("DELETE", "runs", RUN_KEY.format("OLD"), "1"),
+    "log_added": ("INSERT", "runs", "NEW.log",
+                  "NEW.log IS NOT NULL AND NEW.finished_at IS NOT NULL"),
+    "log_ended": ("UPDATE OF state, log", "runs", "NEW.log",
+                  "NEW.log IS NOT NULL AND NEW.finished_at IS NOT NULL AND (OLD.log IS NOT NEW.log "
+                  "OR OLD.state != NEW.state)"),
+    "log_dropped": ("UPDATE OF log", "runs", "OLD.log",
+                    "OLD.log IS NOT NULL AND OLD.log IS NOT NEW.log"),
+    "log_removed": ("DELETE", "runs", "OLD.log", "OLD.log IS NOT NULL"),
+    "token_added": ("INSERT", "tokens", TOKEN_KEY.format("NEW"), "1"),
+    "token_changed": ("UPDATE OF digest, scopes, pattern, created_at, expires_at", "tokens",
+                      TOKEN_KEY.format("NEW"), "1"),
+    "token_removed": ("DELETE", "tokens", TOKEN_KEY.format("OLD"), "1"),
+    "audit_added": ("INSERT", "audit", AUDIT_KEY.format("NEW"), "1"),
+    "audit_removed": ("DELETE", "audit", AUDIT_KEY.format("OLD"), "OLD.key IS NULL")}
+
+
+def watch_changes(db):
+    """Note changes of rows from now on, as a store in a bucket does -> whether that is new."""
+    known = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")}
+    for name, (event, table, key, condition) in _WATCHED.items():
+        db.execute(f"DROP TRIGGER IF EXISTS mirror_{name}")
+        db.execute(f"CREATE TRIGGER mirror_{name} AFTER {event} ON {table} WHEN {condition} AND "
+                   "NOT EXISTS (SELECT 1 FROM meta WHERE key = 'importing') BEGIN "
+                   f"INSERT INTO changes (key, at) VALUES ({key}, (julianday('now') - 2440587.5) * "
+                   "86400) ON CONFLICT (key) DO UPDATE SET count = count + 1; END")
+    return "mirror_job_added" not in known
+
 
 _PATIENCE = 5                           # seconds, until one says what one waits for
 _LARGE_LOG = 4 << 20                    # bytes of the write-ahead log that ask for a checkpoint
@@ -6209,9 +6262,9 @@ def _put_job(db, job, source, now):
         same = not old["deleted"] and all(getattr(before, name) == getattr(job, name)
                                           for name in ("schedule", "timezone", "enabled"))
         position = old["position"] if same else max(old["position"], now)
-    db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)",
+    db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?, ?)",
                (job.id, spec, version, source, position, paused, _next_change(db),
-                old and old["last_run"]))
+                old and old["last_run"], now))
     db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?)",
                (job.id, version, spec, source, now))
 
@@ -6259,8 +6312,8 @@ def delete_jobs(db, ids, now, by=None):
     A row remains of each, for its position: a slot that was decided stays so.
     """
     for job_id in ids:
-        db.execute("UPDATE jobs SET deleted = 1, changed = ?, position = MAX(position, ?) "
-                   "WHERE id = ?", (_next_change(db), now, job_id))
+        db.execute("UPDATE jobs SET deleted = 1, changed = ?, position = MAX(position, ?), "
+                   "changed_at = ? WHERE id = ?", (_next_change(db), now, now, job_id))
         db.execute("DELETE FROM counters WHERE job_id = ?", (job_id,))
         _note_change(db, by, "delete", job_id, now)
         for run in active_runs(db, job_id):
@@ -6275,9 +6328,10 @@ def pause_job(db, job_id, paused, until=None, by=None):
     until = (math.inf if until is None else until) if paused else 0
     if get_job(db, job_id)["paused"] == until:
         return False
-    db.execute("UPDATE jobs SET paused = ?, changed = ? WHERE id = ?",
-               (until, _next_change(db), job_id))
-    _note_change(db, by, "pause" if paused else "resume", job_id, time.time())
+    now = time.time()
+    db.execute("UPDATE jobs SET paused = ?, changed = ?, changed_at = ? WHERE id = ?",
+               (until, _next_change(db), now, job_id))
+    _note_change(db, by, "pause" if paused else "resume", job_id, now)
     return True
 
 
@@ -6902,6 +6956,254 @@ def list_audit(db, limit, before=None):
     """Rows of the newest changes, newest first; `before` is the seq of the last one seen."""
     return db.execute("SELECT * FROM audit WHERE seq < ? ORDER BY seq DESC LIMIT ?",
                       (math.inf if before is None else before, limit)).fetchall()
+# A store in a bucket: what is to go there, objects of rows, and rows of objects. Objects name the
+# node of a run; here it is NULL where that is this one.
+
+RUN_FIELDS = (          # of the object of a run; what else a row has concerns one node alone
+    "id", "job_id", "name", "version", "spec", "step", "parent", "retry_of", "trigger", "slot",
+    "last_slot", "count", "state", "reason", "message", "cancel", "cause", "env", "priority",
+    "queued_at", "started_at", "finished_at", "exit_code", "signal", "boot", "node", "log",
+    "log_gone", "outputs", "taken")
+_IN_JSON = "spec", "env", "outputs", "taken"
+_MOST_VERSIONS = 100    # of a job, in its object
+
+
+def prepare_bucket(db, node):
+    """Note changes from now on, by the name of this node; the first time all that is there."""
+    set_meta(db, "node", node)
+    if watch_changes(db):
+        note_everything(db)
+
+
+def note_everything(db):
+    """Note that all that is of this node has to go into the bucket."""
+    for table, key, which in (
+            ("jobs", JOB_KEY, "1"), ("tokens", TOKEN_KEY, "1"), ("audit", AUDIT_KEY, "key IS NULL"),
+            ("runs", "{0}.log", "node IS NULL AND log IS NOT NULL AND finished_at IS NOT NULL"),
+            ("runs", RUN_KEY, "node IS NULL")):
+        db.execute(f"INSERT OR IGNORE INTO changes (key, at) SELECT {key.format(table)}, ? "
+                   f"FROM {table} WHERE {which}", (time.time(),))
+
+
+def note_object(db, key):
+    """Note that an object has to be written anew, or removed."""
+    db.execute("INSERT INTO changes (key, at) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET "
+               "count = count + 1", (key, time.time()))
+
+
+def noted_objects(db, limit):
+    """Rows (seq, key, count) of the objects that wait, in the order of their first changes."""
+    return db.execute("SELECT seq, key, count FROM changes ORDER BY seq LIMIT ?",
+                      (limit,)).fetchall()
+
+
+def object_is_noted(db, key):
+    """Whether an object waits to be written or removed."""
+    return db.execute("SELECT 1 FROM changes WHERE key = ?", (key,)).fetchone() is not None
+
+
+def objects_written(db, rows):
+    """Say that objects are as these rows of `noted_objects` were about; later changes stay."""
+    db.executemany("DELETE FROM changes WHERE seq = ? AND count = ?",
+                   [(row["seq"], row["count"]) for row in rows])
+
+
+def count_noted(db):
+    """(how many objects wait, since when: UTC seconds or None)."""
+    return tuple(db.execute("SELECT COUNT(*), MIN(at) FROM changes").fetchone())
+
+
+def begin_import(db):
+    """Take the changes that follow, up to `end_import`, as what the bucket has already."""
+    set_meta(db, "importing", 1)
+
+
+def end_import(db):
+    """The end of what the bucket has; in the same transaction."""
+    db.execute("DELETE FROM meta WHERE key = 'importing'")
+
+
+def object_keys(db, kind):
+    """The keys of all objects of a kind that the store knows; "others" are runs of other nodes, of
+    "logs" it is what their keys begin with."""
+    statement = {
+        "runs": f"SELECT {RUN_KEY.format('runs')} FROM runs",
+        "others": f"SELECT {RUN_KEY.format('runs')} FROM runs WHERE node IS NOT NULL",
+        "logs": "SELECT log FROM runs WHERE log IS NOT NULL",
+        "tokens": f"SELECT {TOKEN_KEY.format('tokens')} FROM tokens",
+        "audit": f"SELECT {AUDIT_KEY.format('audit')} FROM audit"}[kind]
+    return {row[0] for row in db.execute(statement)}
+
+
+def key_of_run(db, run_id, queued_at):
+    """The key of the object of a run."""
+    return db.execute(f"SELECT {RUN_KEY.format('run')} FROM (SELECT ? AS id, ? AS queued_at) AS "
+                      "run", (run_id, queued_at)).fetchone()[0]
+
+
+def run_of_log(db, log):
+    """The row of the run whose log this is, or None."""
+    return db.execute("SELECT * FROM runs WHERE log = ? ORDER BY seq DESC LIMIT 1",
+                      (log,)).fetchone()
+
+
+def job_object(db, job_id):
+    """The object of a job, None without one."""
+    row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    versions = db.execute("SELECT version, since, source, spec FROM versions WHERE job_id = ? "
+                          "ORDER BY version DESC LIMIT ?", (job_id, _MOST_VERSIONS)).fetchall()
+    return row and {
+        "id": row["id"], "version": row["version"], "source": row["source"],
+        "paused": "until resumed" if row["paused"] == math.inf else row["paused"],
+        "deleted": bool(row["deleted"]), "changed_at": row["changed_at"],
+        "spec": json.loads(row["spec"]),
+        "versions": [{**dict(each), "spec": json.loads(each["spec"])} for each in versions]}
+
+
+def run_object(db, run_id, node):
+    """The object of a run, None without one; `node` is the name of this one."""
+    row = find_run_row(db, run_id)
+    if row is None:
+        return None
+    fields = {name: row[name] for name in RUN_FIELDS}
+    fields.update((name, json.loads(row[name])) for name in _IN_JSON if row[name] is not None)
+    attempts = [{name: attempt[name] for name in _ATTEMPT} for attempt in get_attempts(db, run_id)]
+    return {**fields, "node": row["node"] or node, "seq": row["seq"], "attempts": attempts}
+
+
+def token_object(db, name):
+    """The object of a token, None without one."""
+    row = db.execute("SELECT name, digest, scopes, pattern, created_at, expires_at FROM tokens "
+                     "WHERE name = ?", (name,)).fetchone()
+    return row and {**dict(row), "scopes": row["scopes"].split(",")}
+
+
+def audit_object(db, key):
+    """The object of a row about a change, None without one."""
+    number = key.rpartition("-")[2].partition(".")[0]
+    row = db.execute("SELECT at, who, action, job_id, target, detail FROM audit WHERE key = ? OR "
+                     f"(seq = ? AND key IS NULL AND {AUDIT_KEY.format('audit')} = ?)",
+                     (key, number, key)).fetchone()
+    return row and dict(row)
+
+
+def import_job(db, found):
+    """Take in the object of a job where it was changed later than what is here -> whether."""
+    old = db.execute("SELECT * FROM jobs WHERE id = ?", (found["id"],)).fetchone()
+    if old is not None and old["changed_at"] >= found["changed_at"]:
+        return False
+    position, last_run, spec = found["changed_at"], None, json.dumps(found["spec"])
+    if old is not None:
+        before, after = (Job.from_spec(each) for each in (json.loads(old["spec"]), found["spec"]))
+        last_run, same = old["last_run"], not old["deleted"] and not found["deleted"] and all(
+            getattr(before, name) == getattr(after, name)
+            for name in ("schedule", "timezone", "enabled"))
+        position = old["position"] if same else max(old["position"], position)
+    elif found["versions"]:
+        position = found["versions"][0]["since"]
+    db.execute("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+               (found["id"], spec, found["version"], found["source"], position,
+                math.inf if found["paused"] == "until resumed" else found["paused"],
+                found["deleted"], _next_change(db), last_run, found["changed_at"]))
+    db.executemany("INSERT OR REPLACE INTO versions (job_id, version, since, source, spec) VALUES "
+                   "(?, ?, ?, ?, ?)", [
+                       (found["id"], each["version"], each["since"], each["source"],
+                        json.dumps(each["spec"])) for each in found["versions"]])
+    if found["deleted"]:
+        db.execute("DELETE FROM counters WHERE job_id = ?", (found["id"],))
+    return True
+
+
+def import_token(db, found):
+    """Take in the object of a token where it was made later than what is here -> whether."""
+    old = db.execute("SELECT created_at FROM tokens WHERE name = ?", (found["name"],)).fetchone()
+    if old is not None and old["created_at"] >= found["created_at"]:
+        return False
+    db.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?, ?, NULL)",
+               (found["name"], found["digest"], ",".join(found["scopes"]), found["pattern"],
+                found["created_at"], found["expires_at"]))
+    return True
+
+
+def import_audit(db, key, found):
+    """Take in the object of a row about a change, where it is not here -> whether."""
+    if audit_object(db, key) is not None:
+        return False
+    db.execute("INSERT INTO audit (at, who, action, job_id, target, detail, key) VALUES "
+               "(:at, :who, :action, :job_id, :target, :detail, :key)", {**found, "key": key})
+    return True
+
+
+def import_run(db, found, node, seq=None):
+    """Take in the object of a run, by a node of this name -> whether it is another one than that
+    here. A `seq` is for one that is new. Raises Exists for a slot that another run has."""
+    run_id, own = found["id"], found["node"] == node
+    old = run_object(db, run_id, node)
+    if old == {**found, "seq": old and old["seq"]}:
+        return False
+    other = db.execute(
+        "SELECT id FROM runs WHERE id != ? AND (cause = ? OR job_id = ? AND slot = ? AND "
+        "step IS NULL AND ? IS NULL)", (run_id, found["cause"], found["job_id"], found["slot"],
+                                        found["step"])).fetchone()
+    if other is not None:
+        raise Exists(f"its slot, or what asked for it, has run {other[0]} already")
+    row = {**{name: found[name] for name in RUN_FIELDS}, "node": None if own else found["node"]}
+    row.update((name, json.dumps(row[name])) for name in _IN_JSON if row[name] is not None)
+    if old is None:
+        row["seq"] = seq
+        names, marks = (", ".join(f"{before}{name}{after}" for name in row)
+                        for before, after in (('"', '"'), (":", "")))
+        db.execute(f"INSERT INTO runs ({names}) VALUES ({marks})", row)
+    else:
+        db.execute("UPDATE runs SET " + ", ".join(f'"{name}" = :{name}' for name in row)
+                   + " WHERE id = :id", row)
+    _import_attempts(db, found)
+    _know_of_run(db, row)
+    return True
+
+
+def _import_attempts(db, found):
+    db.execute("DELETE FROM attempts WHERE run_id = ?", (found["id"],))
+    db.executemany("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                   [(found["id"], *(attempt[name] for name in _ATTEMPT))
+                    for attempt in found["attempts"]])
+
+
+def _know_of_run(db, row):
+    """What a run from elsewhere means for its job: its slot is decided, it may be the last."""
+    if row["step"] is not None:
+        return
+    if row["slot"] is not None:
+        db.execute("UPDATE jobs SET position = MAX(position, ?) WHERE id = ?",
+                   (row["last_slot"] or row["slot"], row["job_id"]))
+    if row["finished_at"] is not None and row["state"] != "skipped":
+        db.execute("UPDATE jobs SET last_run = ? WHERE id = ? AND NOT EXISTS (SELECT 1 FROM runs "
+                   "WHERE runs.id = last_run AND finished_at > ?)",
+                   (row["id"], row["job_id"], row["finished_at"]))
+
+
+def reserve_seqs(db, count):
+    """Keep numbers for runs that are older than all to come -> the first number behind them."""
+    end = max(newest_seq(db), *(row[0] for row in db.execute(
+        "SELECT seq FROM sqlite_sequence WHERE name = 'runs' UNION SELECT 0"))) + count
+    db.execute("DELETE FROM sqlite_sequence WHERE name = 'runs'")
+    db.execute("INSERT INTO sqlite_sequence VALUES ('runs', ?)", (end,))
+    return end + 1
+
+
+def forget_run(db, run_id):
+    """Remove a run that the bucket has no more -> its log or None."""
+    row = find_run_row(db, run_id)
+    db.execute("DELETE FROM attempts WHERE run_id = ?", (run_id,))
+    db.execute("DELETE FROM runs WHERE id = ?", (run_id,))
+    return row and row["log"]
+
+
+def forget_token(db, name):
+    """Remove a token that the bucket has no more."""
+    db.execute("DELETE FROM tokens WHERE name = ?", (name,))
+
+
 # What goes with time. Those who remove much do so in many short transactions.
 
 _SOME = 500             # values in one statement; older versions of SQLite take 999
@@ -7091,6 +7393,12 @@ def schema_of(db):
     """The definitions of all that is in the database."""
     return {tuple(row) for row in db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master "
                                              "WHERE name NOT LIKE 'sqlite_stat%'")}
+
+
+def is_watched(db):
+    """Whether changes are noted, for a bucket, which then has the logs too."""
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'mirror_job_added'"
+                      ).fetchone() is not None
 
 
 def count_rows(db):
@@ -7728,10 +8036,10 @@ def _state(entry):
 
 def remove_log(folder, path):
     """Remove a log, a path relative to the store's folder -> how many bytes that has freed."""
-    if not _LOG_PATH.fullmatch(path):
+    if not LOG_PATH.fullmatch(path):
         return 0
     log = os.path.join(folder, path)
-    files = _stored_files(log)
+    files = stored_files(log)
     for file in files:
         _remove_file(file)
     with contextlib.suppress(OSError):
@@ -7739,12 +8047,12 @@ def remove_log(folder, path):
     return sum(state.st_size for state in files.values())
 
 
-_LOG_PATH = Pattern(r"logs/[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[0-9A-Za-z:-]+\.log")
+LOG_PATH = Pattern(r"logs/[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[0-9A-Za-z:-]+\.log")
 
 
 def log_exists(folder, path):
     """Whether a log is there, a path relative to the store's folder."""
-    return bool(_stored_files(os.path.join(folder, path)))
+    return bool(stored_files(os.path.join(folder, path)))
 
 
 def start_of_log(path):
@@ -7755,10 +8063,10 @@ def start_of_log(path):
 
 def size_of_log(folder, path):
     """How many bytes of the disk a log takes, a path relative to the store's folder."""
-    return sum(state.st_size for state in _stored_files(os.path.join(folder, path)).values())
+    return sum(state.st_size for state in stored_files(os.path.join(folder, path)).values())
 
 
-def _stored_files(log):
+def stored_files(log):
     """{path: its state} of the files of a log."""
     found = {}
     for offset in (0, *_part_offsets(log)):
@@ -7781,7 +8089,7 @@ def pack_log(folder, path, most):
     """
     name = os.path.join(folder, path)
     with StoredLog(name) as log:
-        before = _stored_files(name)
+        before = stored_files(name)
         written = max(state.st_mtime for state in before.values())
         if log.size() <= most and all(file.endswith(".gz") for file in before):
             return 0
@@ -13960,7 +14268,480 @@ def _run_detached(store, job, reader, writer, request):
     keep_orphans(run)
 
 
-# ==== 22 scheduler ================================================================================
+# ==== 22 mirror ===================================================================================
+# The store in a bucket. What changes here is noted in the transaction that changes it, and written
+# there in order, as one readable object for each row; so an outage of S3 delays and loses nothing,
+# and nothing waits for it. An empty node is filled from there, and what other nodes have written
+# comes from there. Nothing is believed of an object that has not been looked at.
+#
+#   store.json                              the id of the store, the version of this layout
+#   jobs/ID.json, tokens/NAME.json          removed jobs stay, as deleted; of tokens the digest
+#   runs/YYYY-MM-DD/TIME-ID.json            with attempts; TIME is when it was queued (UTC)
+#   logs/JOB/NAME.log                       as the run says; also NAME.log.gz, NAME.log.parts/N
+#   audit/YYYY-MM-DD/TIME-NODE-NUMBER.json
+
+_LAYOUT = 1
+_GETS = 8               # at the same time
+_TOGETHER = 200            # objects that are fetched, and then imported, together
+_SETTLED = 20           # objects that are written, and then said to be
+_OVERLAP = 600          # seconds for which clocks and lists may be behind
+_YOUNG = 86400          # seconds; a younger object may be of a row that is on its way
+
+_OBJECT_KEY = Pattern(r"""
+    (?P<kind>jobs|tokens)/(?P<id>[A-Za-z0-9][A-Za-z0-9._-]{0,63})\.json
+    | (?:(?P<runs>runs)|(?P<audit>audit)) /(?P<day>\d{4}-\d\d-\d\d) /(?P=day)T\d\d:\d\d:\d\d
+      -(?:(?P<run>[A-Za-z0-9]{1,40}) | [A-Za-z0-9._-]{1,64}-\d{1,19})\.json""", "x")
+_STRANGE = "its key is not one of roexec's"
+_LOG_FILE = Pattern(r"(logs/[^/]+/[^/]+\.log)(?:\.gz|\.parts/\d{15}(?:\.gz)?)?")
+
+# What the fields of objects hold; with ? they may be null, or missing.
+_OF_RUN = (
+    "id:text job_id:id name:text? version:whole? spec:object? step:text? parent:text? "
+    "retry_of:text? trigger:text slot:whole? last_slot:whole? count:whole state:text reason:text? "
+    "message:text? cancel:text? cause:text? env:object? priority:whole queued_at:instant "
+    "started_at:instant? finished_at:instant? exit_code:whole? signal:text? boot:text? node:id "
+    "log:text? log_gone:text? outputs:object? taken:object? seq:whole attempts:list")
+_OF_ATTEMPT = (
+    "number:whole started_at:instant? finished_at:instant? exit_code:whole? signal:text? "
+    "cpu_seconds:number? max_rss_bytes:whole? output_bytes:whole?")
+_OF_JOB = ("id:id version:whole source:text? paused:pause deleted:flag changed_at:instant "
+           "spec:object versions:list")
+_OF_VERSION = "version:whole since:instant source:text? spec:object"
+_OF_TOKEN = "name:id digest:digest scopes:list pattern:text? created_at:instant expires_at:number?"
+_OF_AUDIT = "at:instant who:text action:text job_id:text? target:text? detail:text?"
+
+_DIGEST = Pattern(r"[0-9a-f]{64}")
+_VALUES = {              # of values: what they are
+    "text": lambda value: _is_text(value),
+    "id": lambda value: isinstance(value, str) and valid_id(value),
+    "whole": lambda value: type(value) is int and abs(value) < 1 << 62,
+    "number": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "instant": lambda value: type(value) in (int, float) and 0 <= value < 250e9,
+    "flag": lambda value: type(value) is bool,
+    "pause": lambda value: value == "until resumed" or _VALUES["number"](value) and value >= 0,
+    "digest": lambda value: isinstance(value, str) and _DIGEST.fullmatch(value),
+    "object": lambda value: isinstance(value, dict),
+    "list": lambda value: isinstance(value, list)}
+
+
+def _is_text(value):
+    """Whether a value is a text that can be kept."""
+    try:
+        return isinstance(value, str) and "\0" not in value and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _fields(value, fields):
+    """The known fields of an object; raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    found = {}
+    for field in fields.split():
+        name, _, kind = field.partition(":")
+        item = found[name] = value.get(name)
+        if not (item is None and kind.endswith("?") or _VALUES[kind.rstrip("?")](item)):
+            raise ValueError(f'"{name}" is not what it should be')
+    return found
+
+
+def read_object(kind, data, now):
+    """What an object of a kind (jobs, runs, tokens, audit) says; raises ValueError."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("it is no JSON") from None
+    return {"jobs": _read_job_object, "runs": _read_run_object, "tokens": _read_token_object,
+            "audit": lambda value, now: _fields(value, _OF_AUDIT)}[kind](value, now)
+
+
+def _read_job_object(value, now):
+    found = _fields(value, _OF_JOB)
+    found["versions"] = [_fields(each, _OF_VERSION) for each in found["versions"]]
+    for spec in (found["spec"], *(each["spec"] for each in found["versions"])):
+        if spec.get("id") != found["id"]:
+            raise ValueError("its spec is of another job")
+    try:
+        job_from_mapping(found["spec"], None)
+    except Invalid as error:
+        raise ValueError(str(error)) from None
+    if found["changed_at"] > now + _YOUNG:
+        raise ValueError("it is of the future")
+    return found
+
+
+def _read_run_object(value, now):
+    found = _fields(value, _OF_RUN)
+    found["attempts"] = [_fields(each, _OF_ATTEMPT) for each in found["attempts"]]
+    state = found["state"]
+    if state not in STATES or found["trigger"] not in TRIGGERS:
+        raise ValueError("its state or trigger is none")
+    if (found["finished_at"] is not None) != (state in FINAL_STATES):
+        raise ValueError("it has ended, or not")
+    if max(found["slot"] or 0, found["last_slot"] or 0, found["queued_at"]) > now + _YOUNG:
+        raise ValueError("it is of the future")     # and would keep its job from running until then
+    log = found["log"]
+    if log is not None and not (LOG_PATH.fullmatch(log) and log.split("/")[1] == found["job_id"]):
+        raise ValueError("its log is not one of its job")
+    return found
+
+
+def _read_token_object(value, now):
+    found = _fields(value, _OF_TOKEN)
+    if not all(isinstance(scope, str) and scope in (*SCOPES, "*") for scope in found["scopes"]):
+        raise ValueError("its scopes are none")
+    if found["created_at"] > now + _YOUNG:
+        raise ValueError("it is of the future")
+    return found
+
+
+def _parse_key(key):
+    """(kind, id) of the key of an object; (None, None) for any other."""
+    found = _OBJECT_KEY.fullmatch(key)
+    if not found or bool(found["runs"]) != bool(found["run"]):
+        return None, None
+    return (found["kind"] or found["runs"] or found["audit"],
+            found["id"] or found["run"] or key)
+
+
+def _time_of(key):
+    """When a run was queued, to the second, by the key of its object."""
+    return key.split("/")[2][:19]
+
+
+def _of_row(key):
+    """What a row knows of an object in the bucket: the key itself, of a file the log."""
+    found = _LOG_FILE.fullmatch(key)
+    return found[1] if found else key
+
+
+class _Intake:
+    """What `Mirror.fetch` and `Mirror.hydrate` do."""
+
+    def __init__(self, mirror):
+        self.store, self.client, self.node = mirror.store, mirror.client, mirror.node
+        self.say = mirror.say
+
+    def fetch(self, keys):
+        changed, keys = 0, list(dict.fromkeys(keys))
+        for start in range(0, len(keys), _TOGETHER):
+            changed += self._import(self._get(keys[start:start + _TOGETHER]))
+        return changed
+
+    def hydrate(self):
+        began = time.time()
+        with self.store.read() as db:
+            since = get_meta(db, "hydrated", -math.inf)
+        listed = {kind: self._list(kind) for kind in ("jobs", "tokens", "runs", "audit")}
+        changed = self.fetch([*listed["jobs"], *listed["tokens"]])
+        with self.store.read() as db:
+            known = {kind: object_keys(db, kind) for kind in ("runs", "audit")}
+        for kind in ("runs", "audit"):
+            wanted = [key for key, modified in listed[kind].items()
+                      if key not in known[kind] or modified >= since - _OVERLAP]
+            first = kind == "runs" and since == -math.inf
+            changed += self._fill(wanted) if first else self.fetch(wanted)
+        self._forget_missing(listed)
+        with self.store.write() as db:
+            set_meta(db, "hydrated", began)
+            set_meta(db, "hydrating", None)
+        return changed
+
+    def _list(self, kind):
+        """{key: the instant of its last change} of the objects of a kind, in order."""
+        listed = {}
+        for key, _, modified in self.client.list(f"{kind}/"):
+            if _parse_key(key)[0] == kind:
+                listed[key] = modified
+            else:
+                self._refuse(key, _STRANGE)
+        return listed
+
+    def _fill(self, keys):
+        """Import runs from the newest, numbered below those that begin meanwhile."""
+        with self.store.write() as db:
+            state = get_meta(db, "hydrating")
+            low, below = json.loads(state) if state else (reserve_seqs(db, len(keys)), None)
+        newer = [key for key in keys if below is not None and _time_of(key) >= below]
+        older, changed = keys[:len(keys) - len(newer)], self.fetch(newer)
+        while older:
+            start = max(0, len(older) - _TOGETHER)
+            while start and _time_of(older[start - 1]) == _time_of(older[start]):
+                start -= 1              # those of one second have their order together
+            chunk = older[start:]
+            del older[start:]
+            low -= len(chunk)
+            changed += self._import(self._get(chunk), low, _time_of(chunk[0]))
+        return changed
+
+    def _forget_missing(self, listed):
+        """Forget what others have removed while this node was away."""
+        with self.store.read() as db:
+            gone = [*object_keys(db, "others") - set(listed["runs"]),
+                    *object_keys(db, "tokens") - set(listed["tokens"])]
+            gone = [key for key in gone if not object_is_noted(db, key)]
+        self.fetch(gone)
+
+    def _get(self, keys):
+        """[(kind, key, what the object says, None where it is gone)]; what is none is told."""
+        from concurrent import futures
+        with futures.ThreadPoolExecutor(_GETS) as pool:
+            return list(filter(None, pool.map(self._get_one, keys)))
+
+    def _get_one(self, key):
+        kind = _parse_key(key)[0]
+        if kind is None:
+            if not _LOG_FILE.fullmatch(key):
+                self._refuse(key, _STRANGE)
+            return None
+        try:
+            return kind, key, read_object(kind, self.client.get(key), time.time())
+        except NoSuchKey:
+            return kind, key, None
+        except ValueError as error:
+            self._refuse(key, error)
+            return None
+
+    def _refuse(self, key, why):
+        self.say(f"The object {printable(key)} in the bucket is refused: {printable(str(why))}",
+                 "ERROR")
+
+    def _import(self, objects, low=None, below=None):
+        """Take in objects in one transaction -> how many have changed the store. Runs that are new
+        have numbers from `low` on, and those from `below` on are done."""
+        objects.sort(key=lambda each: (each[0] == "runs" and each[2] is not None and (
+            each[2]["queued_at"], each[2]["seq"])) or (0, 0))
+        changed, logs = 0, []
+        with self.store.write() as db:
+            begin_import(db)
+            for number, (kind, key, found) in enumerate(objects):
+                try:
+                    changed += self._import_one(
+                        db, kind, key, found, None if low is None else low + number, logs)
+                except (ValueError, Exists) as error:
+                    self._refuse(key, error)
+            end_import(db)
+            if low is not None:
+                set_meta(db, "hydrating", json.dumps([low, below]))
+        for log in logs:
+            remove_log(self.store.folder, log)
+        if changed:
+            self.store.wake()
+        return changed
+
+    def _import_one(self, db, kind, key, found, seq, logs):
+        if object_is_noted(db, key):    # what is here goes there
+            return False
+        name = _parse_key(key)[1]
+        if kind == "runs":
+            return self._import_run(db, key, name, found, seq, logs)
+        if kind == "audit":
+            return found is not None and import_audit(db, key, found)
+        if found is None:
+            if kind == "tokens":
+                forget_token(db, name)
+            return kind == "tokens"
+        if found["id" if kind == "jobs" else "name"] != name:
+            raise ValueError("it is not what its key says")
+        return (import_job if kind == "jobs" else import_token)(db, found)
+
+    def _import_run(self, db, key, name, found, seq, logs):
+        row = find_run_row(db, name)
+        if row is not None and row["node"] is None and row["state"] != "queued":
+            if {**run_object(db, name, self.node), "seq": None} != {**(found or {}), "seq": None}:
+                note_object(db, key)    # nobody knows better what this node has run
+            return False
+        if found is None:
+            logs += filter(None, [forget_run(db, name)] if row is not None else [])
+            return row is not None
+        if key != key_of_run(db, found["id"], found["queued_at"]):
+            raise ValueError("it is not what its key says")
+        return import_run(db, found, self.node, seq)
+
+
+class Mirror:
+    """A store and the bucket that keeps it. `client` is its S3Client, `node` the name of this node;
+    `say(text, level)` is told what a person should know. What fails is an S3Error."""
+
+    def __init__(self, store, client, node, say):
+        self.store, self.client, self.node, self.say = store, client, node, say
+        self._met, self._logs = False, threading.Lock()
+
+    def prepare(self):
+        """Note from now on what has to go into the bucket, without asking it."""
+        with self.store.write() as db:
+            prepare_bucket(db, self.node)
+
+    @property
+    def is_hydrated(self):
+        """Whether the store has, or had once, all that the bucket has: only then slots can be
+        decided by it."""
+        with self.store.read() as db:
+            return get_meta(db, "hydrated") is not None
+
+    def waiting(self):
+        """(how many objects wait to be written, for how many seconds the first has; 0 without)."""
+        with self.store.read() as db:
+            count, since = count_noted(db)
+        return count, 0 if since is None else max(0, time.time() - since)
+
+    # To the bucket.
+
+    def ship(self, limit=200):
+        """Write what waits, the first `limit` objects -> their keys, without those of logs. Where
+        one fails, those before it count; S3Error is raised where there are none."""
+        self._meet()
+        with self.store.read() as db:
+            rows = noted_objects(db, limit)
+        shipped, done = [], []
+        try:
+            for row in rows:
+                self._ship(row["key"])
+                done.append(row)
+                if not row["key"].startswith("logs/"):
+                    shipped.append(row["key"])
+                if len(done) >= _SETTLED:
+                    self._settle(done)
+        except S3Error:
+            if not shipped:
+                raise
+        finally:
+            self._settle(done)
+        return shipped
+
+    def _settle(self, done):
+        if done:
+            with self.store.write() as db:
+                objects_written(db, done)
+            done.clear()
+
+    def _ship(self, key):
+        """Make an object, or a log, what the store has of it now."""
+        if key.startswith("logs/"):
+            self._ship_log(key)
+            return
+        with self.store.read() as db:
+            found = self._object(db, key)
+            log = found and found.get("log") and found.get("finished_at") and object_is_noted(
+                db, found["log"])
+        if log:
+            self._ship_log(found["log"])
+        if found is None:
+            self.client.delete(key)
+        else:
+            self.client.put(key, json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n")
+
+    def _object(self, db, key):
+        kind, name = _parse_key(key)
+        if kind == "runs":
+            return run_object(db, name, self.node)
+        if kind == "audit":
+            return audit_object(db, key)
+        return (job_object if kind == "jobs" else token_object)(db, name)
+
+    def _ship_log(self, log):
+        with self.store.read() as db:
+            run = run_of_log(db, log)
+        if run is None:
+            for key, _, _ in list(self.client.list(log)):
+                if _LOG_FILE.fullmatch(key):
+                    self.client.delete(key)
+        elif run["node"] is None:       # what another node has run it has written, too
+            for path in stored_files(self.store.file(log)):
+                with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                    self.client.put(os.path.relpath(path, self.store.folder), file)
+
+    def _meet(self):
+        """See to it, once, that the bucket is that of this store, or nobody's yet."""
+        if self._met:
+            return
+        with self.store.write() as db:
+            own, empty = store_id(db), not any(count_rows(db).values())
+        mine = json.dumps({"id": own, "version": _LAYOUT}).encode() + b"\n"
+        if self.client.put("store.json", mine, if_none_match=True):
+            with self.store.write() as db:
+                note_everything(db)     # also where it has been there, and somebody emptied it
+        else:
+            self._belong(self.client.get("store.json"), own, empty)
+        self._met = True
+
+    def _belong(self, data, own, empty):
+        where = f"{self.client.bucket}/{self.client.prefix}store.json"
+        try:
+            found = _fields(json.loads(data), "id:id version:whole")
+        except (ValueError, RecursionError):
+            raise S3Error(f"{where} is not what roexec has written; name another prefix") from None
+        if found["version"] > _LAYOUT:
+            raise S3Error(f"{where} is of a newer roexec; use that one")
+        if found["id"] != own and not empty:
+            raise S3Error(f"{where} is of another store; name another prefix, or start with an "
+                          f"empty folder in place of {self.store.path}")
+        if found["id"] != own:
+            with self.store.write() as db:
+                set_meta(db, "store", found["id"])
+
+    # From the bucket.
+
+    def fetch(self, keys):
+        """Take in what objects say now, which others have written or removed -> how many of them
+        have changed the store."""
+        self._meet()
+        return _Intake(self).fetch(keys)
+
+    def hydrate(self):
+        """Take in what the bucket has and the store has not: jobs and tokens, then runs from the
+        newest, then audit. An interrupted one goes on where it was -> how many objects were new."""
+        self._meet()
+        return _Intake(self).hydrate()
+
+    def fetch_log(self, row):
+        """The path of the log of a run, fetched from the bucket where it is not here; None where it
+        is nowhere."""
+        log = row["log"]
+        if log is None or not LOG_PATH.fullmatch(log):
+            return None
+        with self._logs:
+            if not log_exists(self.store.folder, log):
+                self._fetch_log(log)
+        return self.store.file(log) if log_exists(self.store.folder, log) else None
+
+    def _fetch_log(self, log):
+        import shutil
+        fresh = self.store.file("fetched")      # what a kill has left there goes the next time
+        shutil.rmtree(fresh, ignore_errors=True)
+        names = [key for key, _, _ in self.client.list(log)
+                 if _LOG_FILE.fullmatch(key) and key.startswith(log)]
+        for name in names:
+            path = os.path.join(fresh, name)
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            self.client.download(name, path)
+        for name in reversed(names):            # the file that all look for comes last
+            os.makedirs(os.path.dirname(self.store.file(name)), 0o700, exist_ok=True)
+            os.replace(os.path.join(fresh, name), self.store.file(name))
+        shutil.rmtree(fresh, ignore_errors=True)
+
+    # What is in the bucket for nobody.
+
+    def sweep(self, now):
+        """Remove objects of runs and logs, older than a day, that no row knows -> how many. For a
+        node that leads, or is alone."""
+        if not self.is_hydrated:
+            return 0
+        removed = 0
+        for kind in ("runs", "logs"):
+            old = [key for key, _, modified in self.client.list(f"{kind}/")
+                   if modified < now - _YOUNG]
+            with self.store.read() as db:       # after the list: what is new in it is not missing
+                known = object_keys(db, kind)
+                old = [key for key in old if _of_row(key) not in known
+                       and not object_is_noted(db, key)]
+            for key in old:
+                self.client.delete(key)
+            removed += len(old)
+        return removed
+
+
+# ==== 23 scheduler ================================================================================
 # The loop of a server. It decides what becomes of slots that are due and of runs that wait, has
 # those that get a place started, and takes in how they have ended. A launcher forks their
 # supervisors.
@@ -14793,7 +15574,7 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 23 upkeep ===================================================================================
+# ==== 24 upkeep ===================================================================================
 # What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
 # mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone;
 # the store is never held for longer than some milliseconds, and then left to others for as long.
@@ -15205,7 +15986,7 @@ class _Check:
         self._remove_unfinished()
         self._look_at_journals()
         with self.store.read() as db:
-            jobs = jobs_with_logs(db)
+            jobs, self.in_bucket = jobs_with_logs(db), is_watched(db)
         jobs = sorted(jobs.union(os.listdir(self.store.file("logs"))))
         for number, job_id in enumerate(jobs):
             self.progress(number / len(jobs), f"looking at the logs of {job_id}")
@@ -15240,7 +16021,7 @@ class _Check:
         for path in sorted(found.keys() - known.keys()):
             self._look_at_stray(job_id, path)
         missing = [path for path, ended in known.items() if path not in found and ended is not None
-                   and not log_exists(self.store.folder, path)]
+                   and not log_exists(self.store.folder, path)] if not self.in_bucket else []
         for path in missing:
             self.find("mended", f"{self.store.file(path)} is not there; its run says so now")
         if missing and not self.dry_run:
@@ -15427,11 +16208,13 @@ def _check_unpacked(path, fresh):
     import sqlite3
     try:
         fresh.create()
-        with Store(fresh.file("empty")).create().read() as db:
-            schema = schema_of(db)
+        with Store(fresh.file("empty")).create().write() as db:
+            schemas = [schema_of(db)]
+            watch_changes(db)
+            schemas.append(schema_of(db))
         with fresh.read() as db:
             problems = problems_of(db)
-            if not problems and schema_of(db) != schema:
+            if not problems and schema_of(db) not in schemas:
                 problems = ["it is not made by roexec alone"]
             if not problems:
                 return count_rows(db)
@@ -15464,7 +16247,7 @@ def _swap(store, fresh):
 def _forget_missing_logs(store):
     when = f"on {format_instant(int(time.time()))}, when a backup without it was restored"
     with store.read() as db:
-        jobs = jobs_with_logs(db)
+        jobs = () if is_watched(db) else jobs_with_logs(db)
     for job_id in jobs:
         with store.read() as db:
             missing = [path for path in logs_of_job(db, job_id)
@@ -15474,7 +16257,7 @@ def _forget_missing_logs(store):
                 lose_logs(db, job_id, missing, when)
 
 
-# ==== 24 views ====================================================================================
+# ==== 25 views ====================================================================================
 # What there is to say of the store, as payloads: of jobs and runs, why a job has not run, metrics.
 # The API and --json of the CLI give the same.
 
@@ -15647,7 +16430,7 @@ def _summed(jobs):
     return counters, gauges
 
 
-# ==== 25 page =====================================================================================
+# ==== 26 page =====================================================================================
 # What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
 # script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
 # stands here is what is sent: there is no step in between.
@@ -17583,7 +18366,7 @@ def _source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ==== 26 gate =====================================================================================
+# ==== 27 gate =====================================================================================
 # HTTP before any route: what a request asks for, read strictly, who is at the other end, and the
 # one gate, which lets in who bears a token, and over loopback the server's own user and root.
 
@@ -17975,7 +18758,7 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# ==== 27 streams ==================================================================================
+# ==== 28 streams ==================================================================================
 # Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
 # without arguments that say whether there is more by now. One thread serves all of them and looks
 # once at the store for all, so that a thousand cost no thousand threads, and each is given what its
@@ -18290,7 +19073,7 @@ class Streams:
         self.close_connection(stream.connection)
 
 
-# ==== 28 api ======================================================================================
+# ==== 29 api ======================================================================================
 # The routes: each is a line of ROUTES with the scope that it needs, a function of (request, store)
 # that knows no sockets, and described by OpenAPI from that line.
 
@@ -19787,7 +20570,7 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# ==== 29 relay ====================================================================================
+# ==== 30 relay ====================================================================================
 # Between the nodes of a cluster. A request is answered by the node that can: what changes something
 # by the leader, what is about the process or the log of a run by the node that has it. The node
 # that was asked has let its caller in; it passes the request on under a key of its own, and says
@@ -19894,7 +20677,7 @@ def _pieces(client, answer):
             raise RoexecError(f"the answer of another node ends early: {error}") from None
 
 
-# ==== 30 http =====================================================================================
+# ==== 31 http =====================================================================================
 # The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
 # does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
 # http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
@@ -20329,7 +21112,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 31 client ===================================================================================
+# ==== 32 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -21008,7 +21791,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 32 host =====================================================================================
+# ==== 33 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -22236,7 +23019,7 @@ end
 """
 
 
-# ==== 33 cli ======================================================================================
+# ==== 34 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.

@@ -8,7 +8,7 @@ import types
 
 import engines
 import pytest
-from helpers import Server, kill_descendants
+from helpers import Answers, Server, kill_descendants
 
 import roexec
 
@@ -101,3 +101,11 @@ def bucket(s3_server):
     yield client
     for each in clients:
         each.close()
+
+
+@pytest.fixture
+def answers():
+    """A server whose answers a test writes: Answers."""
+    server = Answers()
+    yield server
+    server.close()

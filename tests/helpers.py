@@ -430,6 +430,62 @@ class SmtpHandler(socketserver.BaseRequestHandler):
         self.tell("250 ok")
 
 
+class Answers:
+    """Speaks HTTP; `replies` are for the next requests, then `usual`: each is (status, body,
+    headers), or a function of the handler. `requests` are (method, target, headers, body)."""
+
+    def __init__(self):
+        self.requests, self.replies, self.usual, self.connections = [], [], (200, b""), 0
+        answers = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self):
+                answers.connections += 1
+                super().setup()
+
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                answers.requests.append((self.command, self.path, dict(self.headers), body))
+                reply = answers.replies.pop(0) if answers.replies else answers.usual
+                if callable(reply):
+                    reply(self)
+                    return
+                status, body, *headers = reply
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)),
+                                    **(headers[0] if headers else {})}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def error_xml(code, message="It is so.", **more):
+    """An answer of S3 that says what is wrong."""
+    fields = "".join(f"<{name}>{text}</{name}>" for name, text in more.items())
+    return (f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message>{fields}'
+            "</Error>").encode()
+
+
 class VaultServer:
     """Speaks as much of Vault's API as is needed; `requests` is what it was asked.
 

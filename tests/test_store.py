@@ -1395,7 +1395,7 @@ def test_the_newest_runs_are_found_without_sorting_all(db):
 
 NEWER = {"RETURNING": "3.35", r"UPDATE\b[^;(]*\bFROM\b": "3.33",
          r"FILTER *\(": "3.30", r"\bIIF *\(": "3.32", "->": "3.38", "STRICT": "3.37",
-         "VACUUM INTO": "3.27", "UNIXEPOCH": "3.38", "NULLS (FIRST|LAST)": "3.30",
+         "VACUUM INTO": "3.27", r"UNIXEPOCH *\(": "3.38", "NULLS (FIRST|LAST)": "3.30",
          "DROP COLUMN": "3.35", "MATERIALIZED": "3.35", "GENERATED ALWAYS": "3.31",
          r"\b(RIGHT|FULL) (OUTER )?JOIN": "3.39", "IS (NOT )?DISTINCT FROM": "3.39",
          r"STRING_AGG|\bCONCAT(_WS)? *\(": "3.44", r"\bFORMAT *\(": "3.38", "EXCLUDE ": "3.28",
