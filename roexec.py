@@ -25,18 +25,19 @@ The file is read from top to bottom; a section uses only sections above it.
     20  pipelines  steps in order, in parallel, and again from where they failed
     21  runs       a run's place, its start, its way into the store, recovery
     22  mirror     the store in a bucket: to it, from it, and what is there for nobody
-    23  scheduler  the loop of the server, the launcher
-    24  upkeep     retention, purge, check, backup, restore
-    25  views      what there is to say of jobs and runs, the same for the CLI and the API
-    26  page       the web page, served with a strict content policy
-    27  gate       what an HTTP request asks for, who asks, and whether they may
-    28  streams    logs that are followed and events, all of them from one look at the store
-    29  api        the routes, their functions and their description
-    30  relay      requests that another node of a cluster has to answer
-    31  http       connections, their limits, TLS
-    32  client     a server elsewhere, for the same commands
-    33  host       what a host needs: doctor, install, init, completion
-    34  cli        one function per command; main(argv) -> exit status
+    23  cluster    several servers as one: who leads, what it may start, what the others read
+    24  scheduler  the loop of the server, the launcher
+    25  upkeep     retention, purge, check, backup, restore
+    26  views      what there is to say of jobs and runs, the same for the CLI and the API
+    27  page       the web page, served with a strict content policy
+    28  gate       what an HTTP request asks for, who asks, and whether they may
+    29  streams    logs that are followed and events, all of them from one look at the store
+    30  api        the routes, their functions and their description
+    31  relay      requests that another node of a cluster has to answer
+    32  http       connections, their limits, TLS
+    33  client     a server elsewhere, for the same commands
+    34  host       what a host needs: doctor, install, init, completion
+    35  cli        one function per command; main(argv) -> exit status
 
 Data flows one way: text -> nodes -> Job -> store -> due slot -> journal -> supervisor -> events ->
 store -> CLI or API. Public Python names: load_yaml, YamlError, Cron, CronError, Job, Config, Store,
@@ -6335,6 +6336,11 @@ def pause_job(db, job_id, paused, until=None, by=None):
     return True
 
 
+def raise_position(db, job_id, position):
+    """Say that each slot of a job up to an instant (UTC seconds) is decided, by whomever."""
+    db.execute("UPDATE jobs SET position = MAX(position, ?) WHERE id = ?", (position, job_id))
+
+
 def set_position(db, job_id, position):
     """Say that each slot of a job up to an instant (UTC seconds) is decided."""
     db.execute("UPDATE jobs SET position = ? WHERE id = ?", (position, job_id))
@@ -6418,6 +6424,11 @@ def ask_to_cancel(db, run_id, reason):
 def find_run_row(db, run_id):
     """The row of a run, or None."""
     return db.execute("SELECT * FROM runs WHERE id = ?", (run_id,)).fetchone()
+
+
+def adopt_run(db, run_id):
+    """Let a run be one of this node."""
+    db.execute("UPDATE runs SET node = NULL WHERE id = ?", (run_id,))
 
 
 def get_run(db, run_id):
@@ -12205,6 +12216,10 @@ class _Hooks(_Execution):
             newest_lines(os.path.join(self.folder, self.log.path), MOST_FOR_HOOKS), raw=True)
 
 
+# A hook that is performed alone, for what others have decided: the state and the reason it is told.
+_TOLD_ALONE = {"on_missed": ("skipped", "missed"), "on_failure": ("lost", "node")}
+
+
 class Supervision(_Hooks):
     """One run, from its journal to its end; `_Execution` says what it is made with."""
 
@@ -12233,7 +12248,7 @@ class Supervision(_Hooks):
         if self.header.get("only"):
             if earlier is None:
                 self.resolve()
-                self._tell_hooks("skipped", "missed", None)
+                self._tell_hooks(*_TOLD_ALONE[self.header["only"]], None)
                 self._hooks(self.header["only"])
         elif self.progress.outcome is None:
             decided = self.decide(number)
@@ -14007,6 +14022,73 @@ def _lose(db, row, message):
     _lose_steps(db, row["id"], reason)
 
 
+def write_claim(db, store, job_id, claim, now):
+    """Write down a claim of this node -> the journal of a hook that is to be run, or None. What is
+    there already stays."""
+    row = find_run_row(db, claim.run)
+    if claim.state == "skipped" and row is None:
+        if not slot_is_known(db, job_id, claim.slot):
+            skip_slots(db, job_id, SlotRow(**{name: getattr(claim, name)
+                                              for name in SlotRow.__slots__}), now)
+        return None
+    if row is None:
+        slot = None if claim.rerun_of else claim.slot
+        if slot is not None and slot_is_known(db, job_id, slot):
+            return None                 # it was skipped when it could have begun
+        _queue_again(db, job_id, now, id=claim.run, trigger=claim.trigger, slot=slot,
+                     retry_of=claim.rerun_of)
+    elif claim.state == "claimed" and row["state"] == "queued":
+        adopt_run(db, row["id"])
+    if claim.state == "lost" and (row is None or row["state"] in ACTIVE_STATES):
+        return _lose_elsewhere(db, store, claim.run, claim.message, now)
+    return None
+
+
+def _queue_again(db, job_id, now, **row):
+    """Add a queued run of a job, also of one that is gone meanwhile."""
+    job = find_job(db, job_id)
+    priority = 0 if job is None else Job(json.loads(job["spec"])).priority
+    add_run(db, job_id=job_id, version=job and job["version"], state="queued", queued_at=now,
+            priority=priority, **row)
+
+
+def _lose_elsewhere(db, store, run_id, message, now):
+    """End a run of a node that is gone -> the journal of its hook on_failure, if it has one."""
+    finish_run(db, run_id, "lost", [], reason="node", finished_at=now, message=message)
+    _lose_steps(db, run_id, "node")
+    row = get_run(db, run_id)
+    job = _job_of(db, row, get_settings(db) or {})
+    if job is None or "on_failure" not in job.hooks:
+        return None
+    return make_journal(db, store.file("active"), row, job, now, boot=boot_id(),
+                        only="on_failure")
+
+
+def lose_runs_elsewhere(db, store, nodes, has_claim, now):
+    """End the runs of nodes that are not among `nodes`, those that are there -> journals of hooks.
+    Those that have a claim are seen to by that; those of jobs that allow it are repeated here."""
+    journals = []
+    for row in active_runs(db):
+        if row["node"] is None or row["node"] in nodes or has_claim(row):
+            continue
+        message = f"its node {row['node']} went away"
+        journals.append(_lose_elsewhere(db, store, row["id"], message, now))
+        if may_repeat(db, row["id"]) and row["state"] == "running":
+            _queue_again(db, row["job_id"], now, id=new_run_id(), trigger="retry",
+                         retry_of=row["id"])
+    return list(filter(None, journals))
+
+
+def may_repeat(db, run_id):
+    """Whether a run that was lost with its node is to be run again, as its job says (`if_lost`):
+    once, and not one that repeats another."""
+    row = find_run_row(db, run_id)
+    if row is None or row["retry_of"]:
+        return False
+    job = _job_of(db, row, get_settings(db) or {})
+    return job is not None and job.if_lost == "rerun"
+
+
 def withdraw_orphans(db):
     """Cancel queued runs whose process, which alone may start them, has ended."""
     for row in own_runs(db, "queued"):
@@ -14741,7 +14823,717 @@ class Mirror:
         return removed
 
 
-# ==== 23 scheduler ================================================================================
+# ==== 23 cluster ==================================================================================
+# Several servers as one. etcd says who leads, under a lease; who leads decides slots, and so only
+# who tries. What is decided is claimed with the cursor of its job, and what is started is begun
+# there first, so that no node that was paused, cut off or started again can start a slot twice.
+# What one of them has written the others read from the bucket.
+#
+#   PREFIX/members/leader           {node} of the leader, under its lease; its revision is the term
+#   PREFIX/members/nodes/NODE       {url, version, boot, started_at, key}, under the lease of each
+#   PREFIX/members/shipped/NODE     {count, keys}: the newest objects that it has written
+#   PREFIX/cursors/JOB              the Cursor of a job
+
+_TOLD_KEYS = 200        # of the newest objects that a node has written
+_MOST_TOGETHER = 60     # cursors that are moved in one transaction; etcd takes 128 operations
+_CROWDED = 32           # open claims of a job of which those on the disk of their node are closed
+_SKEW = 2.0             # seconds by which the clock of a leader may be wrong
+_PART = 5               # a lease is renewed five times; its last fifth does not count
+
+
+class Alone:
+    """What a server asks before it decides slots and starts runs; one that is alone may do it all,
+    at once, from when it `is_ready()`."""
+
+    def __init__(self, is_ready=lambda: True):
+        self.leads, self._asked = is_ready, []
+
+    def trouble(self):
+        """What keeps it from that, a sentence; None where nothing does."""
+
+    def ask(self, job_id, rows, position):
+        """Ask for the right to write down what was decided of slots: `granted` has it."""
+        self._asked.append((job_id, rows, position))
+
+    def granted(self):
+        """[(job id, [SlotRow] or None where another decision is wanted, position)], once each."""
+        granted, self._asked = self._asked, []
+        return granted
+
+    def taken_over(self):
+        """[(job id, position, [Claim])] of what others have left to be written down here."""
+        return ()
+
+    def may_start(self, row):
+        """Whether a queued run may start now; if not, that is asked for."""
+        return True
+
+    def lose_runs(self, db, now):
+        """End the runs of nodes that are gone -> journals of hooks that are to be run."""
+        return []
+
+
+def boot_time():
+    """Seconds that go on while the host sleeps; no clock that is set changes them."""
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)
+
+
+def etcd_client(settings):
+    """The EtcdClient of ClusterSettings; raises RoexecError for a password that cannot be read."""
+    password = None
+    if settings.password_file:
+        try:
+            with open(settings.password_file, encoding="utf-8") as file:
+                password = file.read().rstrip("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RoexecError(f"cannot read {settings.password_file}: "
+                              f"{getattr(error, 'strerror', None) or 'it is no text'}") from None
+    address = settings.leader_election
+    tls = (settings.tls or types.SimpleNamespace(ca=None, cert=None, key=None)) \
+        if address.tls else None
+    return EtcdClient(address.endpoints, max(1.0, settings.lease / _PART - 0.2), tls,
+                      settings.user, password)
+
+
+class Membership:
+    """A node among the nodes: its lease, its key, and whether it leads.
+
+    `turn` does what there is to do, and is to be called some times in each lease; other threads ask
+    what it has found. `about` is what the other nodes are told of this one.
+    """
+
+    def __init__(self, client, settings, node, about, say, clock=boot_time):
+        self.client, self.node, self.about, self.say, self.clock = client, node, about, say, clock
+        self.prefix = f"{settings.leader_election.prefix}/members/"
+        self.seconds = settings.lease
+        self.lease, self.until = 0, -math.inf       # how long our keys are there for certain
+        self.term = self.leader = None              # ours, while we lead; the name of the leader
+        self.nodes, self.shipped, self.revision = {}, {}, 0
+        self.is_known = False                       # whether our key is there, and is ours
+        self.resting, self.resigns = -math.inf, False
+        self.answered, self.problem = time.time(), None
+
+    def leads(self):
+        """Whether this node leads, for certain: by its own clock its lease has not ended."""
+        return self.term is not None and self.clock() < self.until
+
+    def turn(self, may_stand):
+        """Renew the lease, see who is there, and lead where nobody does, if this node `may_stand`.
+        Raises EtcdError."""
+        sent = self.clock()
+        left = self.client.keep_alive(self.lease) if self.lease else 0
+        if not left:
+            self.is_known, self.term = False, None
+            self.lease = self.client.grant(math.ceil(self.seconds))
+            left = self.seconds
+        self.until = sent + min(left, self.seconds) * (1 - 1 / _PART)
+        if not self.is_known:
+            self._register()
+        self._look()
+        self._stand(may_stand)
+        self.answered, self.problem = time.time(), self._trouble()
+
+    def _register(self):
+        key = f"{self.prefix}nodes/{self.node}"
+        done, found = self.client.txn(
+            [(key, "create", 0)], [("put", key, json.dumps(self.about).encode(), self.lease)],
+            [("get", key)])
+        self.is_known = done or found[0] is not None and found[0].lease == self.lease
+
+    def _look(self):
+        """See who is there."""
+        entries, self.revision = self.client.get_prefix(self.prefix)
+        found = {"nodes": {}, "shipped": {}}
+        leader = None
+        for entry in entries:
+            kind, _, name = entry.key[len(self.prefix):].partition("/")
+            value = _told_by(entry)
+            if kind == "leader":
+                leader = entry, value.get("node")
+            elif kind in found and name:
+                found[kind][name] = value
+        self.nodes, self.shipped = found["nodes"], found["shipped"]
+        ours = leader is not None and self.lease == leader[0].lease
+        self.leader = leader and leader[1]
+        self.term = leader[0].create if ours else None
+
+    def _stand(self, may_stand):
+        """Lead where nobody does; leave off where this node should not."""
+        key, ahead = f"{self.prefix}leader", self.client.offset()
+        is_fit = may_stand and self.is_known and (ahead is None or abs(ahead) <= _SKEW)
+        if self.term is not None and (self.resigns or not is_fit):
+            term, self.term = self.term, None
+            self.resigns, self.resting = False, self.clock() + self.seconds
+            self.client.txn([(key, "create", term)], [("delete", key)])
+            self.say("This node leads no longer")
+        elif self.leader is None and is_fit and self.clock() >= self.resting:
+            done, found = self.client.txn(
+                [(key, "create", 0)],
+                [("put", key, json.dumps({"node": self.node}).encode(), self.lease)])
+            if done:
+                self.leader, self.term = self.node, found[0]
+        self.resigns = False
+
+    def _trouble(self):
+        ahead = self.client.offset()
+        if not self.is_known:
+            other = self.nodes.get(self.node, {}).get("url")
+            return (f"another server is called {self.node} ({other}), or was until just now; where "
+                    "it is none of ours, give this one another name: clustering: {node: NAME}")
+        if ahead is not None and abs(ahead) > _SKEW:
+            return (f"the clock of this host is {abs(ahead):.1f}s "
+                    f"{'ahead' if ahead > 0 else 'behind'}; it does not lead until that is mended")
+        return None
+
+    def trouble(self):
+        """What keeps the cluster from its work, a sentence; None where nothing does."""
+        if self.clock() >= self.until:
+            return ("etcd does not answer since " + format_instant(int(self.answered))
+                    + "; no slot is decided, and runs that are on go on")
+        return self.problem
+
+    def close(self):
+        """Leave at once, so that another node leads without waiting for the end of the lease."""
+        lease, self.lease, self.term = self.lease, 0, None
+        if lease:
+            with contextlib.suppress(EtcdError):
+                self.client.revoke(lease)
+
+
+def _told_by(entry):
+    """What a node says under a key; nothing where that is no mapping."""
+    try:
+        value = json.loads(entry.value)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+class Claims:
+    """Moves the cursors of jobs for a scheduler, and does in each `turn` what it was asked for.
+
+    The scheduler's thread asks, and takes what was granted; what was asked for in a term that is
+    over is not.
+    """
+
+    def __init__(self, store, client, prefix, seconds, say):
+        self.store, self.say, self.cursors = store, say, _Cursors(client, prefix, say)
+        self.boot, self.seconds = boot_id(), seconds    # that a begun run may be kept waiting
+        self.term, self.live = None, frozenset()
+        self.awake = threading.Event()          # there is something to do
+        self._lock = threading.Lock()           # of what both threads change:
+        self._asked, self._granted, self._taken = [], [], []
+        self._wanted, self._begun = {}, {}      # {run id: job id}; {run id: until when}
+
+    # What the scheduler asks.
+
+    def ask(self, job_id, rows, position):
+        """Ask for the right to write down what was decided of slots of a job."""
+        rows = [row if row.run else row.changed(run=new_run_id()) for row in rows]
+        with self._lock:
+            (self._asked if rows else self._granted).append((job_id, rows, position))
+        self.awake.set()
+
+    def granted(self):
+        """[(job id, [SlotRow] or None where another decision is wanted, position)], once each."""
+        with self._lock:
+            granted, self._granted = self._granted, []
+        return granted
+
+    def taken_over(self):
+        """[(job id, position, [Claim])] of what has to be written down here, once each."""
+        with self._lock:
+            taken, self._taken = self._taken, []
+        return taken
+
+    def may_start(self, row):
+        """Whether a queued run may be executed: it was not for a slot, or it is begun; where it is
+        not yet, that is asked for."""
+        if row["slot"] is None and not self._repeats(row):
+            return True
+        with self._lock:
+            may = self._begun.get(row["id"], -math.inf) > boot_time()
+            if not may and self.term is not None and row["id"] not in self._wanted:
+                self._wanted[row["id"]] = row["job_id"]
+                self.awake.set()
+        return may
+
+    def _repeats(self, row):
+        """Whether a run may be one that repeats a lost one, and so has a claim."""
+        return row["trigger"] == "retry" and (self.term is None or self.has_claim(row))
+
+    def has_claim(self, row):
+        """Whether a run is to be seen to by its claim."""
+        cursor = self.cursors[row["job_id"]]
+        return cursor is not None and cursor.find(row["id"]) is not None
+
+    # Turns, in a thread of their own.
+
+    def turn(self, term, live):
+        """Do what was asked for in a term (None: this node does not lead), with these nodes there
+        -> whether there is something new for the scheduler. Raises EtcdError."""
+        if term != self.term:
+            self._begin_term(term, live)
+        gone, self.live = self.live - live, live
+        if term is None:
+            return True
+        for job_id, (cursor, _) in list(self.cursors.known.items()):
+            if cursor is not None and gone & {claim.owner for claim in cursor.open}:
+                self._take_over(job_id)
+        with self._lock:
+            asked, self._asked = self._asked, []
+            wanted, self._wanted = self._wanted, {}
+        try:
+            while asked:
+                self._claim(asked[:_MOST_TOGETHER])
+                del asked[:_MOST_TOGETHER]
+            for some in _batches(wanted.items()):
+                self._begin(dict(some))
+        finally:                        # what is not known to be granted is decided again
+            self._refuse(asked)
+        with self._lock:
+            self._begun = {run_id: until for run_id, until in self._begun.items()
+                           if until > boot_time()}
+            return bool(self._granted or self._taken or wanted)
+
+    def _begin_term(self, term, live):
+        """Forget the last term; in a new one know all cursors, and take over what was left."""
+        with self._lock:
+            asked, self._asked = self._asked, []
+            self._wanted, self._begun, self._taken = {}, {}, []
+        self._refuse(asked)
+        self.term, self.live = None, live
+        if term is not None:
+            self.cursors.load(term)
+            self.term = term
+            for job_id in list(self.cursors.known):
+                self._take_over(job_id, True)
+
+    def _refuse(self, asked):
+        with self._lock:
+            self._granted += [(job_id, None, position) for job_id, _, position in asked]
+
+    def _claim(self, asked):
+        moves, rows_of = {}, {job_id: (rows, position) for job_id, rows, position in asked}
+        for job_id, (rows, position) in rows_of.items():
+            cursor = self.cursors[job_id]
+            if cursor is None and self.cursors.is_there(job_id):
+                continue                # what is no cursor stays, and is not overwritten
+            try:
+                moves[job_id] = self._claimed(job_id, cursor, rows, position)
+            except CannotMove as error:
+                self._grant_less(job_id, cursor, rows, error)
+        moved = self._move(moves)
+        for job_id in moves:
+            rows, position = rows_of[job_id]
+            cursor = self.cursors[job_id] if job_id in moved else None
+            granted = (job_id, None, position) if cursor is None else (
+                job_id, [row for row in rows if cursor.find(row.run)], cursor.due)
+            with self._lock:
+                self._granted.append(granted)
+
+    def _grant_less(self, job_id, cursor, rows, error):
+        """The slots are decided already: then the scheduler goes on behind them. Or there is no
+        room for more claims: then that is tried again."""
+        decided = cursor is not None and cursor.due >= rows[0].slot
+        with self._lock:
+            if decided:
+                self._granted.append((job_id, [], cursor.due))
+            else:
+                self._asked.append((job_id, rows, rows[-1].last_slot))
+                self.say(f"Job {job_id}: {error}", "ERROR")
+
+    def _claimed(self, job_id, cursor, rows, position):
+        if cursor is None:
+            cursor = self._first(job_id, rows[0].slot - 1)
+        elif cursor.open:
+            with self.store.read() as db:
+                cursor = cursor.close(self._closable(db, cursor))
+        return cursor.claim([(row.run, row) for row in rows], position, self.store.node, self.boot)
+
+    def _first(self, job_id, position):
+        """The first Cursor of a job, up to a position: with what was queued by this server when it
+        was alone."""
+        with self.store.read() as db:
+            rows = [row for row in own_runs(db, "queued")
+                    if row["job_id"] == job_id and row["slot"] is not None]
+        return first_cursor(position, [(row["id"], SlotRow(
+            slot=row["slot"], last_slot=row["slot"], count=1, trigger=row["trigger"]))
+            for row in rows], self.store.node, self.boot)
+
+    def _closable(self, db, cursor):
+        """The ids of runs of this node that need no claim any more, since their rows are in the
+        bucket, or, where many wait for it, on the disk."""
+        runs = [claim.run for claim in cursor.open if claim.owner == self.store.node]
+        crowded = len(cursor.open) >= _CROWDED
+        return {run_id for run_id, row in run_rows(db, runs).items()
+                if row["state"] != "queued" and (crowded or not object_is_noted(
+                    db, key_of_run(db, run_id, row["queued_at"])))}
+
+    def _begin(self, wanted):
+        """Begin the runs {run id: job id}: who knows that this was done may execute them."""
+        moves, sent, me = {}, boot_time(), self.store.node
+        for run_id, job_id in wanted.items():
+            cursor = moves.get(job_id) or self.cursors[job_id]
+            if cursor is None and not self.cursors.is_there(job_id):
+                cursor = self._first(job_id, self._position(job_id))
+            if cursor is not None and cursor.may_execute(run_id, me, self.boot):
+                self.cursors.read(job_id)   # it was begun some time ago, and may be another's since
+            elif cursor is not None:
+                with contextlib.suppress(CannotMove):   # another node has it
+                    moves[job_id] = cursor.begin(run_id, me, self.boot)
+        self._move(moves)
+        for run_id, job_id in wanted.items():
+            cursor = self.cursors[job_id]
+            if cursor is not None and cursor.may_execute(run_id, me, self.boot):
+                with self._lock:
+                    self._begun[run_id] = sent + self.seconds
+
+    def _position(self, job_id):
+        with self.store.read() as db:
+            return find_job(db, job_id)["position"]
+
+    def _take_over(self, job_id, is_new=False):
+        """Own what others have left of a job, and have it written down; at the beginning of a term
+        its position at least."""
+        cursor = self.cursors[job_id]
+        if cursor is None:
+            return
+        moved = cursor.take_over(self.store.node, self.boot, self.live, self._again(cursor))
+        if moved != cursor:
+            self.cursors.move({job_id: moved})
+        self._hand_over(job_id, is_new)
+
+    def _hand_over(self, job_id, is_new=False):
+        """Have what this node owns written down as far as it is not."""
+        cursor = self.cursors[job_id]
+        if cursor is None:
+            return
+        with self.store.read() as db:
+            states = {run_id: row["state"] for run_id, row in run_rows(
+                db, [claim.run for claim in cursor.open]).items() if row["node"] is None}
+        claims = list(cursor.to_write(self.store.node, self.boot, states))
+        if claims or is_new:
+            with self._lock:
+                self._taken.append((job_id, cursor.due, claims))
+
+    def _again(self, cursor):
+        """{id of a run that is lost: id of the one that repeats it}, where its job allows that."""
+        lost = [claim.run for claim in cursor.open if claim.state == "starting"
+                and claim.owner != self.store.node]
+        if not lost:
+            return {}
+        with self.store.read() as db:
+            return {run_id: new_run_id() for run_id in lost if may_repeat(db, run_id)}
+
+    def _move(self, moves):
+        """Move cursors -> the ids of jobs for which that was done; of the others it is written down
+        what an earlier try may have done late."""
+        moved = self.cursors.move(moves)
+        for job_id in set(moves) - moved:
+            self._hand_over(job_id)
+        return moved
+
+
+class _Cursors:
+    """The cursors of all jobs as a term knows them, {job id: (Cursor or None, revision)}. A move of
+    one is a transaction that holds only if nobody has moved it since it was read, and if the term
+    goes on."""
+
+    def __init__(self, client, prefix, say):
+        self.client, self.prefix, self.say = client, prefix, say
+        self.known, self.term = {}, None
+
+    def __getitem__(self, job_id):
+        """The Cursor of a job, or None."""
+        return self.known.get(job_id, (None, 0))[0]
+
+    def is_there(self, job_id):
+        """Whether the job has a cursor, be it one that nobody can read."""
+        return self.known.get(job_id, (None, 0))[1] != 0
+
+    def load(self, term):
+        """Know all that there are, in a new term; raises EtcdError."""
+        entries, _ = self.client.get_prefix(f"{self.prefix}/cursors/")
+        self.known = {entry.key.rpartition("/")[2]: (self._cursor_of(entry), entry.mod)
+                      for entry in entries}
+        self.term = term
+
+    def read(self, job_id):
+        """The Cursor of a job as it is in etcd now, None without one."""
+        entry = self.client.get(f"{self.prefix}/cursors/{job_id}")
+        self.known[job_id] = (None, 0) if entry is None else (self._cursor_of(entry), entry.mod)
+        return self[job_id]
+
+    def move(self, moves):
+        """Put {job id: Cursor} in place -> the ids of jobs for which that was done.
+
+        Where it is not known whether it was, the cursor is read again: it is ours only if it is
+        what was to be put there. Raises EtcdError where that cannot be read.
+        """
+        try:
+            if not moves or self._put(moves):
+                return set(moves)
+        except EtcdError as error:
+            if not error.unknown:
+                raise
+            return {job_id for job_id, cursor in moves.items() if self.read(job_id) == cursor}
+        if len(moves) > 1:
+            return {job_id for job_id, cursor in moves.items() if self.move({job_id: cursor})}
+        for job_id in moves:
+            self.read(job_id)
+        return set()
+
+    def _put(self, moves):
+        keys = {job_id: f"{self.prefix}/cursors/{job_id}" for job_id in moves}
+        done, revisions = self.client.txn(
+            [(f"{self.prefix}/members/leader", "create", self.term)] + [
+                (keys[job_id], "mod", self.known.get(job_id, (None, 0))[1]) for job_id in moves],
+            [("put", keys[job_id], cursor.to_text().encode()) for job_id, cursor in moves.items()])
+        if done:
+            self.known.update(zip(moves, zip(moves.values(), revisions)))
+        return done
+
+    def _cursor_of(self, entry):
+        try:
+            return read_cursor(entry.value)
+        except ValueError as error:
+            self.say(f"{entry.key} in etcd: {error}; its job is not scheduled until the key is "
+                     "removed", "ERROR")
+            return None
+
+
+def _batches(items):
+    items = list(items)
+    return [items[start:start + _MOST_TOGETHER] for start in range(0, len(items), _MOST_TOGETHER)]
+
+
+class Exchange:
+    """Writes what changes here into the bucket, and reads from there what other nodes have written;
+    without a `membership` there are none."""
+
+    def __init__(self, mirror, membership, say):
+        self.mirror, self.membership, self.say = mirror, membership, say
+        self.is_complete = mirror.is_hydrated   # as far as it was when it was seen last
+        self.seen, self.told = {}, None     # {node: the count that is known here}; our own
+        self.keys, self.trouble, self.is_fresh = [], None, False
+
+    def turn(self):
+        """Write, tell the others, and read what they tell. Raises S3Error and EtcdError."""
+        told = dict(self.membership.shipped) if self.membership else {}
+        if not self.is_fresh:           # what was written while this one was away
+            self.mirror.hydrate()
+            self.is_complete = self.is_fresh = True
+            self.seen = {node: _count_in(value) for node, value in told.items()}
+        for node, value in told.items():
+            if node != self.mirror.node:
+                self._read(node, value)
+        keys = self.mirror.ship(_TOLD_KEYS // 2)
+        if keys and self.membership is not None:
+            self._tell(keys, told.get(self.mirror.node, {}))
+        return len(keys) >= _TOLD_KEYS // 2
+
+    def _read(self, node, value):
+        count, keys = _count_in(value), value.get("keys")
+        new = count - self.seen.get(node, 0)
+        if new and (not isinstance(keys, list) or not 0 <= new <= len(keys)):
+            self.mirror.hydrate()       # more than is told
+        elif new:
+            self.mirror.fetch([key for key in keys[-new:] if isinstance(key, str)])
+        self.seen[node] = count
+
+    def _tell(self, keys, before):
+        self.told = _count_in(before) if self.told is None else self.told
+        self.keys, self.told = (self.keys + keys)[-_TOLD_KEYS:], self.told + len(keys)
+        self.membership.client.put(
+            f"{self.membership.prefix}shipped/{self.mirror.node}",
+            json.dumps({"count": self.told, "keys": self.keys}).encode())
+
+
+def _count_in(value):
+    count = value.get("count")
+    return count if type(count) is int else 0
+
+
+class Cluster:
+    """A server that keeps its store in a bucket, and may be a node of a cluster: the threads of
+    Membership, Claims and Exchange, and what the scheduler and HTTP ask of them.
+
+    `settings` are the ClusterSettings, None for a server alone; `url` is where others reach it.
+    """
+
+    def __init__(self, store, mirror, settings, url, say):
+        import secrets
+        self.store, self.mirror, self.settings, self.say = store, mirror, settings, say
+        self.key, self.url = secrets.token_urlsafe(32), url
+        self.membership, self.claims = None, Alone()
+        if settings is not None:
+            client = etcd_client(settings)
+            self.membership = Membership(client, settings, store.node, {
+                "url": url, "version": __version__, "boot": boot_id(), "started_at": time.time(),
+                "key": _digest_of(self.key)}, say)
+            self.claims = Claims(store, client, settings.leader_election.prefix, settings.lease,
+                                 say)
+        self.exchange = Exchange(mirror, self.membership, say)
+        self.ask, self.granted = self.claims.ask, self.claims.granted
+        self.taken_over, self.may_start = self.claims.taken_over, self.claims.may_start
+        self._closed, self._look = threading.Event(), threading.Event()
+        self._watching, self._threads, self._said = None, [], {}
+
+    def start(self):
+        """Begin; nothing is waited for."""
+        jobs = [("exchange", self._exchange)]
+        if self.settings is not None:
+            jobs += [("membership", self._belong), ("watch", self._watch), ("claims", self._move)]
+        self._threads = [start_thread(function, name) for name, function in jobs]
+
+    def close(self):
+        """Leave the cluster at once; what is not in the bucket yet goes there the next time."""
+        self._closed.set()
+        self._look.set()
+        if self.settings is not None:
+            self.claims.awake.set()
+            if self._watching is not None:
+                self._watching.close()
+        deadline = time.monotonic() + 2
+        for thread in self._threads:
+            thread.join(max(0, deadline - time.monotonic()))
+        if self.settings is not None:
+            self.membership.close()
+            self.membership.client.close()
+
+    # Threads. What fails is said once, and tried again.
+
+    def _belong(self):
+        while not self._closed.is_set():
+            self._try("etcd", lambda: self.membership.turn(self.exchange.is_complete))
+            self.claims.awake.set()
+            self._look.wait(self.settings.lease / _PART / 2)
+            self._look.clear()
+
+    def _watch(self):
+        membership = self.membership
+        while not self._closed.wait(0.1):
+            try:
+                self._watching = membership.client.watch(membership.prefix,
+                                                         membership.revision + 1)
+                with self._watching as watch:
+                    for _ in watch:
+                        self._look.set()
+            except EtcdError:           # the membership says so, and looks anyway
+                self._closed.wait(1)
+
+    def _move(self):
+        while not self._closed.is_set():
+            membership = self.membership
+            term = membership.term if membership.leads() else None
+            if self._try("claims", lambda: self.claims.turn(term, frozenset(membership.nodes))):
+                self.store.wake()
+            self.claims.awake.wait(1)
+            self.claims.awake.clear()
+
+    def _exchange(self):
+        while not self._closed.is_set():
+            more = self._try("bucket", self.exchange.turn)
+            if not more:
+                self._closed.wait(_EXCHANGE)
+
+    def _try(self, what, function):
+        """What a function returns; where it fails, None, which is said unless it was just now."""
+        import traceback
+        text, value = None, None
+        try:
+            value = function()
+        except (RoexecError, OSError) as error:
+            text = str(error)
+            self._closed.wait(0.2)
+        except Exception:
+            text = traceback.format_exc()
+            self._closed.wait(1)
+        if text != self._said.get(what):
+            self._said[what] = text
+            if text is not None:
+                self.say(text, "ERROR")
+        return value
+
+    # What the scheduler asks.
+
+    def leads(self):
+        """Whether this server decides slots."""
+        if self.settings is None:
+            return self.exchange.is_complete
+        return self.membership.leads() and self.claims.term == self.membership.term
+
+    def trouble(self):
+        """What keeps the server from its work, a sentence; None where nothing does."""
+        if self.membership is not None and self.membership.trouble():
+            return self.membership.trouble()
+        return None if self.exchange.is_complete else (
+            "the store is not read from the bucket yet" + (
+                f": {self._said['bucket']}" if self._said.get("bucket") else ""))
+
+    def lose_runs(self, db, now):
+        """End the runs of nodes that are gone -> journals of hooks that are to be run."""
+        if self.settings is None:
+            return []
+        return lose_runs_elsewhere(db, self.store, set(self.membership.nodes),
+                                   self.claims.has_claim, now)
+
+    # What requests need.
+
+    def leader(self):
+        """The name of the node that leads, None where none does."""
+        return self.membership.leader
+
+    def url_of(self, node):
+        """The URL of a node that is there, else None."""
+        return self.membership.nodes.get(node, {}).get("url")
+
+    def node_of_key(self, text):
+        """The name of the node whose key a text is, None for any other."""
+        import hmac
+        digest = _digest_of(text)
+        return next((name for name, told in self.membership.nodes.items()
+                     if hmac.compare_digest(str(told.get("key")), digest)), None)
+
+    def step_down(self):
+        """Lead no longer, and not again at once."""
+        self.membership.resigns = True
+        self._look.set()
+
+    def status(self):
+        """The payload of the cluster, as this node sees it."""
+        membership, (waiting, behind) = self.membership, self.mirror.waiting()
+        late = membership.clock() >= membership.until
+        roles = {membership.leader: "leader"}
+        return {
+            "node": self.store.node, "role": "leader" if self.leads() else "follower",
+            "leader": membership.leader, "term": membership.term,
+            "lease": self.settings.lease, "clock_offset": membership.client.offset(),
+            "trouble": self.trouble(),
+            "nodes": [{"node": name, "url": told.get("url"), "version": told.get("version"),
+                       "started_at": told.get("started_at") and format_instant(
+                           int(told["started_at"])), "role": roles.get(name, "follower")}
+                      for name, told in sorted(membership.nodes.items())],
+            "etcd": {"endpoints": [f"{host}:{port}" for host, port
+                                   in self.settings.leader_election.endpoints],
+                     "answers": not late,
+                     "since": format_instant(int(membership.answered)) if late else None},
+            "store": {"place": f"s3://{self.mirror.client.bucket}/{self.mirror.client.prefix}",
+                      "waiting": waiting, "behind": round(behind, 3),
+                      "trouble": self._said.get("bucket"),
+                      "complete": self.exchange.is_complete}}
+
+
+def _digest_of(text):
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+_EXCHANGE = 0.5         # seconds between looks at what is to be written into the bucket, or read
+
+
+# ==== 24 scheduler ================================================================================
 # The loop of a server. It decides what becomes of slots that are due and of runs that wait, has
 # those that get a place started, and takes in how they have ended. A launcher forks their
 # supervisors.
@@ -14971,7 +15763,8 @@ class _Timetable:
     def move(self, job_id, position):
         """Know the new position of a job; None where it is to be decided anew."""
         if position is not None and job_id in self.entries:
-            self.entries[job_id].position = position
+            entry = self.entries[job_id]
+            entry.position = max(entry.position, position)
         self.plan(job_id)
 
     def _start_slot(self, db, entry, row, now, replaced):
@@ -14997,43 +15790,12 @@ class _Timetable:
                 priority=entry.job.priority)
 
 
-class Alone:
-    """What a server asks before it decides slots and starts runs; one that is no node of a cluster
-    may do it all, at once."""
-
-    def __init__(self):
-        self._asked = []
-
-    def leads(self):
-        """Whether this server decides slots."""
-        return True
-
-    def trouble(self):
-        """What keeps it from that, a sentence; None where nothing does."""
-
-    def ask(self, job_id, rows, position):
-        """Ask for the right to write down what was decided of slots: `granted` has it."""
-        self._asked.append((job_id, rows, position))
-
-    def granted(self):
-        """[(job id, [SlotRow] or None where another decision is wanted, position)], once each."""
-        granted, self._asked = self._asked, []
-        return granted
-
-    def wrote(self, granted):
-        """What was granted is committed."""
-
-    def may_start(self, row):
-        """Whether a queued run may start now; if not, that is asked for."""
-        return True
-
-
 class _Decisions:
     """Slots on their way from being due to being written down: decided, asked for, granted."""
 
     def __init__(self, timetable, claims):
         self.timetable, self.claims = timetable, claims
-        self.asked, self.granted = set(), []    # ids of jobs; what is to be written down
+        self.asked, self.granted, self.taken = set(), [], []    # what is to be written down
 
     def decide(self, db, due, now):
         """Decide the slots of jobs that are due, and ask for the right to write that down."""
@@ -15049,14 +15811,20 @@ class _Decisions:
         for granted in self.granted:
             if granted[1] is not None:
                 self.timetable.write_down(db, granted, now, replaced, started)
+        self.taken += self.claims.taken_over()
+        for job_id, position, claims in self.taken:
+            started += filter(None, [write_claim(db, self.timetable.store, job_id, claim, now)
+                                     for claim in claims])
+            raise_position(db, job_id, position)
 
     def commit(self):
         """What was granted is committed."""
-        granted, self.granted = self.granted, []
+        granted, self.granted, taken, self.taken = self.granted, [], self.taken, []
         for job_id, rows, position in granted:
             self.asked.discard(job_id)
             self.timetable.move(job_id, None if rows is None else position)
-        self.claims.wrote(granted)
+        for job_id, position, _ in taken:
+            self.timetable.move(job_id, position)
 
     def give_up(self, due):
         """Nothing was committed: what was granted is written down the next time."""
@@ -15215,6 +15983,7 @@ class Scheduler:
         self.ended = []                 # journals that are to be taken in
         self.more_queued = False        # whether not all have got the places that are free
         self.said = set()               # what is to be said once
+        self.boot = _boot_of_jobs()
         self.drain = 0                  # seconds to wait for runs when asked to end
         self.last_look = self.last_second = -math.inf
         self.offset = time.time() - time.monotonic()
@@ -15250,8 +16019,6 @@ class Scheduler:
         self.files = _allow_many_files()
         self.supervisors.fork()
         self._take_in(self._look(), (), time.time(), True)
-        with self.store.write() as db:
-            self.timetable.start_boot(db, _boot_of_jobs())
         self.last_look = -math.inf
 
     def _leave(self):
@@ -15329,6 +16096,7 @@ class Scheduler:
         if looking:
             self.last_look = time.monotonic()
             self.ended += self._look()
+        self._see_who_leads(now)
         due = self.timetable.pop_due(now)
         waiting = len(self.supervisors.waiting)
         if due or looking or len(self.ended) >= (_BATCH if waiting else 1) \
@@ -15338,6 +16106,13 @@ class Scheduler:
             self.supervisors.hand_over()
         self.supervisors.rest()
         return self.timetable.next_due() <= now or self.last_look == -math.inf
+
+    def _see_who_leads(self, now):
+        """Decide slots while this server leads, and no others; who begins to, plans anew."""
+        asleep = not self.claims.leads()
+        if asleep != self.timetable.asleep:
+            self.timetable.asleep, self.last_look = asleep, -math.inf
+            self.say("Another node decides slots" if asleep else "This server decides slots now")
 
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
@@ -15365,6 +16140,9 @@ class Scheduler:
                     lose_without_journal(db, self.store)
                     tell_cancels(db, self.store)
                     withdraw_orphans(db)
+                    if not self.timetable.asleep:
+                        self.timetable.start_boot(db, self.boot)
+                        started += self.claims.lose_runs(db, now)
                 self.decisions.decide(db, due, now)
                 self.decisions.write_down(db, now, replaced, started)
                 started += self._claim(db)
@@ -15574,7 +16352,7 @@ def hold_server_lock(store):
     return descriptor
 
 
-# ==== 24 upkeep ===================================================================================
+# ==== 25 upkeep ===================================================================================
 # What keeps a store small and whole over the years: old runs and logs go, what a crash has left is
 # mended, and a copy is there. Rows go first, files afterwards, so that no row names what is gone;
 # the store is never held for longer than some milliseconds, and then left to others for as long.
@@ -16257,7 +17035,7 @@ def _forget_missing_logs(store):
                 lose_logs(db, job_id, missing, when)
 
 
-# ==== 25 views ====================================================================================
+# ==== 26 views ====================================================================================
 # What there is to say of the store, as payloads: of jobs and runs, why a job has not run, metrics.
 # The API and --json of the CLI give the same.
 
@@ -16430,7 +17208,7 @@ def _summed(jobs):
     return counters, gauges
 
 
-# ==== 26 page =====================================================================================
+# ==== 27 page =====================================================================================
 # What a browser gets at `/`: one page without any other file, which asks the API as any client. Its
 # script makes elements and sets their texts; nothing that it is told is ever read as HTML. What
 # stands here is what is sent: there is no step in between.
@@ -18366,7 +19144,7 @@ def _source(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-# ==== 27 gate =====================================================================================
+# ==== 28 gate =====================================================================================
 # HTTP before any route: what a request asks for, read strictly, who is at the other end, and the
 # one gate, which lets in who bears a token, and over loopback the server's own user and root.
 
@@ -18758,7 +19536,7 @@ _FORGOTTEN = 10         # seconds after which a failure counts no more
 _SLOWEST = 2.0          # seconds
 
 
-# ==== 28 streams ==================================================================================
+# ==== 29 streams ==================================================================================
 # Streams that last: a log that is followed, events. Each is an iterator of bytes, and of functions
 # without arguments that say whether there is more by now. One thread serves all of them and looks
 # once at the store for all, so that a thousand cost no thousand threads, and each is given what its
@@ -19073,7 +19851,7 @@ class Streams:
         self.close_connection(stream.connection)
 
 
-# ==== 29 api ======================================================================================
+# ==== 30 api ======================================================================================
 # The routes: each is a line of ROUTES with the scope that it needs, a function of (request, store)
 # that knows no sockets, and described by OpenAPI from that line.
 
@@ -20570,7 +21348,7 @@ def _unless_known(response, request):
     return response.changed(status=304, body=b"") if tag in tags or "*" in tags else response
 
 
-# ==== 30 relay ====================================================================================
+# ==== 31 relay ====================================================================================
 # Between the nodes of a cluster. A request is answered by the node that can: what changes something
 # by the leader, what is about the process or the log of a run by the node that has it. The node
 # that was asked has let its caller in; it passes the request on under a key of its own, and says
@@ -20677,7 +21455,7 @@ def _pieces(client, answer):
             raise RoexecError(f"the answer of another node ends early: {error}") from None
 
 
-# ==== 31 http =====================================================================================
+# ==== 32 http =====================================================================================
 # The sockets of HTTP: connections, their limits, TLS, how an answer goes out. Whatever a client
 # does, it can hold a thread or memory for a bounded time and size. Heads are read here and not by
 # http.server, which takes bare line feeds, folded lines and repeated lengths, and has no limit in
@@ -21112,7 +21890,7 @@ def _why_not(error, host, port):
     return f"cannot listen on port {port} of {host}: {error.strerror}"
 
 
-# ==== 32 client ===================================================================================
+# ==== 33 client ===================================================================================
 # A server elsewhere, for the same commands: with --url they ask Remote, through the API of that
 # server, what they else ask the store, and get the same payloads. One connection is kept, each
 # answer has a deadline and a largest size, and no redirect is followed, since the token would go
@@ -21791,7 +22569,7 @@ def _object_of(response, data):
     return payload if isinstance(payload, dict) else None
 
 
-# ==== 33 host =====================================================================================
+# ==== 34 host =====================================================================================
 # How roexec stands on a host: where its things lie, which servers live there, what may be wrong
 # with it, how it is put into place and taken away again.
 
@@ -23019,7 +23797,7 @@ end
 """
 
 
-# ==== 34 cli ======================================================================================
+# ==== 35 cli ======================================================================================
 # The command line. One table of commands drives parsing and help; each command is a small function
 # of its Session that returns the exit status. Standard output has what was asked for and nothing
 # else, standard error has what is to be said about it. Only `main` ends the program.
