@@ -7102,7 +7102,7 @@ def import_job(db, found):
     """Take in the object of a job where it was changed later than what is here -> whether."""
     old = db.execute("SELECT * FROM jobs WHERE id = ?", (found["id"],)).fetchone()
     if old is not None and old["changed_at"] >= found["changed_at"]:
-        return False
+        return _number_anew(db, old, found)
     position, last_run, spec = found["changed_at"], None, json.dumps(found["spec"])
     if old is not None:
         before, after = (Job.from_spec(each) for each in (json.loads(old["spec"]), found["spec"]))
@@ -7116,13 +7116,33 @@ def import_job(db, found):
                (found["id"], spec, found["version"], found["source"], position,
                 math.inf if found["paused"] == "until resumed" else found["paused"],
                 found["deleted"], _next_change(db), last_run, found["changed_at"]))
-    db.executemany("INSERT OR REPLACE INTO versions (job_id, version, since, source, spec) VALUES "
-                   "(?, ?, ?, ?, ?)", [
-                       (found["id"], each["version"], each["since"], each["source"],
-                        json.dumps(each["spec"])) for each in found["versions"]])
+    _import_versions(db, found["id"], found["versions"])
     if found["deleted"]:
         db.execute("DELETE FROM counters WHERE job_id = ?", (found["id"],))
     return True
+
+
+def _number_anew(db, row, found):
+    """Let a job that was registered here, before this node knew what it had been, go on with the
+    versions of its object -> whether that was so."""
+    version, spec = row["version"], json.loads(row["spec"])
+    if version > found["version"] or (version, spec) == (found["version"], found["spec"]):
+        return False
+    mine = {"version": found["version"] + 1, "since": row["changed_at"], "source": row["source"],
+            "spec": spec}
+    same = spec == found["spec"]
+    _import_versions(db, row["id"], [*found["versions"], *([] if same else [mine])])
+    db.execute("UPDATE jobs SET version = ?, changed = ? WHERE id = ?",
+               (found["version"] if same else mine["version"], _next_change(db), row["id"]))
+    note_object(db, f"jobs/{row['id']}.json")
+    return True
+
+
+def _import_versions(db, job_id, versions):
+    db.executemany("INSERT OR REPLACE INTO versions (job_id, version, since, source, spec) VALUES "
+                   "(?, ?, ?, ?, ?)", [
+                       (job_id, each["version"], each["since"], each["source"],
+                        json.dumps(each["spec"])) for each in versions])
 
 
 def import_token(db, found):
@@ -14566,9 +14586,22 @@ class _Intake:
 
     def _get(self, keys):
         """[(kind, key, what the object says, None where it is gone)]; what is none is told."""
-        from concurrent import futures
-        with futures.ThreadPoolExecutor(_GETS) as pool:
-            return list(filter(None, pool.map(self._get_one, keys)))
+        left, found, errors = list(keys), [], []
+
+        def work():
+            with contextlib.suppress(IndexError):
+                while not errors:
+                    key = left.pop()
+                    try:
+                        found.append(self._get_one(key))
+                    except Exception as error:      # it is raised below
+                        errors.append(error)
+        threads = [start_thread(work, "bucket") for _ in range(min(_GETS, len(left)))]
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return list(filter(None, found))
 
     def _get_one(self, key):
         kind = _parse_key(key)[0]
@@ -14612,9 +14645,9 @@ class _Intake:
         return changed
 
     def _import_one(self, db, kind, key, found, seq, logs):
-        if object_is_noted(db, key):    # what is here goes there
-            return False
         name = _parse_key(key)[1]
+        if (kind == "runs" or found is None) and object_is_noted(db, key):
+            return False                # what is here goes there
         if kind == "runs":
             return self._import_run(db, key, name, found, seq, logs)
         if kind == "audit":
@@ -14729,16 +14762,24 @@ class Mirror:
                 if _LOG_FILE.fullmatch(key):
                     self.client.delete(key)
         elif run["node"] is None:       # what another node has run it has written, too
+            while not self._put_log(log):
+                pass                    # it was packed meanwhile: it has other files now
+
+    def _put_log(self, log):
+        try:
             for path in stored_files(self.store.file(log)):
-                with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                with open(path, "rb") as file:
                     self.client.put(os.path.relpath(path, self.store.folder), file)
+            return True
+        except FileNotFoundError:
+            return False
 
     def _meet(self):
         """See to it, once, that the bucket is that of this store, or nobody's yet."""
         if self._met:
             return
         with self.store.write() as db:
-            own, empty = store_id(db), not any(count_rows(db).values())
+            own, empty = store_id(db), newest_seq(db) == 0
         mine = json.dumps({"id": own, "version": _LAYOUT}).encode() + b"\n"
         if self.client.put("store.json", mine, if_none_match=True):
             with self.store.write() as db:

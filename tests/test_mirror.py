@@ -490,10 +490,29 @@ def test_a_slot_that_two_runs_have_is_refused_aloud(pair):
     assert "r1.json in the bucket is refused: its slot" in second.said[0]
 
 
+def test_what_was_registered_before_a_node_knew_goes_on_with_the_versions_there(mirror):
+    first, second = mirror("a"), mirror("b")
+    for number in range(3):
+        apply(first.store, make_job(f"echo {number}"), since=NOW + number)
+    apply(first.store, make_job(job_id="same"), since=NOW)
+    apply(first.store, make_job("false", job_id="same"), since=NOW)
+    ship_all(first)
+    apply(second.store, make_job("echo mine"), make_job("false", job_id="same"), since=NOW + 9)
+    second.hydrate()
+    exchange(second, first)
+    for each in (first, second):
+        with each.store.read() as db:
+            assert roexec.find_job(db, "x")["version"] == 4
+            assert [json.loads(spec)["command"] for _, spec in roexec.job_versions(db, "x")] == [
+                "echo 0", "echo 1", "echo 2", "echo mine"]
+            assert roexec.find_job(db, "same")["version"] == 2
+    assert ship_all(first) == ship_all(second) == []
+
+
 def test_a_bucket_is_of_one_store(mirror, bucket):
     mirror("a").ship()
     other = mirror("c")
-    apply(other.store, make_job())
+    add(other)
     with pytest.raises(roexec.S3Error, match="store.json is of another store; name another prefix"):
         other.ship()
     bucket().put("store.json", b'{"id": "abc", "version": 2}')
@@ -609,6 +628,21 @@ def test_a_look_at_the_store_forgets_no_log_of_the_bucket(mirror, clean):
     exchange(first, second)
     assert roexec.check_store(second.store) == []
     assert read_runs(second.store)[0]["log"] and second.waiting()[0] == 0
+
+
+def test_a_log_that_is_packed_while_it_goes_up_is_there(mirror, clean, monkeypatch):
+    first = mirror()
+    row = perform(first.store, "echo hello", job_id="x")
+    found = roexec.stored_files
+
+    def packed_meanwhile(log):
+        files = found(log)
+        monkeypatch.undo()
+        roexec.pack_log(first.store.folder, row["log"], 1 << 20)
+        return files
+    monkeypatch.setattr(roexec, "stored_files", packed_meanwhile)
+    ship_all(first)
+    assert keys_of(first.client, "logs/") == [row["log"] + ".gz"]
 
 
 # What nobody knows.
