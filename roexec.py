@@ -9813,10 +9813,13 @@ class EtcdWatch:
         self._response = self._guard = None
         self._connection = http.client.HTTPConnection(*endpoint)
         try:
-            self._begin(json.dumps(body), _headers_with(token), deadline)
+            connected = dial(*endpoint, way.context(), deadline)
+            self._connection.sock, self._connection.auto_open = connected, 0
+            self._until, self._guard = deadline, Guard(connected, deadline)
+            self._begin(json.dumps(body), _headers_with(token))
             self._guard.close()
             self._until = time.monotonic() + seconds
-            self._guard = Guard(self._connection.sock, self._until)
+            self._guard = Guard(connected, self._until)
         except BaseException as error:
             self._release()
             if time.monotonic() >= deadline:
@@ -9826,15 +9829,14 @@ class EtcdWatch:
                 error = OSError(errno.EPROTO, "the answer is no HTTP")
             raise (_trouble(endpoint, error) if isinstance(error, OSError) else error) from None
 
-    def _begin(self, body, headers, deadline):
-        connected = dial(*self._endpoint, self._way.context(), deadline)
-        self._connection.sock, self._connection.auto_open = connected, 0
-        self._until, self._guard = deadline, Guard(connected, deadline)
-        connected.settimeout(None)
+    def _begin(self, body, headers):
+        self._connection.sock.settimeout(None)          # the guard ends it in time
         with contextlib.suppress(OSError):      # it may have said why, in an alert of TLS
             self._connection.request("POST", "/v3/watch", body, headers)
         self._response = self._connection.getresponse()
         self._entries, revision = self._next()
+        if self._entries is None:
+            raise TimeoutError
         self.revision = self.revision or revision + 1
 
     def __iter__(self):

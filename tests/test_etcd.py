@@ -1,7 +1,12 @@
 """What is asked of etcd, and what becomes of it where etcd, or the way to it, fails."""
 import base64
 import contextlib
+import http.client
+import itertools
+import json
+import random
 import socket
+import socketserver
 import ssl
 import subprocess
 import threading
@@ -507,3 +512,334 @@ def test_without_a_quorum_each_request_is_an_error_in_time(three, made):
             member.start()
     works_again(lambda: client.put("x", b"3"), 20)
     assert client.get("x").value == b"3"
+
+
+# The way to etcd fails.
+
+@engine
+@pytest.mark.parametrize("reset", [False, True])
+def test_what_was_done_though_the_answer_was_lost_is_unknown(made, solo, reset):
+    with Link(solo.ports[0]) as link:
+        client, key = made(local(link.port), 0.5), f"lost/{reset}"
+        link.drop_replies(reset)
+        errors = [refused(client.put, key, b"done"),
+                  refused(client.txn, [], [("put", key + "2", b"done")])]
+        assert all(error.unknown and error.away for error in errors)
+        link.heal()
+        assert client.get(key).value == client.get(key + "2").value == b"done"
+
+
+@engine
+def test_what_was_not_sent_is_known_not_to_be_done(made, solo):
+    with Link(solo.ports[0]) as link:
+        client = made(local(link.port))
+        client.get("cut")
+        link.cut()
+        wait_for(lambda: not refused(client.put, "cut", b"").unknown)
+        link.heal()
+        assert client.get("cut") is None
+
+
+@engine
+def test_a_connection_that_has_ended_meanwhile_is_opened_again(made, solo):
+    with Link(solo.ports[0]) as link:
+        client = made(local(link.port))
+        client.get("x")
+        link.cut()
+        link.heal()
+        client.put("x", b"1")
+        assert link.connections == 2
+
+
+class Speaker(socketserver.ThreadingTCPServer):
+    """Says `answer` to each request: bytes, an (HTTP status, object), or what a function of the
+    connection and the request (path, headers, object) says; then it ends the connection."""
+    daemon_threads = True
+
+    def __init__(self, answer):
+        self.answer, self.requests = answer, []
+        super().__init__(("127.0.0.1", 0), SpeakerHandler)
+        self.port = self.server_address[1]
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def handle_error(self, request, client_address):
+        pass                            # its client has gone
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+class SpeakerHandler(socketserver.StreamRequestHandler):
+    def handle(self):
+        path = self.rfile.readline().decode().split()[1].removeprefix("/v3/")
+        headers = http.client.parse_headers(self.rfile)
+        body = json.loads(self.rfile.read(int(headers["Content-Length"])))
+        self.server.requests.append((path, headers, body))
+        answer = self.server.answer
+        if callable(answer):
+            answer = answer(self.request, path, headers, body)
+        if isinstance(answer, tuple):
+            answer = http_answer(*answer)
+        self.wfile.write(answer or b"")
+
+
+def http_answer(status, content):
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return (b"HTTP/1.1 %d X\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+            % (status, len(data), data))
+
+
+HEADER = {"header": {"revision": "7"}}
+
+
+@pytest.mark.parametrize("answer, unknown, away, text", [
+    ((200, {}), True, True, "answers 200 and nothing of etcd's API v3; is that etcd, of 3.4"),
+    ((200, {"header": {"revision": "x"}}), True, True, "nothing of etcd's API"),
+    ((200, {"header": {"revision": "0"}}), True, True, "nothing of etcd's API"),
+    ((200, [HEADER]), True, True, "nothing of etcd's API"),
+    ((200, b"<html>"), True, True, "nothing of etcd's API v3; is"),
+    ((200, b"[" * 3900), True, True, "nothing of etcd's API"),
+    ((301, b""), True, True, "answers 301"),
+    ((400, {"error": "bad", "message": "bad", "code": 3}), False, False, "refuses: bad"),
+    ((404, b"Not Found\n"), False, True, "answers 404 and nothing of etcd's API v3 (Not Found)"),
+    ((404, {"code": 5, "message": "etcdserver: not there"}), False, False, "refuses: etcd"),
+    ((408, {"error": "slow"}), True, True, "fails: slow"),
+    ((429, {"error": "etcdserver: mvcc: database space exceeded"}), False, False, "defragment it"),
+    ((500, {"error": "context deadline exceeded", "code": 2}), True, True, "fails: context"),
+    ((503, {"error": "etcdserver: request timed out", "code": 14}), True, True, "fails: etcd"),
+    ((503, {"error": "etcdserver: no leader", "code": 14}), False, True, "more than half of"),
+    ((503, {"code": 14, "message": "etcdserver: no leader"}), False, True, "more than half of"),
+    ((503, b"\xff\x00 proxy"), True, True, "answers 503"),
+    ((200, {"error": {"grpc_code": 14, "http_code": 503, "message": "end"}}), True, True, "end"),
+    ((200, {"error": {"grpc_code": 5, "http_code": 404, "message": "gone"}}), False, False, "gone"),
+    ((200, {"error": {"code": 14, "message": "ended"}}), True, True, "fails: ended"),
+    (b"SSH-2.0-x\r\n", True, True, "the answer is no HTTP"),
+    (b"", True, True, "has ended the connection without an answer"),
+    (http_answer(200, HEADER)[:-5], True, True, "ends too early"),
+    ((200, {**HEADER, "x": "y" * 5000}), True, True, "larger than 4.0 kB"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200, True, True, "no HTTP"),
+])
+def test_each_answer_that_is_none_says_whether_it_may_have_been_done(
+        made, monkeypatch, answer, unknown, away, text):
+    monkeypatch.setattr(roexec, "_MOST_OF_ETCD", 4000)
+    with Speaker(answer) as speaker:
+        error = refused(made(local(speaker.port)).put, "x", b"secret value")
+    assert text in str(error) and str(error).startswith("etcd at 127.0.0.1:")
+    assert (error.unknown, error.away) == (unknown, away)
+
+
+@pytest.mark.parametrize("host, text", [
+    ("nowhere.invalid", "the name nowhere.invalid is not known"), ("a" * 70, "is not known"),
+    ("::1", "etcd at [::1]:1 ")])
+def test_who_cannot_be_reached_has_done_nothing(made, host, text):
+    error = refused(made([(host, 1)]).put, "x", b"")
+    assert text in str(error) and not error.unknown and error.away
+
+
+def drip(data, first=b""):
+    """Say it byte by byte, and again and again."""
+    def answer(connection, *_):
+        with contextlib.suppress(OSError):
+            connection.sendall(first)
+            for number in itertools.count():
+                connection.sendall(data[number % len(data):][:1])
+                time.sleep(0.02)
+    return answer
+
+
+def be_silent(connection, *_):
+    connection.recv(1)                  # until the other side ends it
+
+
+def be_silent_within(connection, *_):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{")
+    connection.recv(1)
+
+
+SLOW = [
+    be_silent, be_silent_within, drip(b"HTTP/1.1 200 OK\r\nX: y\r\n"),
+    drip(b"1", b"HTTP/1.1 200 OK\r\n\r\n"),
+    drip(b"1\r\n{\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")]
+
+
+@pytest.mark.parametrize("answer", SLOW, ids=range(len(SLOW)))
+def test_nothing_takes_longer_than_its_deadline(made, answer):
+    with Speaker(answer) as speaker:
+        client = made(local(speaker.port), 0.4)
+        for ask, argument, unknown in ((client.put, b"", True), (client.watch, 0, False)):
+            seconds, error = took(refused, ask, "x", argument)
+            assert 0.3 < seconds < 1.2 and "does not answer in time" in str(error)
+            assert error.unknown is unknown and error.away
+        seconds, members = took(client.status)
+        assert seconds < 1.2 and "does not answer in time" in members[0]["error"]
+
+
+def test_a_name_service_that_is_silent_is_waited_for_no_longer(made, monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(roexec.socket, "getaddrinfo", lambda *_, **__: done.wait(20) and [])
+    seconds, error = took(refused, made([("localhost", 1)], 0.3).put, "x", b"")
+    done.set()
+    assert seconds < 1 and not error.unknown
+
+
+def test_a_handshake_that_does_not_end_is_waited_for_no_longer(made):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = made(local(silent.getsockname()[1]), 0.3, tls=paths())
+        for ask in (lambda: client.put("x", b""), lambda: client.watch("x", 0)):
+            seconds, error = took(refused, ask)
+            assert seconds < 1 and not error.unknown and "in time" in str(error)
+
+
+# Endpoints.
+
+def test_another_endpoint_is_asked_at_once_where_nothing_was_done(made):
+    no_leader = 503, {"error": "etcdserver: no leader", "code": 14}
+    with Speaker((200, HEADER)) as good, Speaker(no_leader) as bad:
+        client = made([("127.0.0.1", 1), *local(bad.port, good.port)])
+        assert [client.put("x", b"") for _ in range(3)] == [7, 7, 7]
+        assert len(bad.requests) == 1 and len(good.requests) == 3
+        good.answer = bad.answer
+        error = refused(client.put, "x", b"")
+    assert all(f":{port}" in str(error) for port in (1, bad.port, good.port)) and not error.unknown
+
+
+def test_after_a_failure_another_endpoint_is_asked(made):
+    with Speaker((200, HEADER)) as good, Speaker((500, {"error": "x"})) as bad:
+        client = made(local(bad.port, good.port))
+        assert refused(client.put, "x", b"").unknown
+        assert client.put("x", b"") == 7 and len(bad.requests) == 1
+        good.answer = 400, {"error": "no"}
+        assert "no" in str(refused(client.put, "x", b""))       # which is nobody's failure
+        good.answer = 200, HEADER
+        assert client.put("x", b"") == 7 and len(bad.requests) == 1
+
+
+# What may not be told.
+
+@pytest.mark.parametrize("answer", [
+    lambda token: (400, {"error": f"the password {PASSWORD} of {token}"}),
+    lambda token: (500, {"error": {"message": f"{PASSWORD} {token}"}}),
+    lambda token: (502, f"{PASSWORD} {token}".encode()),
+    lambda token: (200, {"token": f"{token}\n{PASSWORD}"}),
+    lambda token: (200, f"{PASSWORD} {token}".encode()),
+    lambda token: (200, {"result": {"canceled": True, "cancel_reason": f"{PASSWORD} {token}"}}),
+    lambda token: f"HTTP/1.1 {token} {PASSWORD}\r\n\r\n".encode(),
+    lambda token: f"{token} {PASSWORD}\r\n\r\n".encode(),
+])
+@pytest.mark.parametrize("fails", ["auth/authenticate", "kv/put", "watch"])
+def test_no_error_tells_a_password_or_a_token(made, answer, fails):
+    token = "t0k3n.of.etcd"
+
+    def speak(connection, path, headers, body):
+        if path == fails:
+            return answer(token)
+        assert path != "kv/put" or headers["Authorization"] == token
+        return 200, {"token": token} if path == "auth/authenticate" else HEADER
+    with Speaker(speak) as speaker:
+        client = made(local(speaker.port), user="me", password=PASSWORD)
+        error = refused(client.watch, "x", 0) if fails == "watch" else refused(client.put, "x", b"")
+    told = str(error) + error.reason
+    assert PASSWORD not in told and (token not in told or fails == "auth/authenticate")
+    assert fails != "auth/authenticate" or not error.unknown    # the put was not sent
+
+
+@pytest.mark.parametrize("answer", [{"token": "t0k3n.of\netcd"}, {"tokens": "t0k3n.of.etcd"}])
+def test_an_answer_with_a_token_that_is_none_is_not_told(made, answer):
+    with Speaker((200, answer)) as speaker:
+        error = refused(made(local(speaker.port), user="me", password=PASSWORD).put, "x", b"")
+    assert "t0k3n" not in str(error) + error.reason and not error.unknown
+
+
+# Watches that are none.
+
+def stream(*lines):
+    return b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(
+        line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines)
+
+
+CREATED = {"result": {**HEADER, "created": True}}
+EVENT = {"result": {**HEADER, "events": [{"kv": {"key": "eA==", "mod_revision": "7"}}]}}
+
+
+@pytest.mark.parametrize("lines, count, text", [
+    ([CREATED, EVENT], 1, "has ended a watch"),
+    ([CREATED, EVENT, json.dumps(EVENT).encode()[:-5]], 1, "nothing of etcd's API"),
+    ([CREATED, EVENT, b"{" * 5000], 1, "nothing of etcd's API"),
+    ([CREATED, {"result": {**HEADER, "events": [{}]}}], 0, "nothing of etcd's API"),
+    ([CREATED, {"error": {"http_code": 503, "message": "etcdserver: no leader"}}], 0, "no leader"),
+    ([CREATED, {"result": {**HEADER, "canceled": True, "compact_revision": "9"}}], 0, "compacted"),
+    ([EVENT], 1, "has ended a watch"),
+])
+def test_a_watch_that_breaks_is_an_error(made, monkeypatch, lines, count, text):
+    monkeypatch.setattr(roexec, "_MOST_OF_ETCD", 4000)
+    with Speaker(stream(*lines)) as speaker, made(local(speaker.port)).watch("x", 7) as watch:
+        seen = []
+        with pytest.raises(EtcdError, match=text) as caught:
+            for entry in watch:
+                seen.append(entry)
+    assert len(seen) == count and watch.revision == 7 + count and not caught.value.unknown
+
+
+def test_a_watch_with_endless_messages_ends_in_time(made):
+    def babble(connection, *_):
+        with contextlib.suppress(OSError):
+            connection.sendall(stream(CREATED))
+            while True:
+                connection.sendall(json.dumps(CREATED).encode() + b"\n")
+    with Speaker(babble) as speaker, made(local(speaker.port)).watch("x", 7, 0.3) as watch:
+        seconds, events = took(list, watch)
+    assert events == [] and seconds < 1.5
+
+
+# Whatever is answered.
+
+def test_whatever_is_answered_only_an_etcd_error_is_raised(made, monkeypatch):
+    chance = random.Random(9)
+    kv = {"key": "eA==", "value": "eQ==", "mod_revision": "3", "create_revision": "2", "lease": "1"}
+    good = [
+        {**HEADER, "kvs": [kv, kv], "count": "2"}, {**HEADER, "ID": "5", "TTL": "5"},
+        {"result": {**HEADER, "ID": "5", "TTL": "5"}}, {**HEADER, "deleted": "1", "token": "t"},
+        {**HEADER, "succeeded": True, "responses": [
+            {"response_put": HEADER}, {"response_range": {"kvs": [kv]}},
+            {"response_delete_range": {"deleted": "1"}}]},
+        {"result": {**HEADER, "created": True,
+                    "events": [{"kv": kv}, {"type": "DELETE", "kv": kv}]}},
+        {"error": "x", "code": 3, "message": "x"}, {"error": {"http_code": 503, "message": "x"}},
+        {**HEADER, "version": "3.4", "leader": "1", "errors": ["x"]}]
+    odd = [None, True, -1, 1e400, "", "x", "é", "9" * 5000, [], {}, [[]], [None], {"": None}, 1.5]
+
+    def spoil(value):
+        if chance.random() < 0.15:
+            return chance.choice(odd)
+        if isinstance(value, dict):
+            return {name: spoil(each) for name, each in value.items() if chance.random() > 0.1}
+        return [spoil(each) for each in value] if isinstance(value, list) else value
+
+    def answer(connection, *_):
+        data = json.dumps(spoil(chance.choice(good))).encode() + b"\n"
+        text = http_answer(chance.choice([200, 200, 200, 400, 404, 503]), data)
+        text = text.replace(b"\r\n\r\n", b"\r\nDate: %b\r\n\r\n" % chance.choice(
+            [b"Wed, 25 Nov 2026 23:31:06 GMT", b"x", b"Wed, 99 Nov 99999 99:99:99 GMT", b""]))
+        if chance.random() < 0.3:
+            place = chance.randrange(len(text))
+            text = text[:place] + chance.choice([b"", b"\xff", b"\n", b"9"]) + text[place + 1:]
+        return text[:chance.randrange(len(text))] if chance.random() < 0.1 else text
+
+    with Speaker(answer) as speaker:
+        client = made(local(speaker.port), 0.5)
+        for _ in range(40):
+            for ask in (lambda: client.get("x"), lambda: client.get_prefix("x"),
+                        lambda: client.put("x", b""), lambda: client.delete("x"),
+                        lambda: client.grant(5), lambda: client.keep_alive(5),
+                        lambda: client.revoke(5), client.status, client.offset,
+                        lambda: client.txn([], [("put", "x", b""), ("get", "x"), ("delete", "x")])):
+                with contextlib.suppress(EtcdError):
+                    ask()
+            with contextlib.suppress(EtcdError), client.watch("x", 1, 0.2) as watch:
+                list(watch)
