@@ -1,4 +1,5 @@
 """Real servers of others that tests start and end, each by its process id."""
+import glob
 import http.client
 import json
 import os
@@ -63,9 +64,17 @@ class Engine:
     def pause(self):
         """It goes on living, and does nothing."""
         self.process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: all(_state(path) == "T" for path in
+                             glob.glob(f"/proc/{self.pid}/task/*/stat")))
 
     def resume(self):
         self.process.send_signal(signal.SIGCONT)
+
+
+def _state(path):
+    """The state of a thread, in its file of proc(5)."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[0]
 
 
 def free_ports(count):
