@@ -70,7 +70,7 @@ def test_a_scheduler_that_is_stuck_is_told_until_it_goes_on(serving, store, caps
         wait_for(lambda: server.health() == (503, roexec.STUCK))
         assert status_of(store, capsys) == (1, roexec.STUCK)
     wait_for(lambda: server.health() == (200, None))
-    assert status_of(store, capsys)[1] == "healthy"
+    wait_for(lambda: status_of(store, capsys)[1] == "healthy")
     server.stop()
 
 
@@ -83,7 +83,7 @@ def test_a_scheduler_that_fails_is_told_until_it_succeeds(serving, store, capsys
     assert "No such file" in server.said
     os.rename(store.file("away"), store.file("active"))
     wait_for(lambda: server.health() == (200, None))
-    assert status_of(store, capsys)[1] == "healthy"
+    wait_for(lambda: status_of(store, capsys)[1] == "healthy")
     server.stop()
 
 

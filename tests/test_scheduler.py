@@ -272,7 +272,9 @@ def test_what_goes_wrong_in_a_supervisor_is_reported_and_the_run_ends(store, sta
 
 
 def test_no_descriptor_and_no_process_is_left_after_many_runs(store, start):
-    server, count = start(settings={"scheduler": {"max_concurrent": 8}}), 0
+    def hurry(scheduler):
+        roexec._IDLE = 0.1
+    server, count = start(settings={"scheduler": {"max_concurrent": 8}}, prepare=hurry), 0
 
     def files():
         return len(os.listdir(f"/proc/{server.pid}/fd"))
@@ -729,7 +731,10 @@ def test_a_run_whose_journal_a_power_cut_has_taken_goes_on_as_its_row_tells(
 def test_a_journal_that_somebody_has_removed_is_not_made_again(store, start, marks):
     job = make_job(f"echo ran >> {marks.path}; sleep 600", if_lost="rerun", backoff=0.01)
     apply(store, job)
-    server = start()
+
+    def hurry(scheduler):
+        roexec._LOOK = 0.1
+    server = start(prepare=hurry)
     run_id = ask(store, job)
     wait_for(marks)
     os.unlink(store.file(f"active/{run_id}"))

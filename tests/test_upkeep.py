@@ -487,7 +487,7 @@ def test_a_full_disk_is_said_and_it_is_tried_again(store, monkeypatch):
 
 
 def test_what_holds_nothing_is_given_back_to_the_disk(store):
-    fill(store, 30_000, 10)
+    fill(store, 18_000, 10)
     store.keep_open()
     store.checkpoint(1)
     before = os.stat(store.database).st_size
@@ -496,14 +496,14 @@ def test_what_holds_nothing_is_given_back_to_the_disk(store):
     store.checkpoint(1)
     store.close()
     after = os.stat(store.database).st_size
-    assert before > 6 << 20 and after < 0.7 * before
+    assert before > 3 << 20 and after < 0.7 * before
     assert upkeep.freed["bytes"] == pytest.approx(before - after, rel=0.2)
 
 
 # Others go on meanwhile.
 
 def test_a_purge_leaves_the_store_to_others_all_the_time(store):
-    fill(store, 20_000, 100)
+    fill(store, 8000, 100)
     store.keep_open()
     pid = purging(store, newest=5)
     waits = []

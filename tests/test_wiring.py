@@ -497,7 +497,7 @@ def test_without_a_server_the_command_that_took_the_end_in_sends_it(store, web):
             return roexec.run_here(store, job)
         assert end_of(in_child(run)) == 3
     wait_for(lambda: len(web.got()) >= 2)
-    wait_for(lambda: {row["state"] for row in outbox(store)} == {"sent", "superseded"})
+    wait_for(lambda: {row["state"] for row in outbox(store)} <= {"sent", "superseded"})
     assert sorted(set(web.paths()) - {"/p/start"}) == ["/hook", "/p/3"]     # if it was in time
 
 
