@@ -2856,7 +2856,7 @@ def _bucket(value, place):
 
 def _prefix(value, place):
     """A folder within a bucket, as it begins the keys of what lies in it: `ops/` or nothing."""
-    text = _line(value, place).strip("/")
+    text = "" if value == "" else _line(value, place).strip("/")
     return text and text + "/"
 
 
@@ -5150,18 +5150,21 @@ def status_text(payload, style):
 def cluster_text(payload, style):
     """The nodes of a cluster, and how it does."""
     etcd, store, ahead = payload["etcd"], payload["store"], payload["clock_offset"]
-    answers = "answers" if etcd["answers"] else f"does not answer since {style.time(etcd['since'])}"
+    answers = None if etcd is None else f"{', '.join(etcd['endpoints'])}: " + (
+        "answers" if etcd["answers"] else f"does not answer since {style.time(etcd['since'])}")
     waiting = f"{store['waiting']} changes wait" + (
         f", the oldest for {format_duration(store['behind'])}" if store["waiting"] else "")
     text = fields([
         ("node", f"{payload['node']} ({payload['role']})"),
         ("leader", payload["leader"] or "none"), ("term", payload["term"]),
-        ("lease", format_duration(payload["lease"])),
+        ("lease", payload["lease"] and format_duration(payload["lease"])),
         ("clock", None if ahead is None else f"{ahead:+.1f}s against etcd's"),
-        ("etcd", f"{', '.join(etcd['endpoints'])}: {answers}"),
+        ("etcd", answers),
         ("store", f"{store['place']}: {waiting}"
          + ("" if store["complete"] else "; the history is not all here yet")),
         ("trouble", "; ".join(filter(None, (payload["trouble"], store["trouble"]))))], style)
+    if not payload["nodes"]:
+        return text
     return text + "\n" + table(("NODE", "ROLE", "SINCE", "VERSION", "URL"), [
         (node["node"], node["role"], style.time(node["started_at"]), node["version"], node["url"])
         for node in payload["nodes"]], style)
@@ -5657,6 +5660,7 @@ class Store:
         self.told_of_log = False        # that the write-ahead log cannot be read
         self.memo, self.given = None, {}    # the Memo of a server; {run id: secrets}, only here
         self.name = None                # of its node, in a cluster
+        self.fetch_log = None           # a function of a run, where a bucket has its log
 
     @property
     def exists(self):
@@ -13756,6 +13760,14 @@ def live_log(store, run):
     return live_run(store, run)[0]["log"]
 
 
+def log_at_hand(store, run):
+    """Where the log of a run lies, as `live_log`; fetched from the bucket where it is not here."""
+    log = live_log(store, run)
+    if log is not None and store.fetch_log is not None and not log_exists(store.folder, log):
+        store.fetch_log({**dict(run), "log": log})
+    return log
+
+
 def _columns_of(progress):
     """The columns of a run that has finished, of its Progress."""
     decided, attempts = progress.outcome, progress.attempts
@@ -14951,7 +14963,8 @@ class Membership:
         self.prefix = f"{settings.leader_election.prefix}/members/"
         self.seconds = settings.lease
         self.lease, self.until = 0, -math.inf       # how long our keys are there for certain
-        self.term = self.leader = None              # ours, while we lead; the name of the leader
+        self.term = self.leader = None      # of this node, while it leads; the name of the leader
+        self.present_term = None                    # whoever leads
         self.nodes, self.shipped, self.revision = {}, {}, 0
         self.is_known = False                       # whether our key is there, and is ours
         self.resting, self.resigns = -math.inf, False
@@ -14999,7 +15012,8 @@ class Membership:
         self.nodes, self.shipped = found["nodes"], found["shipped"]
         ours = leader is not None and self.lease == leader[0].lease
         self.leader = leader and leader[1]
-        self.term = leader[0].create if ours else None
+        self.present_term = leader and leader[0].create
+        self.term = self.present_term if ours else None
 
     def _stand(self, may_stand):
         """Lead where nobody does; leave off where this node should not."""
@@ -15016,6 +15030,7 @@ class Membership:
                 [("put", key, json.dumps({"node": self.node}).encode(), self.lease)])
             if done:
                 self.leader, self.term = self.node, found[0]
+                self.present_term = self.term
         self.resigns = False
 
     def _trouble(self):
@@ -15403,18 +15418,18 @@ class Cluster:
     """A server that keeps its store in a bucket, and may be a node of a cluster: the threads of
     Membership, Claims and Exchange, and what the scheduler and HTTP ask of them.
 
-    `settings` are the ClusterSettings, None for a server alone; `url` is where others reach it.
+    `settings` are the ClusterSettings, None for a server alone.
     """
 
-    def __init__(self, store, mirror, settings, url, say):
+    def __init__(self, store, mirror, settings, say):
         import secrets
         self.store, self.mirror, self.settings, self.say = store, mirror, settings, say
-        self.key, self.url = secrets.token_urlsafe(32), url
+        self.key = secrets.token_urlsafe(32)
         self.membership, self.claims = None, Alone()
         if settings is not None:
             client = etcd_client(settings)
             self.membership = Membership(client, settings, store.node, {
-                "url": url, "version": __version__, "boot": boot_id(), "started_at": time.time(),
+                "url": None, "version": __version__, "boot": boot_id(), "started_at": time.time(),
                 "key": _digest_of(self.key)}, say)
             self.claims = Claims(store, client, settings.leader_election.prefix, settings.lease,
                                  say)
@@ -15424,8 +15439,10 @@ class Cluster:
         self._closed, self._look = threading.Event(), threading.Event()
         self._watching, self._threads, self._said = None, [], {}
 
-    def start(self):
-        """Begin; nothing is waited for."""
+    def start(self, url):
+        """Begin; nothing is waited for. Other nodes reach this one at the URL."""
+        if self.settings is not None:
+            self.membership.about["url"] = self.settings.advertise or url
         jobs = [("exchange", self._exchange)]
         if self.settings is not None:
             jobs += [("membership", self._belong), ("watch", self._watch), ("claims", self._move)]
@@ -15547,26 +15564,32 @@ class Cluster:
 
     def status(self):
         """The payload of the cluster, as this node sees it."""
-        membership, (waiting, behind) = self.membership, self.mirror.waiting()
-        late = membership.clock() >= membership.until
-        roles = {membership.leader: "leader"}
+        waiting, behind = self.mirror.waiting()
         return {
             "node": self.store.node, "role": "leader" if self.leads() else "follower",
-            "leader": membership.leader, "term": membership.term,
-            "lease": self.settings.lease, "clock_offset": membership.client.offset(),
-            "trouble": self.trouble(),
-            "nodes": [{"node": name, "url": told.get("url"), "version": told.get("version"),
-                       "started_at": told.get("started_at") and format_instant(
-                           int(told["started_at"])), "role": roles.get(name, "follower")}
-                      for name, told in sorted(membership.nodes.items())],
-            "etcd": {"endpoints": [f"{host}:{port}" for host, port
-                                   in self.settings.leader_election.endpoints],
-                     "answers": not late,
-                     "since": format_instant(int(membership.answered)) if late else None},
+            "trouble": self.trouble(), **self._status_of_etcd(),
             "store": {"place": f"s3://{self.mirror.client.bucket}/{self.mirror.client.prefix}",
                       "waiting": waiting, "behind": round(behind, 3),
                       "trouble": self._said.get("bucket"),
                       "complete": self.exchange.is_complete}}
+
+    def _status_of_etcd(self):
+        membership = self.membership
+        if membership is None:
+            return {"leader": self.store.node, "term": None, "lease": None, "clock_offset": None,
+                    "nodes": [], "etcd": None}
+        late = membership.clock() >= membership.until
+        return {
+            "leader": None if late else membership.leader, "term": membership.present_term,
+            "lease": self.settings.lease, "clock_offset": membership.client.offset(),
+            "nodes": [{"node": name, "url": told.get("url"), "version": told.get("version"),
+                       "started_at": format_instant(int(told.get("started_at", 0))),
+                       "role": "leader" if name == membership.leader else "follower"}
+                      for name, told in sorted(membership.nodes.items())],
+            "etcd": {"endpoints": [f"{host}:{port}" for host, port
+                                   in self.settings.leader_election.endpoints],
+                     "answers": not late,
+                     "since": format_instant(int(membership.answered)) if late else None}}
 
 
 def _digest_of(text):
@@ -16685,8 +16708,10 @@ def hold_upkeep(store):
 class Steward:
     """A thread of a server that does the upkeep of its store, daily and soon after its start."""
 
-    def __init__(self, store, say, first=_SOON):
+    def __init__(self, store, say, first=_SOON, is_ours=lambda: True, sweep=None):
+        """What is purged is so by whose it `is_ours`; `sweep()` clears up in the bucket."""
         self._store, self._say, self._first = store, say, first
+        self._is_ours, self._sweep = is_ours, sweep
         self._closed = threading.Event()
         self._thread = start_thread(self._run, "steward")
 
@@ -16712,12 +16737,14 @@ class Steward:
         """Do what there is to do where the last time is a day ago, or in the future."""
         with self._store.read() as db:
             last = get_meta(db, "upkeep", 0)
-        if 0 <= time.time() - last < _DAY:
+        if 0 <= time.time() - last < _DAY or not self._is_ours():
             return
         with contextlib.suppress(UpkeepIsOn):
             upkeep = keep_small(self._store, copy=True, stopped=self._closed.is_set)
             if upkeep.told():
                 self._say(f"Upkeep: {upkeep.told()}")
+            if self._sweep is not None:
+                self._sweep()
             if not self._closed.is_set():
                 with self._store.write() as db:
                     set_meta(db, "upkeep", time.time())
@@ -16757,7 +16784,7 @@ def each_log(store, since=None, job_id=None):
         with store.read() as db:
             rows = runs_by_seq(db, seqs[start:start + _PAGE])
         for row in rows:
-            log = row["log"] or live_log(store, row["id"])
+            log = log_at_hand(store, row)
             if log and log_exists(store.folder, log):       # it may have been removed just now
                 yield row, store.file(log)
 
@@ -20176,8 +20203,8 @@ def _post_step_down(request, store):
     request.options()
     _body_object(request, ())
     cluster = _cluster_of(request)
-    if not cluster.leads():
-        raise Refusal(409, "no_leader", "no node leads at the moment")
+    if cluster.settings is None or not cluster.leads():
+        raise Refusal(409, "no_leader", "there is no leader that could step down")
     with store.write() as db:
         add_audit(db, request.caller.name, "step-down", time.time(), target=store.node)
     cluster.step_down()
@@ -20186,8 +20213,8 @@ def _post_step_down(request, store):
 
 def _cluster_of(request):
     if request.cluster is None:
-        raise Refusal(404, "no_cluster", "this server is no node of a cluster; clustering: in its "
-                      "configuration makes it one")
+        raise Refusal(404, "no_cluster", "the store of this server is its own; store: {type: s3} "
+                      "and clustering: in its configuration make it a node of a cluster")
     return request.cluster
 
 
@@ -20849,13 +20876,11 @@ def _find_log(store, run_id):
     """The log of a run, wherever it is at the moment."""
     with store.read() as db:
         row = get_run(db, run_id)
-    path = row["log"]
-    if path is None and row["state"] not in FINAL_STATES:
-        path = live_log(store, row)
-        if path is None:                # it may have ended in between
-            with store.read() as db:
-                row = get_run(db, run_id)
-            path = row["log"]
+    path = log_at_hand(store, row)
+    if path is None and row["state"] not in FINAL_STATES:       # it may have ended in between
+        with store.read() as db:
+            row = get_run(db, run_id)
+        path = log_at_hand(store, row)
     return _Log(store, row, path)
 
 
@@ -20986,8 +21011,8 @@ _MEMBERS = {
     "Node": "node:text url:text? version:text started_at:instant role:text",
     "Etcd": "endpoints:text[] answers:boolean since:instant?",
     "Bucket": "place:text waiting:integer behind:number trouble:text? complete:boolean",
-    "Cluster": "node:text role:text leader:text? term:integer? lease:number clock_offset:number? "
-               "trouble:text? nodes:Node[] etcd:Etcd store:Bucket",
+    "Cluster": "node:text role:text leader:text? term:integer? lease:number? clock_offset:number? "
+               "trouble:text? nodes:Node[] etcd:Etcd? store:Bucket",
     "LastRun": "id:text state:state started_at:instant? finished_at:instant?",
     "Job": "id:text name:text? schedule:text[] words:text[] timezone:text enabled:boolean "
            "paused:boolean paused_until:instant? next_run:instant? last_run:LastRun? usual:number? "
@@ -21409,7 +21434,8 @@ def relayed(request, store):
     """The Response of the node of a cluster that has to answer a request; None where that is this
     one. Raises Refusal where no such node can be reached."""
     cluster = request.cluster
-    if cluster is None or request.caller.node or not request.path.startswith("/api/v1/"):
+    if cluster is None or cluster.settings is None or request.caller.node \
+            or not request.path.startswith("/api/v1/"):
         return None
     node = _node_to_ask(request, store, cluster)
     if node is None:
@@ -21525,8 +21551,9 @@ class _Connection:
         self.users = []                 # who is at the other end, found out once
         access, port = self.server.access, self.connection.getsockname()[1]
         cluster = self.server.cluster
+        node_of = cluster and cluster.settings and cluster.node_of_key
         self.place = Place(port=port, name=access.name, hosts=access.hosts, owner=self.owner,
-                           token=self.server.find_token, node=cluster and cluster.node_of_key)
+                           token=self.server.find_token, node=node_of)
 
     def handle(self):
         with contextlib.suppress(OSError):      # it has gone already, or cannot speak TLS
@@ -23966,11 +23993,18 @@ class Session:
             self._store = Store(path, _say)
             if self.config.cluster:
                 self._store.name = self.config.cluster.node or node_name()
+            if self.config.store.type == "s3":
+                self._store.fetch_log = lambda run: self.mirror().fetch_log(run)
             if self.options.verbose:
                 _say(f"the store is {path}")
             tell = self.options.verbose or self.command.name == "run"
             become_owner(self._store, _say if tell else None)
         return self._store
+
+    def mirror(self, say=None):
+        """The Mirror of the store in its bucket."""
+        client = S3Client(self.config.store, S3Credentials(os.environ, os.path.expanduser("~")))
+        return Mirror(self.store, client, self.store.node, say or _say)
 
     @property
     def settled(self):
@@ -24262,6 +24296,9 @@ class Local:
     def cancel(self, run_id):
         """Cancel a run -> its state by then."""
         store = self.session.store
+        with store.read() as db:
+            if get_run(db, run_id)["node"] is not None:
+                return self.server().cancel(run_id)
         cancel_run(store, run_id, by=self.session.caller.name)
         with store.read() as db:
             return get_run(db, run_id)["state"]
@@ -24306,7 +24343,7 @@ class Local:
             for name in () if dry_run else names:
                 remove_token(db, name, self.session.caller, time.time())
 
-    def _server(self):
+    def server(self):
         """The Remote that is the server of this store: only a process that runs is a node."""
         store, url = self.session.store, None
         if store.exists and store.server() is not None:
@@ -24319,11 +24356,11 @@ class Local:
 
     def cluster(self):
         """The payload of the nodes of the cluster of the server here."""
-        return self._server().cluster()
+        return self.server().cluster()
 
     def step_down(self):
         """Let another node lead than the one that does -> the payload of the cluster."""
-        return self._server().step_down()
+        return self.server().step_down()
 
     def audit(self, limit):
         """Payloads of the newest changes."""
@@ -25058,10 +25095,10 @@ class _Watch:
 
     def log(self):
         """Where the log lies below the store's folder; None where there is none, or not yet."""
-        log = live_log(self.store, self.run)
+        log = log_at_hand(self.store, self.run)
         if log is None:
             self.ended()
-        return log or self.run["log"]
+        return log or log_at_hand(self.store, self.run)
 
 
 def _cmd_logs(session):
@@ -25074,8 +25111,10 @@ def _cmd_logs(session):
     if options.job:
         raise Usage("--job is for the logs of many runs; name a run or a job, or write --job")
     if session.url:
-        return _print_log_there(session, chosen)
+        return _print_log_there(session, chosen, session.asked)
     watch = _Watch(session.settled, session.id())
+    if watch.run["node"] is not None and watch.run["state"] in ACTIVE_STATES:
+        return _print_log_there(session, chosen, session.asked.server())
     while True:
         over, log = watch.ended(), watch.log()
         if over or log is not None or not options.follow:
@@ -25112,9 +25151,9 @@ def _print_log(path, options, ended, chosen):
     _print_lines(follow(path, ended, offset=offset, wait=time.sleep), options, chosen)
 
 
-def _print_log_there(session, chosen):
+def _print_log_there(session, chosen, asked):
     """Print the log of a run elsewhere, with those of its steps."""
-    options, asked, target = session.options, session.asked, session.id()
+    options, target = session.options, session.id()
     tail = None if options.tail is None else max(0, options.tail)
     target = asked.run(target)["id"] if options.follow else target
     if _has_steps(asked, target):
@@ -25138,7 +25177,7 @@ def _log_of_step(store, run_id):
     """What grows of the log of a step, or None without one."""
     with store.read() as db:
         row = find_run_row(db, run_id)
-    log = row and live_log(store, row)
+    log = row and log_at_hand(store, row)
     with contextlib.suppress(FileNotFoundError):
         return _StoredGrowth(store.file(log)) if log else None
 
@@ -25746,8 +25785,7 @@ def _cmd_server(session):
     if options.dry_run:
         _check_job_files(files)
         place = "without HTTP" if options.no_http else f"on http://{host}:{port}"
-        print(f"would serve {store.path} {place} (dry run)")
-        return
+        return print(f"would serve {store.path} {place} (dry run)")
     _close_at_exec()
     access = Access(config.server, say)
     with contextlib.ExitStack() as stack:
@@ -25761,34 +25799,70 @@ def _cmd_server(session):
         stack.callback(store.close)
         with store.write() as db:
             set_settings(db, session.settings)
-        files()
-        scheduler, address = Scheduler(store, launcher, say), None
+        cluster = _cluster_of_server(session, say)
+        duties = _Duties(files, cluster)
+        duties()
+        scheduler, address, url = Scheduler(store, launcher, say, cluster), None, None
         if not options.no_http:
             http = start_http(store, host, port, say, access)
             stack.callback(http.close)
             address = f"http{'s' if access.tls else ''}://%s:%d" % http.address
-            with store.write() as db:
-                set_meta(db, "url", _url_here(http.address, access.tls))
-            _join(session, scheduler, http)
-            prepare_access(store, http, say)
+            url = _url_here(http.address, access.tls)
+            _join(session, scheduler, http, cluster)
+            duties.once.append(lambda: prepare_access(store, http, say))
+            duties()
+        with store.write() as db:
+            set_meta(db, "url", url)
         stack.callback(withdraw_announcement, announce_server(store))
         scheduler.drain = config.server.drain if options.drain is None else _duration_of(
             "--drain", options.drain)
         scheduler.postman = start_postman(store, lambda: _stored_settings(store), say)
         stack.callback(scheduler.postman.close)
         notifier = SystemdNotifier(scheduler.vitals)
-        scheduler.each_second += [files, notifier]
+        scheduler.each_second += [duties, notifier]
         stack.callback(notifier.tell, "STOPPING=1")
-        if os.getpid() == 1:            # what others leave behind is ours to reap
-            scheduler.each_second.append(reap_all)
-        stack.callback(Steward(store, say).close)
+        scheduler.each_second += [reap_all] * (os.getpid() == 1)    # of what others leave behind
+        stack.callback(_steward_of(store, say, cluster).close)
+        if cluster is not None:
+            stack.callback(cluster.close)
+            cluster.start(url)
         scheduler.on_reload.insert(0, lambda: _reload(session, files))
         say(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
-        warning = unit_warning()
-        if warning:
+        for warning in filter(None, [unit_warning()]):
             say(warning, "ERROR")
         scheduler.run()
     say("Server ended" if ends_with_us() else "Server ended; runs that are on go on by themselves")
+
+
+def _cluster_of_server(session, say):
+    """The Cluster that the configuration makes a server a part of, or None."""
+    if session.config.store.type != "s3":
+        return None
+    mirror = session.mirror(say)
+    mirror.prepare()
+    return Cluster(session.store, mirror, session.config.cluster, say)
+
+
+class _Duties:
+    """What a server does at its start and each second where it decides slots: it follows its job
+    files; and `once`, what it does not have to do again."""
+
+    def __init__(self, files, cluster):
+        self.files, self.cluster, self.once = files, cluster, []
+
+    def __call__(self):
+        if self.cluster is None or self.cluster.leads():
+            self.files()
+            while self.once:
+                self.once.pop()()
+
+
+def _steward_of(store, say, cluster):
+    """The Steward: what is purged in a cluster is so by its leader, for all."""
+    if cluster is None:
+        return Steward(store, say)
+    return Steward(store, say, is_ours=cluster.leads, sweep=lambda: cluster.mirror.sweep(
+        time.time()))
 
 
 def _url_here(address, tls):
@@ -25798,9 +25872,9 @@ def _url_here(address, tls):
     return f"http{'s' if tls else ''}://{host}:{address[1]}"
 
 
-def _join(session, scheduler, http):
+def _join(session, scheduler, http, cluster):
     """Let HTTP know of the scheduler and of settings, and have the scheduler look after it."""
-    http.vitals = scheduler.vitals
+    http.vitals, http.cluster = scheduler.vitals, cluster
     http.warnings = lambda: _warnings(session.store, session.config)
     scheduler.each_second.append(http.note_uses)
     scheduler.on_reload.append(lambda: http.admit(session.config.server))

@@ -97,13 +97,14 @@ COMMANDS = {command.name: command for command in roexec.commands()}
 CHANGING = {"run", "exec", "add", "apply", "edit", "delete", "pause", "resume", "cancel", "retry",
             "server", "init", "install", "uninstall", "token create", "token rotate",
             "token revoke", "maintenance purge", "maintenance check", "maintenance backup",
-            "maintenance restore"}
+            "maintenance restore", "cluster step-down"}
 
 
 def test_the_commands_are_those_of_the_design():
     assert set(COMMANDS) == CHANGING | {
         "completion", "doctor", "export", "import crontab", "list jobs", "list runs", "show",
-        "logs", "logs export", "next", "why", "status", "wait", "token list", "audit"}
+        "logs", "logs export", "next", "why", "status", "wait", "token list", "audit",
+        "cluster status"}
     assert {name for name, command in COMMANDS.items() if command.changes} == CHANGING
 
 

@@ -16,6 +16,7 @@ ALL = "roexec-token-of-all"
 
 class Cluster:
     """What a node knows of its cluster, as far as requests need it."""
+    settings = "those of a cluster"
 
     def __init__(self, name):
         self.name, self.key, self.others, self.leading = name, f"key-of-{name}", {}, None
