@@ -6981,6 +6981,7 @@ RUN_FIELDS = (          # of the object of a run; what else a row has concerns o
     "log_gone", "outputs", "taken")
 _IN_JSON = "spec", "env", "outputs", "taken"
 _MOST_VERSIONS = 100    # of a job, in its object
+_MOST_SPECS = 1 << 20   # characters of them in all
 
 
 def prepare_bucket(db, node):
@@ -7065,8 +7066,13 @@ def run_of_log(db, log):
 def job_object(db, job_id):
     """The object of a job, None without one."""
     row = db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
-    versions = db.execute("SELECT version, since, source, spec FROM versions WHERE job_id = ? "
-                          "ORDER BY version DESC LIMIT ?", (job_id, _MOST_VERSIONS)).fetchall()
+    versions, size = [], 0
+    for version in db.execute("SELECT version, since, source, spec FROM versions WHERE job_id = ? "
+                              "ORDER BY version DESC LIMIT ?", (job_id, _MOST_VERSIONS)):
+        size += len(version["spec"])
+        if versions and size > _MOST_SPECS:
+            break
+        versions.append(version)
     return row and {
         "id": row["id"], "version": row["version"], "source": row["source"],
         "paused": "until resumed" if row["paused"] == math.inf else row["paused"],
@@ -10048,6 +10054,7 @@ def _health_of(answer):
 _PIECE = 16 << 20                       # bytes that are sent or fetched at a time
 _MOST_OBJECT = 4 << 20                  # bytes of an object that is read into memory
 _PACE = 512 << 10                       # bytes a second; a request has so much more time
+TOO_LARGE = "TooLarge"                  # the code of the S3Error of an object that is larger
 _TRIES = 4
 _AHEAD = 300                            # seconds before credentials end, in which others are got
 _TIME_FOR_CREDENTIALS = 3               # seconds, for each question
@@ -10468,7 +10475,8 @@ class S3Client:
                 status, answer, data = self._exchange(method, key, query or {}, body,
                                                       headers or {}, most)
             except OSError as error:
-                problem = S3Error(f"{self._where()}: {_error_words(error)}")
+                problem = S3Error(f"{self._where()}: {_error_words(error)}",
+                                  code=TOO_LARGE if error.errno == errno.EFBIG else None)
                 if not (isinstance(error, (ConnectionResetError, BrokenPipeError))
                         or error.errno == errno.EPROTO):
                     break
@@ -14627,7 +14635,9 @@ class _Intake:
             return kind, key, read_object(kind, self.client.get(key), time.time())
         except NoSuchKey:
             return kind, key, None
-        except ValueError as error:
+        except (ValueError, S3Error) as error:
+            if isinstance(error, S3Error) and error.code != TOO_LARGE:
+                raise
             self._refuse(key, error)
             return None
 
@@ -14660,8 +14670,9 @@ class _Intake:
 
     def _import_one(self, db, kind, key, found, seq, logs):
         name = _parse_key(key)[1]
-        if (kind == "runs" or found is None) and object_is_noted(db, key):
-            return False                # what is here goes there
+        if object_is_noted(db, key) and (kind == "runs" or found is None
+                                         or kind == "tokens" and token_object(db, name) is None):
+            return False                # what is here goes there; that a token was revoked, too
         if kind == "runs":
             return self._import_run(db, key, name, found, seq, logs)
         if kind == "audit":
@@ -14749,6 +14760,8 @@ class Mirror:
         if key.startswith("logs/"):
             self._ship_log(key)
             return
+        if key.startswith(("jobs/", "tokens/")):
+            _Intake(self).fetch([key])          # another node may have changed it later
         with self.store.read() as db:
             found = self._object(db, key)
             log = found and found.get("log") and found.get("finished_at") and object_is_noted(
