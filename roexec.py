@@ -10289,14 +10289,19 @@ def _fetch(url, headers, method="GET"):
 def _connection_to(parts):
     context = None
     if parts.scheme == "https":
-        import ssl
+        try:
+            import ssl
+        except ImportError:
+            raise S3Error("this Python has no ssl, which an https address needs") from None
         context = ssl.create_default_context()
     return HttpConnection(parts.hostname, parts.port or (443 if context else 80), context)
 
 
 def _error_words(error):
-    return (getattr(error, "verify_message", "") or error.strerror or str(error)
-            or type(error).__name__)
+    if hasattr(error, "verify_message"):        # ssl.SSLCertVerificationError
+        return (f"its certificate cannot be trusted ({error.verify_message}); the variable "
+                "SSL_CERT_FILE names the file with that of its authority")
+    return error.strerror or str(error) or type(error).__name__
 
 
 def _keys_of(data, whose):

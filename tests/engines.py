@@ -296,7 +296,8 @@ class Ceph:
         may_all = "--cap", "osd", "allow *"
         for new, name, *caps in (
                 ("--create-keyring", "mon.", "--cap", "mon", "allow *"),
-                ("", "client.admin", "--cap", "mon", "allow *", *may_all, "--cap", "mgr", "allow *"),
+                ("", "client.admin", "--cap", "mon", "allow *", *may_all, "--cap", "mgr",
+                 "allow *"),
                 ("", "osd.0", "--cap", "mon", "allow profile osd", *may_all),
                 ("", "mgr.x", "--cap", "mon", "allow profile mgr", *may_all),
                 ("", "client.rgw", "--cap", "mon", "allow rw", "--cap", "osd", "allow rwx")):

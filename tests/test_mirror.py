@@ -105,7 +105,8 @@ def test_each_kind_of_row_goes_up_and_comes_down_identical(mirror, clean):
     assert second.is_hydrated and second.said == [] and second.waiting() == (0, 0)
     for table, without in {
             "jobs": ("changed", "position", "last_run"), "versions": (), "attempts": (),
-            "runs": ("seq", "node", "owner", "work"), "tokens": (), "audit": ("key", "seq")}.items():
+            "runs": ("seq", "node", "owner", "work"), "tokens": (),
+            "audit": ("key", "seq")}.items():
         assert rows_of(second.store, table, *without) == rows_of(first.store, table, *without)
     assert {row["node"] for row in read_runs(second.store)} == {"a"}
     assert [row["id"] for row in read_runs(second.store)][:3] == ["r1", "r2", "r3"]

@@ -2,13 +2,15 @@
 import json
 import os
 import socket
+import ssl
 import struct
+import subprocess
 import threading
 import time
 import types
 
 import pytest
-from helpers import error_xml
+from helpers import error_xml, tool
 
 import roexec
 
@@ -197,7 +199,7 @@ def test_an_endpoint_that_gives_no_credentials_is_no_leak(answers, answer):
 
 def test_an_instance_is_asked_by_a_token(answers):
     answers.replies = [(200, b"metat0ken"), (200, b"my-role\n"), temporary("ASIAROLE")]
-    source = roexec.S3Credentials({"AWS_EC2_METADATA_SERVICE_ENDPOINT": answers.url}, "/nonexistent")
+    source = roexec.S3Credentials({"AWS_EC2_METADATA_SERVICE_ENDPOINT": answers.url}, "/none")
     assert source.current().access == "ASIAROLE"
     assert [(method, path) for method, path, _, _ in answers.requests] == [
         ("PUT", "/latest/api/token"), ("GET", "/latest/meta-data/iam/security-credentials/"),
@@ -372,8 +374,30 @@ def test_a_server_that_is_away_is_said_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         client = client_of(f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(roexec.S3Error, match="attic at http://127.0.0.1:.*: Connection refused"):
+        with pytest.raises(roexec.S3Error, match="attic at http://127.0.0.1.*Connection refused"):
             client.get("k")
+
+
+def test_tls_is_spoken_to_whom_a_certificate_is_for(answers, tmp_path, monkeypatch):
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    subprocess.run([tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", certificate,
+                    "-subj", "/CN=s3", "-addext", "subjectAltName=IP:127.0.0.1"],
+                   check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    answers.server.socket = context.wrap_socket(answers.server.socket, server_side=True)
+    url = answers.url.replace("http:", "https:")
+    stranger = client_of(url)
+    with pytest.raises(roexec.S3Error, match="certificate cannot be trusted .*SSL_CERT_FILE names"):
+        stranger.put("k", b"x")
+    stranger.close()
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    client, before = client_of(url), answers.connections
+    for _ in range(5):
+        client.put("k", b"x")
+    client.close()
+    assert len(answers.requests) == 5 and answers.connections == before + 1
 
 
 def test_an_answer_that_is_too_large_is_refused(answers, client):
