@@ -6513,6 +6513,18 @@ def run_of_cause(db, cause):
     return db.execute("SELECT * FROM runs WHERE cause = ?", (cause,)).fetchone()
 
 
+def rows_of_claims(db, job_id, claims):
+    """{run id: row} of claims of a job that are written down here: of a run, or of the skipped
+    slots among which its slot was counted."""
+    rows = run_rows(db, [claim.run for claim in claims])
+    for claim in claims:
+        if claim.run not in rows and claim.rerun_of is None:
+            row = newest_slot_row(db, job_id, claim.slot)
+            if row is not None and (row["last_slot"] or row["slot"]) >= claim.slot:
+                rows[claim.run] = row
+    return rows
+
+
 def slot_is_known(db, job_id, slot):
     """Whether there is a row for a slot of a job already."""
     return db.execute("SELECT 1 FROM runs WHERE job_id = ? AND slot = ? AND step IS NULL",
@@ -14120,19 +14132,22 @@ def lose_runs_elsewhere(db, store, nodes, has_claim, now):
             continue
         message = f"its node {row['node']} went away"
         journals.append(_lose_elsewhere(db, store, row["id"], message, now))
-        if may_repeat(db, row["id"]) and row["state"] == "running":
+        if may_repeat(db, row["id"], row["job_id"]) and row["state"] == "running":
             _queue_again(db, row["job_id"], now, id=new_run_id(), trigger="retry",
                          retry_of=row["id"])
     return list(filter(None, journals))
 
 
-def may_repeat(db, run_id):
+def may_repeat(db, run_id, job_id):
     """Whether a run that was lost with its node is to be run again, as its job says (`if_lost`):
-    once, and not one that repeats another."""
+    once, and not one that repeats another; also one that has never been told of."""
     row = find_run_row(db, run_id)
-    if row is None or row["retry_of"]:
+    if row is None:
+        job = find_job(db, job_id) and effective_job(db, job_id)
+    elif row["retry_of"] or row["state"] in FINAL_STATES and row["reason"] != "node":
         return False
-    job = _job_of(db, row, get_settings(db) or {})
+    else:
+        job = _job_of(db, row, get_settings(db) or {})
     return job is not None and job.if_lost == "rerun"
 
 
@@ -14978,19 +14993,31 @@ class Membership:
 
     def __init__(self, client, settings, node, about, say, clock=boot_time):
         self.client, self.node, self.about, self.say, self.clock = client, node, about, say, clock
-        self.prefix = f"{settings.leader_election.prefix}/members/"
+        self.root = settings.leader_election.prefix
+        self.prefix = f"{self.root}/members/"
         self.seconds = settings.lease
         self.lease, self.until = 0, -math.inf       # how long our keys are there for certain
         self.term = self.leader = None      # of this node, while it leads; the name of the leader
         self.present_term = None                    # whoever leads
         self.nodes, self.shipped, self.revision = {}, {}, 0
         self.is_known = False                       # whether our key is there, and is ours
+        self.seen = {}                              # {node: when it was there, or may have been}
         self.resting, self.resigns = -math.inf, False
         self.answered, self.problem = time.time(), None
 
     def leads(self):
         """Whether this node leads, for certain: by its own clock its lease has not ended."""
         return self.term is not None and self.clock() < self.until
+
+    def is_there(self):
+        """Whether the others see this node, for certain."""
+        return self.is_known and self.clock() < self.until
+
+    def live(self):
+        """The nodes that are not to be given up: those that are there, or were until one time of a
+        lease ago, since one that is started again, with its runs on, soon comes back."""
+        since = self.clock() - self.seconds
+        return frozenset(node for node, at in list(self.seen.items()) if at > since)
 
     def turn(self, may_stand):
         """Renew the lease, see who is there, and lead where nobody does, if this node `may_stand`.
@@ -15028,28 +15055,38 @@ class Membership:
             elif kind in found and name:
                 found[kind][name] = value
         self.nodes, self.shipped = found["nodes"], found["shipped"]
+        own = self.nodes.get(self.node)
+        self.is_known = self.is_known and own is not None and own.get("key") == self.about["key"]
+        self.seen.update(dict.fromkeys(self.nodes, self.clock()))
         ours = leader is not None and self.lease == leader[0].lease
         self.leader = leader and leader[1]
         self.present_term = leader and leader[0].create
-        self.term = self.present_term if ours else None
+        self._lead(self.present_term if ours else None)
+
+    def _lead(self, term):
+        if term is not None and self.term is None:      # it may have been away with all others
+            self.seen.update(dict.fromkeys(self.shipped, self.clock()))
+        self.term = term
 
     def _stand(self, may_stand):
         """Lead where nobody does; leave off where this node should not."""
         key, ahead = f"{self.prefix}leader", self.client.offset()
         is_fit = may_stand and self.is_known and (ahead is None or abs(ahead) <= _SKEW)
-        if self.term is not None and (self.resigns or not is_fit):
+        resigns, self.resigns = self.resigns, False
+        if self.term is not None and (resigns or not is_fit):
+            self.resting = self.clock() + self.seconds
+        if self.term is not None and self.clock() < self.resting:
             term, self.term = self.term, None
-            self.resigns, self.resting = False, self.clock() + self.seconds
             self.client.txn([(key, "create", term)], [("delete", key)])
+            self.leader = self.present_term = None
             self.say("This node leads no longer")
         elif self.leader is None and is_fit and self.clock() >= self.resting:
             done, found = self.client.txn(
                 [(key, "create", 0)],
                 [("put", key, json.dumps({"node": self.node}).encode(), self.lease)])
             if done:
-                self.leader, self.term = self.node, found[0]
-                self.present_term = self.term
-        self.resigns = False
+                self.leader, self.present_term = self.node, found[0]
+                self._lead(found[0])
 
     def _trouble(self):
         ahead = self.client.offset()
@@ -15090,17 +15127,20 @@ class Claims:
     """Moves the cursors of jobs for a scheduler, and does in each `turn` what it was asked for.
 
     The scheduler's thread asks, and takes what was granted; what was asked for in a term that is
-    over is not.
+    over is not. A node that does not lead moves nothing, but still starts what it has begun, and
+    writes down what it has left.
     """
 
-    def __init__(self, store, client, prefix, seconds, say):
-        self.store, self.say, self.cursors = store, say, _Cursors(client, prefix, say)
-        self.boot, self.seconds = boot_id(), seconds    # that a begun run may be kept waiting
-        self.term, self.live = None, frozenset()
+    def __init__(self, store, membership, say):
+        self.store, self.membership, self.say = store, membership, say
+        self.boot = boot_id()
+        self.cursors = _Cursors(membership.client, membership.root, say)
+        self.term = self.lease = self.live = None   # that the cursors were read in, and seen to for
         self.awake = threading.Event()          # there is something to do
         self._lock = threading.Lock()           # of what both threads change:
         self._asked, self._granted, self._taken = [], [], []
-        self._wanted, self._begun = {}, {}      # {run id: job id}; {run id: until when}
+        self._wanted, self._begun = {}, {}      # {run id: job id}; {run id: lease}
+        self._news = False                      # whether more are begun
 
     # What the scheduler asks.
 
@@ -15124,20 +15164,20 @@ class Claims:
         return taken
 
     def may_start(self, row):
-        """Whether a queued run may be executed: it was not for a slot, or it is begun; where it is
-        not yet, that is asked for."""
+        """Whether a queued run may be executed: it was not for a slot, or it is begun, and this
+        node was there ever since; where it is not yet, that is asked for."""
         if row["slot"] is None and not self._repeats(row):
             return True
         with self._lock:
-            may = self._begun.get(row["id"], -math.inf) > boot_time()
-            if not may and self.term is not None and row["id"] not in self._wanted:
+            may = self._begun.get(row["id"]) == self.membership.lease and self.membership.is_there()
+            if not may and row["id"] not in self._wanted:
                 self._wanted[row["id"]] = row["job_id"]
                 self.awake.set()
         return may
 
     def _repeats(self, row):
         """Whether a run may be one that repeats a lost one, and so has a claim."""
-        return row["trigger"] == "retry" and (self.term is None or self.has_claim(row))
+        return row["trigger"] == "retry" and (self.lease is None or self.has_claim(row))
 
     def has_claim(self, row):
         """Whether a run is to be seen to by its claim."""
@@ -15146,17 +15186,42 @@ class Claims:
 
     # Turns, in a thread of their own.
 
-    def turn(self, term, live):
-        """Do what was asked for in a term (None: this node does not lead), with these nodes there
-        -> whether there is something new for the scheduler. Raises EtcdError."""
-        if term != self.term:
-            self._begin_term(term, live)
-        gone, self.live = self.live - live, live
+    def turn(self):
+        """Do what was asked for -> whether there is something new for the scheduler. Raises
+        EtcdError; then the next turn goes on."""
+        membership = self.membership
+        term = membership.term if membership.leads() else None
+        lease = membership.lease if membership.is_there() else None
         if term is None:
-            return True
-        for job_id, (cursor, _) in list(self.cursors.known.items()):
-            if cursor is not None and gone & {claim.owner for claim in cursor.open}:
-                self._take_over(job_id)
+            self._refuse_all()
+        if lease is not None:
+            if (term, lease) != (self.term, self.lease):
+                self._begin_term(term, lease)
+            if term is not None and self.live != membership.live():
+                self._take_over_all()
+            self._do_what_is_asked(term)
+        with self._lock:
+            news, self._news = self._news, False
+            return bool(news or self._granted or self._taken)
+
+    def _begin_term(self, term, lease):
+        """Know all cursors in a new term, or under a new lease, and what they say to this node."""
+        self.term = self.live = None
+        self.cursors.load(term)
+        for job_id in list(self.cursors.known):
+            self._hand_over(job_id, True)
+        self.term, self.lease = term, lease
+
+    def _refuse_all(self):
+        with self._lock:
+            asked, self._asked = self._asked, []
+        self._refuse(asked)
+
+    def _refuse(self, asked):
+        with self._lock:
+            self._granted += [(job_id, None, position) for job_id, _, position in asked]
+
+    def _do_what_is_asked(self, term):
         with self._lock:
             asked, self._asked = self._asked, []
             wanted, self._wanted = self._wanted, {}
@@ -15165,30 +15230,9 @@ class Claims:
                 self._claim(asked[:_MOST_TOGETHER])
                 del asked[:_MOST_TOGETHER]
             for some in _batches(wanted.items()):
-                self._begin(dict(some))
+                self._begin(dict(some), term)
         finally:                        # what is not known to be granted is decided again
             self._refuse(asked)
-        with self._lock:
-            self._begun = {run_id: until for run_id, until in self._begun.items()
-                           if until > boot_time()}
-            return bool(self._granted or self._taken or wanted)
-
-    def _begin_term(self, term, live):
-        """Forget the last term; in a new one know all cursors, and take over what was left."""
-        with self._lock:
-            asked, self._asked = self._asked, []
-            self._wanted, self._begun, self._taken = {}, {}, []
-        self._refuse(asked)
-        self.term, self.live = None, live
-        if term is not None:
-            self.cursors.load(term)
-            self.term = term
-            for job_id in list(self.cursors.known):
-                self._take_over(job_id, True)
-
-    def _refuse(self, asked):
-        with self._lock:
-            self._granted += [(job_id, None, position) for job_id, _, position in asked]
 
     def _claim(self, asked):
         moves, rows_of = {}, {job_id: (rows, position) for job_id, rows, position in asked}
@@ -15225,7 +15269,7 @@ class Claims:
             cursor = self._first(job_id, rows[0].slot - 1)
         elif cursor.open:
             with self.store.read() as db:
-                cursor = cursor.close(self._closable(db, cursor))
+                cursor = cursor.close(self._closable(db, job_id, cursor))
         return cursor.claim([(row.run, row) for row in rows], position, self.store.node, self.boot)
 
     def _first(self, job_id, position):
@@ -15234,74 +15278,84 @@ class Claims:
         with self.store.read() as db:
             rows = [row for row in own_runs(db, "queued")
                     if row["job_id"] == job_id and row["slot"] is not None]
+        position = max([position, *(row["slot"] for row in rows)])
         return first_cursor(position, [(row["id"], SlotRow(
             slot=row["slot"], last_slot=row["slot"], count=1, trigger=row["trigger"]))
             for row in rows], self.store.node, self.boot)
 
-    def _closable(self, db, cursor):
+    def _closable(self, db, job_id, cursor):
         """The ids of runs of this node that need no claim any more, since their rows are in the
         bucket, or, where many wait for it, on the disk."""
-        runs = [claim.run for claim in cursor.open if claim.owner == self.store.node]
+        claims = [claim for claim in cursor.open if claim.owner == self.store.node]
         crowded = len(cursor.open) >= _CROWDED
-        return {run_id for run_id, row in run_rows(db, runs).items()
+        return {run_id for run_id, row in rows_of_claims(db, job_id, claims).items()
                 if row["state"] != "queued" and (crowded or not object_is_noted(
-                    db, key_of_run(db, run_id, row["queued_at"])))}
+                    db, key_of_run(db, row["id"], row["queued_at"])))}
 
-    def _begin(self, wanted):
-        """Begin the runs {run id: job id}: who knows that this was done may execute them."""
-        moves, sent, me = {}, boot_time(), self.store.node
+    def _begin(self, wanted, term):
+        """Begin the runs {run id: job id}, if this node leads, in a term: who knows that this was
+        done may execute them, also when another one leads by then."""
+        moves, me = {}, self.store.node
         for run_id, job_id in wanted.items():
             cursor = moves.get(job_id) or self.cursors[job_id]
-            if cursor is None and not self.cursors.is_there(job_id):
-                cursor = self._first(job_id, self._position(job_id))
-            if cursor is not None and cursor.may_execute(run_id, me, self.boot):
-                self.cursors.read(job_id)   # it was begun some time ago, and may be another's since
+            if cursor is None and not self.cursors.is_there(job_id) and term is not None:
+                cursor = self._first(job_id, 0)
+            if term is None or cursor is not None and cursor.may_execute(run_id, me, self.boot):
+                self.cursors.read(job_id)   # another may have moved it since
             elif cursor is not None:
                 with contextlib.suppress(CannotMove):   # another node has it
                     moves[job_id] = cursor.begin(run_id, me, self.boot)
         self._move(moves)
-        for run_id, job_id in wanted.items():
-            cursor = self.cursors[job_id]
-            if cursor is not None and cursor.may_execute(run_id, me, self.boot):
-                with self._lock:
-                    self._begun[run_id] = sent + self.seconds
-
-    def _position(self, job_id):
+        begun = [run_id for run_id, job_id in wanted.items() if self.cursors[job_id] is not None
+                 and self.cursors[job_id].may_execute(run_id, me, self.boot)]
         with self.store.read() as db:
-            return find_job(db, job_id)["position"]
+            queued = {run_id for run_id, row in run_rows(db, self._begun).items()
+                      if row["state"] == "queued"}
+        with self._lock:
+            self._begun = {**{run_id: self._begun[run_id] for run_id in queued},
+                           **dict.fromkeys(begun, self.lease)}
+            self._news = self._news or bool(begun)
 
-    def _take_over(self, job_id, is_new=False):
-        """Own what others have left of a job, and have it written down; at the beginning of a term
-        its position at least."""
-        cursor = self.cursors[job_id]
-        if cursor is None:
-            return
-        moved = cursor.take_over(self.store.node, self.boot, self.live, self._again(cursor))
-        if moved != cursor:
-            self.cursors.move({job_id: moved})
-        self._hand_over(job_id, is_new)
+    def _take_over_all(self):
+        """Own what others have left, as far as they are not there; what was only claimed anyway."""
+        live, moves = self.membership.live(), {}
+        for job_id, (cursor, _) in self.cursors.known.items():
+            moved = cursor and cursor.take_over(self.store.node, self.boot, live,
+                                                self._again(job_id, cursor, live))
+            if moved != cursor:
+                moves[job_id] = moved
+        moved = set()
+        for some in _batches(moves.items()):
+            moved |= self._move(dict(some))
+        for job_id in moved:
+            self._hand_over(job_id)
+        if moved == set(moves):         # else another turn tries it
+            self.live = live
 
     def _hand_over(self, job_id, is_new=False):
-        """Have what this node owns written down as far as it is not."""
+        """Have what this node owns written down as far as it is not; what is only claimed if it
+        leads, else that is taken over. At the beginning of a term the position counts too."""
         cursor = self.cursors[job_id]
         if cursor is None:
             return
         with self.store.read() as db:
-            states = {run_id: row["state"] for run_id, row in run_rows(
-                db, [claim.run for claim in cursor.open]).items() if row["node"] is None}
-        claims = list(cursor.to_write(self.store.node, self.boot, states))
+            states = {run_id: row["state"] for run_id, row in rows_of_claims(
+                db, job_id, cursor.open).items()
+                if row["node"] is None or row["state"] in FINAL_STATES}
+        claims = [claim for claim in cursor.to_write(self.store.node, self.boot, states)
+                  if claim.state != "claimed" or self.cursors.term is not None]
         if claims or is_new:
             with self._lock:
                 self._taken.append((job_id, cursor.due, claims))
 
-    def _again(self, cursor):
+    def _again(self, job_id, cursor, live):
         """{id of a run that is lost: id of the one that repeats it}, where its job allows that."""
         lost = [claim.run for claim in cursor.open if claim.state == "starting"
-                and claim.owner != self.store.node]
+                and claim.owner != self.store.node and claim.owner not in live]
         if not lost:
             return {}
         with self.store.read() as db:
-            return {run_id: new_run_id() for run_id in lost if may_repeat(db, run_id)}
+            return {run_id: new_run_id() for run_id in lost if may_repeat(db, run_id, job_id)}
 
     def _move(self, moves):
         """Move cursors -> the ids of jobs for which that was done; of the others it is written down
@@ -15449,8 +15503,7 @@ class Cluster:
             self.membership = Membership(client, settings, store.node, {
                 "url": None, "version": __version__, "boot": boot_id(), "started_at": time.time(),
                 "key": _digest_of(self.key)}, say)
-            self.claims = Claims(store, client, settings.leader_election.prefix, settings.lease,
-                                 say)
+            self.claims = Claims(store, self.membership, say)
         self.exchange = Exchange(mirror, self.membership, say)
         self.ask, self.granted = self.claims.ask, self.claims.granted
         self.taken_over, self.may_start = self.claims.taken_over, self.claims.may_start
@@ -15504,9 +15557,7 @@ class Cluster:
 
     def _move(self):
         while not self._closed.is_set():
-            membership = self.membership
-            term = membership.term if membership.leads() else None
-            if self._try("claims", lambda: self.claims.turn(term, frozenset(membership.nodes))):
+            if self._try("claims", self.claims.turn):
                 self.store.wake()
             self.claims.awake.wait(1)
             self.claims.awake.clear()
@@ -15555,8 +15606,8 @@ class Cluster:
         """End the runs of nodes that are gone -> journals of hooks that are to be run."""
         if self.settings is None:
             return []
-        return lose_runs_elsewhere(db, self.store, set(self.membership.nodes),
-                                   self.claims.has_claim, now)
+        return lose_runs_elsewhere(db, self.store, self.membership.live(), self.claims.has_claim,
+                                   now)
 
     # What requests need.
 
