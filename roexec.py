@@ -9700,7 +9700,7 @@ class _Endpoints:
                 if error.unknown or not error.away:
                     raise
                 errors.append(str(error))
-            if time.monotonic() >= deadline:
+            if time.monotonic() + 0.01 >= deadline:     # what is sent now would have no answer
                 break
         raise EtcdError("; ".join(errors), away=True)
 
@@ -9907,7 +9907,7 @@ class EtcdWatch:
 # What is said to etcd, and by it: int64 as texts, bytes in base64, and nothing that is zero.
 
 _ETCD_TOKEN = Pattern(r"[!-~]+")
-# A watch with an old token is "permission denied"; the second is said to who has none.
+# The second is said to who has none, the last in older releases of a watch with an old one.
 _STALE_TOKEN = ("invalid auth token", "user name is empty", "auth store is old",
                 "permission denied")
 _COMPACTED = "etcdserver: mvcc: required revision has been compacted"

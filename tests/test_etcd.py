@@ -193,11 +193,11 @@ def test_a_watch_tells_of_changes_deletions_and_leases_that_end(client):
 
 
 @engine
-def test_a_watch_ends_after_its_time_and_goes_on_where_it_was(client):
-    with client.watch(client.prefix, 0, seconds=0.5) as watch:
+def test_a_watch_ends_after_its_time_and_goes_on_where_it_was(client, made, solo):
+    with made(solo.endpoints, 0.6).watch(client.prefix, 0, seconds=1.5) as watch:
         first = client.put(client.prefix, b"1")
         seconds, events = took(list, watch)
-    assert [entry.value for entry in events] == [b"1"] and seconds < 5
+    assert [entry.value for entry in events] == [b"1"] and 1 < seconds < 5
     assert watch.revision == first + 1
     client.put(client.prefix, b"2")
     with client.watch(client.prefix, watch.revision, seconds=0.5) as watch:
@@ -333,7 +333,10 @@ def test_a_user_logs_in_and_again_when_the_token_has_ended(guarded, made):
     client._way._token = "unknown.1"
     with client.watch("mine/", 0, 0.2) as watch:
         assert list(watch) == []
-    assert len({*tokens, client._way._token}) == 4
+    tokens.add(client._way._token)
+    assert len(tokens) == 4 and "unknown.1" not in tokens
+    client._way._token = ""             # as if etcd had wanted none before
+    assert client.get("mine/a").value == b"1"
 
 
 @engine
@@ -717,6 +720,15 @@ def test_another_endpoint_is_asked_at_once_where_nothing_was_done(made):
     assert all(f":{port}" in str(error) for port in (1, bad.port, good.port)) and not error.unknown
 
 
+def test_no_other_endpoint_is_asked_once_the_time_is_over(made):
+    with socket.create_server(("127.0.0.1", 0)) as silent, \
+            Link(silent.getsockname()[1]) as other:
+        client = made(local(other.target_port, other.port), 0.3, tls=paths())
+        assert not refused(client.put, "x", b"").unknown and other.connections == 0
+        refused(client.put, "x", b"")
+        assert other.connections == 1
+
+
 def test_after_a_failure_another_endpoint_is_asked(made):
     with Speaker((200, HEADER)) as good, Speaker((500, {"error": "x"})) as bad:
         client = made(local(bad.port, good.port))
@@ -764,6 +776,24 @@ def test_an_answer_with_a_token_that_is_none_is_not_told(made, answer):
     assert "t0k3n" not in str(error) + error.reason and not error.unknown
 
 
+def test_a_watch_that_is_denied_is_asked_for_with_a_new_token(made):
+    """Older releases say so of an old token."""
+    denied = {"result": {**HEADER, "canceled": True, "cancel_reason": "permission denied"}}
+
+    def speak(connection, path, headers, body):
+        if path == "watch":
+            return stream(denied if headers["Authorization"] == "t1" else CREATED)
+        tokens.append(f"t{len(tokens) + 1}")
+        return 200, {"token": tokens[-1]}
+    tokens = []
+    with Speaker(speak) as speaker:
+        client = made(local(speaker.port), user="me", password=PASSWORD)
+        for count in (1, 2):
+            with contextlib.suppress(EtcdError), client.watch("x", 7):
+                assert count == 2
+            assert tokens == ["t1", "t2"][:count]
+
+
 # Watches that are none.
 
 def stream(*lines):
@@ -792,6 +822,19 @@ def test_a_watch_that_breaks_is_an_error(made, monkeypatch, lines, count, text):
             for entry in watch:
                 seen.append(entry)
     assert len(seen) == count and watch.revision == 7 + count and not caught.value.unknown
+
+
+def test_after_a_watch_that_breaks_another_endpoint_is_asked(made):
+    with Speaker(stream(CREATED)) as bad, Speaker((200, HEADER)) as good:
+        client = made(local(bad.port, good.port))
+        with client.watch("x", 7) as watch, pytest.raises(EtcdError):
+            list(watch)
+        assert client.put("x", b"") == 7 and len(bad.requests) == 1
+
+
+def test_a_page_that_says_there_is_more_has_something(made):
+    with Speaker((200, {**HEADER, "more": True})) as speaker:
+        assert "nothing of etcd's API" in str(refused(made(local(speaker.port)).get_prefix, "x"))
 
 
 def test_a_watch_with_endless_messages_ends_in_time(made):
