@@ -14425,9 +14425,9 @@ def _run_detached(store, job, reader, writer, request):
 #   audit/YYYY-MM-DD/TIME-NODE-NUMBER.json
 
 _LAYOUT = 1
-_GETS = 8               # at the same time
+_AT_ONCE = 8            # requests
 _TOGETHER = 200            # objects that are fetched, and then imported, together
-_SETTLED = 20           # objects that are written, and then said to be
+_SETTLED = 50           # objects that are written, and then said to be
 _OVERLAP = 600          # seconds for which clocks and lists may be behind
 _YOUNG = 86400          # seconds; a younger object may be of a row that is on its way
 
@@ -14548,6 +14548,24 @@ def _parse_key(key):
             found["id"] or found["run"] or key)
 
 
+def _in_parallel(function, items):
+    """([(item, value of the function)] in order, of those that were done; an error or None)."""
+    left, done, errors = list(enumerate(items))[::-1], {}, []
+
+    def work():
+        with contextlib.suppress(IndexError):
+            while not errors:
+                number, item = left.pop()
+                try:
+                    done[number] = item, function(item)
+                except Exception as error:      # the caller has it
+                    errors.append(error)
+    threads = [start_thread(work, "bucket") for _ in range(min(_AT_ONCE, len(items)))]
+    for thread in threads:
+        thread.join()
+    return [done[number] for number in sorted(done)], errors[0] if errors else None
+
+
 def _time_of(key):
     """When a run was queued, to the second, by the key of its object."""
     return key.split("/")[2][:19]
@@ -14628,22 +14646,10 @@ class _Intake:
 
     def _get(self, keys):
         """[(kind, key, what the object says, None where it is gone)]; what is none is told."""
-        left, found, errors = list(keys), [], []
-
-        def work():
-            with contextlib.suppress(IndexError):
-                while not errors:
-                    key = left.pop()
-                    try:
-                        found.append(self._get_one(key))
-                    except Exception as error:      # it is raised below
-                        errors.append(error)
-        threads = [start_thread(work, "bucket") for _ in range(min(_GETS, len(left)))]
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return list(filter(None, found))
+        found, error = _in_parallel(self._get_one, keys)
+        if error is not None:
+            raise error
+        return list(filter(None, (each for _, each in found)))
 
     def _get_one(self, key):
         kind = _parse_key(key)[0]
@@ -14748,44 +14754,39 @@ class Mirror:
     # To the bucket.
 
     def ship(self, limit=200):
-        """Write what waits, the first `limit` objects -> their keys, without those of logs. Where
-        one fails, those before it count; S3Error is raised where there are none."""
+        """Write what waits, the first `limit` objects, several at the same time and logs first ->
+        their keys in order, without those of logs. Where one fails, the others count; S3Error is
+        raised where there are none."""
         self._meet()
         with self.store.read() as db:
             rows = noted_objects(db, limit)
-        shipped, done = [], []
-        try:
-            for row in rows:
-                self._ship(row["key"])
-                done.append(row)
-                if not row["key"].startswith("logs/"):
-                    shipped.append(row["key"])
-                if len(done) >= _SETTLED:
-                    self._settle(done)
-        except S3Error:
-            if not shipped:
-                raise
-        finally:
-            self._settle(done)
+        logs = {row["key"] for row in rows if row["key"].startswith("logs/")}
+        shipped, parts = [], []
+        for some in ([row for row in rows if row["key"] in logs],
+                     [row for row in rows if row["key"] not in logs]):
+            parts += [some[start:start + _SETTLED] for start in range(0, len(some), _SETTLED)]
+        for part in parts:
+            done, error = _in_parallel(lambda row: self._ship(row["key"], logs), part)
+            with self.store.write() as db:
+                objects_written(db, [row for row, _ in done])
+            shipped += [row["key"] for row, _ in done if row["key"] not in logs]
+            if error is not None and (not shipped or not isinstance(error, S3Error)):
+                raise error
+            if error is not None:
+                break
         return shipped
 
-    def _settle(self, done):
-        if done:
-            with self.store.write() as db:
-                objects_written(db, done)
-            done.clear()
-
-    def _ship(self, key):
-        """Make an object, or a log, what the store has of it now."""
-        if key.startswith("logs/"):
+    def _ship(self, key, logs):
+        """Make an object, or a log, what the store has of it now; of `logs` somebody takes care."""
+        if key in logs:
             self._ship_log(key)
             return
         if key.startswith(("jobs/", "tokens/")):
             _Intake(self).fetch([key])          # another node may have changed it later
         with self.store.read() as db:
             found = self._object(db, key)
-            log = found and found.get("log") and found.get("finished_at") and object_is_noted(
-                db, found["log"])
+            log = found and found.get("finished_at") and found["log"]
+            log = log and log not in logs and object_is_noted(db, log)
         if log:
             self._ship_log(found["log"])
         if found is None:
@@ -14817,9 +14818,11 @@ class Mirror:
             for path in stored_files(self.store.file(log)):
                 with open(path, "rb") as file:
                     self.client.put(os.path.relpath(path, self.store.folder), file)
-            return True
         except FileNotFoundError:
             return False
+        except OSError as error:        # it cannot be read: nobody can mend that by waiting
+            self.say(f"The log {log} does not go into the bucket: {error.strerror}", "ERROR")
+        return True
 
     def _meet(self):
         """See to it, once, that the bucket is that of this store, or nobody's yet."""
