@@ -13787,7 +13787,7 @@ def live_log(store, run):
 
 def log_at_hand(store, run):
     """Where the log of a run lies, as `live_log`; fetched from the bucket where it is not here."""
-    log = live_log(store, run)
+    log = run["log"] or live_log(store, run)
     if log is not None and store.fetch_log is not None and not log_exists(store.folder, log):
         store.fetch_log({**dict(run), "log": log})
     return log
@@ -15977,9 +15977,9 @@ STUCK = "the scheduler does not answer"
 class Vitals:
     """How the loop of a server is doing: any thread may ask, and commands are left word of it."""
 
-    def __init__(self, store, supervisors, timetable, claims):
+    def __init__(self, store, supervisors, timetable, claims=None):
         self.store, self.supervisors, self.timetable = store, supervisors, timetable
-        self.claims = claims
+        self.claims = claims or Alone()
         self.last_turn, self.failed, self.found = time.monotonic(), False, None
         self.worst = -math.inf, 0.0     # (when, the most seconds that it was late of late)
 

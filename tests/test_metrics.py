@@ -206,9 +206,12 @@ def test_the_lag_is_that_of_the_scheduler(store):
     assert metrics(store)["roexec_scheduler_lag_seconds"] == 0
 
     class Vitals:
+        claims = roexec.Alone(lambda: False)
+
         def lag(self):
             return 12.5
-    assert "\nroexec_scheduler_lag_seconds 12.5\n" in text_of(store, Vitals())
+    text = text_of(store, Vitals())
+    assert "\nroexec_scheduler_lag_seconds 12.5\n" in text and "\nroexec_leader 0\n" in text
 
 
 # Prometheus.
