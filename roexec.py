@@ -20559,8 +20559,10 @@ def _post_cancel(request, store):
     _body_object(request, ())
     with store.read() as db:
         run = _asked_run(db, request)
+    caller = request.caller             # a node asks for itself where it has a newer run
     try:
-        cancel_run(store, run["id"], by=request.caller.name)
+        cancel_run(store, run["id"], "replaced" if caller.name == f"node {caller.node}" else "user",
+                   by=caller.name)
     except HasEnded as error:
         raise Refusal(409, "state", str(error)) from None
     return _run_response(store, run["id"])
@@ -21541,8 +21543,35 @@ def _node_to_ask(request, store, cluster):
     return leader
 
 
+class CancelsElsewhere:
+    """Has the runs of other nodes cancelled that a newer one is to replace; to be called each
+    second."""
+
+    def __init__(self, store, cluster, say):
+        self.store, self.cluster, self.say, self.asked = store, cluster, say, set()
+
+    def __call__(self):
+        if not self.cluster.leads():
+            return
+        with self.store.read() as db:
+            wanted = {row["id"]: row["node"] for row in active_runs(db)
+                      if row["node"] is not None and row["cancel"]}
+        for run_id in set(wanted) - self.asked:
+            start_thread(lambda run_id=run_id: self._ask(run_id, wanted[run_id]), "cancel")
+        self.asked = set(wanted)
+
+    def _ask(self, run_id, node):
+        request = Request("POST", f"/api/v1/runs/{run_id}/cancel", version=1)
+        request.caller = Caller(name=f"node {self.store.node}", scopes=("*",))
+        try:
+            _asked_of(self.cluster.url_of(node) or "", request, self.cluster.key)
+        except (RoexecError, OSError) as error:
+            self.say(f"Run {run_id} of the node {node} is to be replaced, which cannot be told: "
+                     f"{error}", "ERROR")
+
+
 def _asked_of(url, request, key):
-    """The Response of the server at a URL to a request that it is passed."""
+    """The Response of the server at a URL to a request that it is passed; raises OSError."""
     import urllib.parse
     parts = urllib.parse.urlsplit(url)
     target = request.path + (f"?{request.query}" if request.query else "")
@@ -21553,6 +21582,8 @@ def _asked_of(url, request, key):
          "pattern": caller.pattern})})
     port = parts.port or (443 if parts.scheme == "https" else 80)
     context = _trusting() if parts.scheme == "https" else None
+    if not parts.hostname:
+        raise OSError(errno.EHOSTUNREACH, "it is not there")
     client, answer = _asked((parts.hostname, port, context), request.method, target, request.body,
                             headers)
     passed = {name.title(): answer.headers[name] for name in _PASSED_BACK if answer.headers[name]}
@@ -25947,6 +25978,8 @@ def _url_here(address, tls):
 def _join(session, scheduler, http, cluster):
     """Let HTTP know of the scheduler and of settings, and have the scheduler look after it."""
     http.vitals, http.cluster = scheduler.vitals, cluster
+    if session.config.cluster:
+        scheduler.each_second.append(CancelsElsewhere(session.store, cluster, scheduler.say))
     http.warnings = lambda: _warnings(session.store, session.config)
     scheduler.each_second.append(http.note_uses)
     scheduler.on_reload.append(lambda: http.admit(session.config.server))

@@ -1,11 +1,12 @@
 """Requests that another node of a cluster has to answer, between two real servers."""
 import contextlib
+import errno
 import http.client
 import json
 import shutil
 
 import pytest
-from helpers import serve
+from helpers import serve, wait_for
 from served import LOG, database, record, row_of, said, write_log  # noqa: F401 (fixtures)
 
 import roexec
@@ -212,3 +213,27 @@ def test_who_leads_can_be_asked_of_every_node(nodes, ask):
     nodes["a"].cluster = None
     status, payload, _ = ask("a", "GET", "/cluster")
     assert (status, payload["error"]["code"]) == (404, "no_cluster")
+
+
+def test_a_run_of_another_node_that_is_to_be_replaced_is_cancelled_there_once(nodes):
+    run_id = elsewhere(nodes, "queued")
+    store, cluster, told = nodes["b"].store, nodes["b"].cluster, []
+    cancels = roexec.CancelsElsewhere(store, cluster, lambda text, level: told.append(text))
+    cancels()
+    with store.write() as db:
+        roexec.ask_to_cancel(db, run_id, "replaced")
+    cancels()                           # this node does not lead
+    for server in nodes.values():
+        server.cluster.leading = "b"
+    assert row_of(nodes["a"].store, run_id)["state"] == "queued"
+    cancels()
+    wait_for(lambda: row_of(nodes["a"].store, run_id)["state"] == "cancelled")
+    assert audited(nodes["a"])[0] == ("node b", "cancel")
+    assert row_of(nodes["a"].store, run_id)["reason"] == "replaced"
+    cancels()                           # that it has ended is not known here yet
+    nodes["b"].cluster.others.clear()
+    cancels.asked.clear()
+    cancels()
+    wait_for(lambda: told)
+    assert told == [f"Run {run_id} of the node a is to be replaced, which cannot be told: "
+                    f"[Errno {errno.EHOSTUNREACH}] it is not there"]
