@@ -14725,6 +14725,11 @@ class _Intake:
         return import_run(db, found, self.node, seq)
 
 
+def bucket_client(settings, **how):
+    """The S3Client of the `store` of a configuration."""
+    return S3Client(settings, S3Credentials(os.environ, os.path.expanduser("~")), **how)
+
+
 class Mirror:
     """A store and the bucket that keeps it. `client` is its S3Client, `node` the name of this node;
     `say(text, level)` is told what a person should know. What fails is an S3Error."""
@@ -23295,11 +23300,64 @@ def _programs_of(command, shell):
     return (shell[0], first) if known and _PLAIN_WORD.fullmatch(first) else (shell[0],)
 
 
+def _check_bucket(examined):
+    settings, store = examined.config.store, examined.store
+    if settings.type != "s3":
+        return
+    client = bucket_client(settings, timeout=10)
+    try:
+        next(iter(client.list("")), None)
+    finally:
+        client.close()
+    count, seconds = Mirror(store, client, store.node, store.say).waiting() if store.exists \
+        else (0, 0)
+    place = f"s3://{client.bucket}/{client.prefix}"
+    if seconds > _LONG_BEHIND:
+        yield _wrong(f"{place} can be read, but {count} changes wait to be written there, the "
+                     f"oldest for {format_duration(int(seconds))}; the server's log says why")
+    else:
+        yield _ok(place)
+
+
+_LONG_BEHIND = 300              # seconds
+
+
+def _check_etcd(examined):
+    cluster = examined.config.cluster
+    if cluster is None:
+        return
+    client = etcd_client(cluster)
+    try:
+        members, ahead = client.status(), client.offset()
+    finally:
+        client.close()
+    for each in members:
+        if each["error"]:
+            yield _wrong(each["error"])
+        elif _version_of(each["version"]) < (3, 4):
+            yield _wrong(f"{each['endpoint']} is {each['version']}; 3.4 or newer is needed")
+        elif (3, 5) <= _version_of(each["version"]) < (3, 5, 6):
+            # etcd.io, "v3.5 data inconsistency postmortem"
+            yield _remark(f"{each['endpoint']} is {each['version']}, which may lose what it has "
+                          "acknowledged; use 3.5.6 or newer")
+        else:
+            yield _ok(f"{each['endpoint']} is {each['version']}" + ", the leader" * each["leads"])
+    if ahead:
+        how = f"{abs(ahead):.1f}s {'ahead of' if ahead > 0 else 'behind'} etcd's"
+        yield (_wrong if abs(ahead) > 2 else _remark)(
+            f"the clock of this host is {how}; by more than 2s it does not lead")
+
+
+def _version_of(text):
+    return tuple(int(part) for part in re.findall(r"\d+", text or "")[:3])
+
+
 _CHECKS = {"python": _check_python, "program": _check_program, "sqlite": _check_sqlite,
            "store": _check_store, "disk": _check_disk, "clock": _check_clock,
            "time zone": _check_zone, "server": _check_server, "unit": _check_unit,
            "limits": _check_limits, "port": _check_port, "owner": _check_owner,
-           "tokens": _check_tokens, "job files": _check_followed_files, "jobs": _check_jobs}
+           "tokens": _check_tokens, "bucket": _check_bucket, "etcd": _check_etcd,
+           "job files": _check_followed_files, "jobs": _check_jobs}
 
 
 def status_warnings(store, config):
@@ -24106,7 +24164,7 @@ class Session:
 
     def mirror(self, say=None):
         """The Mirror of the store in its bucket."""
-        client = S3Client(self.config.store, S3Credentials(os.environ, os.path.expanduser("~")))
+        client = bucket_client(self.config.store)
         return Mirror(self.store, client, self.store.node, say or _say)
 
     @property
