@@ -7500,13 +7500,14 @@ class LogWriter:
     Raises OSError where the log cannot be made, but not for a full or failing disk: then lines are
     lost, `lost` counts the bytes of output among them, and each second it is tried again. `path` is
     where the log lies, relative to `folder`; None until there is room for one. Of a log that grows
-    beyond `most` bytes the first quarter and the newest lines are kept.
+    beyond `most` bytes the first quarter and the newest lines are kept. The name of one that goes
+    where those of other nodes are, `shared`, has the id of the run.
     """
 
     def __init__(self, folder, job_id, started, run_id, *, step=None, path=None,
-                 most=float("inf")):
+                 most=float("inf"), shared=False):
         self.path, self.lost = path, 0
-        self._folder, self._paths = folder, _log_paths(job_id, started, run_id, step)
+        self._folder, self._paths = folder, _log_paths(job_id, started, run_id, step, shared)
         self._descriptor, self._begin, self._size = None, 0, 0     # begin: offset of the last part
         self._most_in_part = most / 4
         self._stream, self._kept = "out", b""
@@ -7651,10 +7652,10 @@ class LogWriter:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
 
-def _log_paths(job_id, started, run_id, step):
+def _log_paths(job_id, started, run_id, step, shared):
     start = f"logs/{job_id}/{format_instant(int(started)).rstrip('Z')}"
     start += f"-{step}" if step else ""
-    return f"{start}.log", f"{start}-{run_id}.log"
+    return (f"{start}.log", f"{start}-{run_id}.log")[shared:]
 
 
 def _part(path, offset):
@@ -8100,7 +8101,7 @@ def remove_log(folder, path):
     return sum(state.st_size for state in files.values())
 
 
-LOG_PATH = Pattern(r"logs/[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[0-9A-Za-z:-]+\.log")
+LOG_PATH = Pattern(r"logs/[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[0-9A-Za-z][0-9A-Za-z:._-]*\.log")
 
 
 def log_exists(folder, path):
@@ -12363,7 +12364,7 @@ class Supervision(_Hooks):
         started = max(time.time(), self.header.get("not_before") or 0)
         self.log = LogWriter(self.folder, self.header["job"], started, self.header["run"],
                              step=self.header.get("step"), path=earlier,
-                             most=self.job.log.max_size)
+                             most=self.job.log.max_size, shared=self.header.get("shared", False))
         self.log.write("Going on after the loss of a supervisor" if earlier else "Starting run",
                        started)
         return self.log.path
@@ -13213,8 +13214,8 @@ class _Steps:
         header, job = self.run.header, self.jobs[step]
         try:
             journal = Journal.create(os.path.dirname(self.run.journal.path), {
-                **{name: header.get(name) for name in ("job", "slot", "env", "store", "vault",
-                                                       "work")},
+                **{name: header.get(name) for name in ("job", "slot", "env", "store", "shared",
+                                                       "vault", "work")},
                 "run": self.ids[step], "parent": header["run"], "step": step, "spec": job.spec,
                 "trigger": "pipeline", "boot": self.boot, "claimed_at": time.time(),
                 "outputs": self._outputs_for(step),
@@ -13688,6 +13689,7 @@ def make_journal(db, folder, row, job, now, **more):
     return Journal.create(folder, {
         "run": row["id"], "job": row["job_id"], "spec": job.spec, "trigger": row["trigger"],
         "slot": row["slot"], "env": json.loads(row["env"] or "{}"), "store": store_id(db),
+        "shared": is_watched(db),
         "owner": row["owner"], "claimed_at": now, "not_before": None if row["slot"] is None else
         delayed(job, row["slot"]),
         "vault": (get_settings(db) or {}).get("vault") if from_elsewhere else None, **more})

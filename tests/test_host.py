@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import engines
 import pytest
 from helpers import apply, make_job, tool, wait_for
 
@@ -831,3 +832,70 @@ def test_zsh_completes_commands_options_and_ids(shell):
 def test_a_shell_that_is_not_known_is_wrong_usage(line, cli):
     status, _, err = cli(line)
     assert status == 2 and "roexec completion bash | zsh | fish" in err
+
+
+# More than one machine.
+
+def found_of(check, store, settings):
+    """[(level, text)] of a check with a configuration."""
+    config = roexec.read_config(json.dumps(settings), "config.yml", "/")
+    return [(found.level, found.text) for found in roexec.examine(
+        store, config, {"x": check})]
+
+
+def test_without_a_bucket_and_without_a_cluster_there_is_nothing_to_be_looked_at(store):
+    assert found_of(roexec._check_bucket, store, {}) == []
+    assert found_of(roexec._check_etcd, store, {}) == []
+
+
+@pytest.mark.engine
+def test_doctor_looks_at_each_member_of_etcd(store, tmp_path):
+    dead, = engines.free_ports(1)
+    with engines.Etcd(str(tmp_path)) as etcd:
+        found = found_of(roexec._check_etcd, store, {
+            "store": {"type": "s3", "bucket": "runs"},
+            "clustering": {"leader_election": f"{etcd.url},127.0.0.1:{dead}"}})
+    place = etcd.url.partition("//")[2]
+    assert found[0][0] == "ok" and re.fullmatch(rf"{place} is [\d.]+, the leader", found[0][1])
+    assert found[1][0] == "wrong" and f"127.0.0.1:{dead}" in found[1][1] and len(found) == 2
+
+
+@pytest.mark.parametrize("version, level", [
+    ("3.3.27", "wrong"), ("3.4.0", "ok"), ("3.5.2", "note"), ("3.5.5", "note"), ("3.5.6", "ok"),
+    ("3.6.0-rc.1", "ok"),
+])
+@pytest.mark.parametrize("ahead, clock", [(0.0, None), (-1.5, "note"), (2.1, "wrong")])
+def test_doctor_knows_which_etcd_is_to_be_trusted_and_which_clock(store, monkeypatch, version,
+                                                                  level, ahead, clock):
+    class Client:
+        def __init__(self, *_):
+            self.close = lambda: None
+
+        def status(self):
+            return [{"endpoint": "h:1", "version": version, "leads": False, "error": None}]
+
+        def offset(self):
+            return ahead
+    monkeypatch.setattr(roexec, "EtcdClient", Client)
+    found = found_of(roexec._check_etcd, store, {
+        "store": {"type": "s3", "bucket": "runs"}, "clustering": {"leader_election": "etcd://h:1"}})
+    assert [each[0] for each in found] == [level] + [clock] * (clock is not None)
+
+
+@pytest.mark.engine
+def test_doctor_looks_at_the_bucket_and_at_what_waits_for_it(store, bucket, s3_server, monkeypatch):
+    client = bucket()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
+    settings = {"store": {"type": "s3", "bucket": s3_server.bucket, "endpoint": s3_server.endpoint,
+                          "prefix": client.prefix, "region": s3_server.region}}
+    place = f"s3://{client.bucket}/{client.prefix}"
+    assert found_of(roexec._check_bucket, store, settings) == [("ok", place)]
+    roexec.Mirror(store, client, "a", print).prepare()
+    apply(store, make_job("true"))
+    monkeypatch.setattr(roexec, "_LONG_BEHIND", -1)
+    (level, text), = found_of(roexec._check_bucket, store, settings)
+    assert level == "wrong" and text.startswith(f"{place} can be read, but ") and "wait" in text
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    (level, text), = found_of(roexec._check_bucket, store, settings)
+    assert level == "wrong" and "wrong" not in text

@@ -53,6 +53,16 @@ def test_a_second_run_in_the_same_second_gets_a_log_with_its_id(log, tmp_path):
         LogWriter(str(tmp_path), "backup", AT, "wxyz987654")
 
 
+def test_a_log_that_lies_beside_those_of_other_nodes_has_the_id_of_its_run(tmp_path):
+    first = LogWriter(str(tmp_path), "backup", AT, "abcd123456", step="a.b_c", shared=True)
+    first.write("mine", AT)
+    first.close(AT)
+    assert first.path == "logs/backup/2025-08-01T02:00:00-a.b_c-abcd123456.log"
+    size = os.stat(tmp_path / first.path).st_size
+    assert roexec.remove_log(str(tmp_path), first.path) == size > 0
+    assert not (tmp_path / first.path).exists()
+
+
 def test_only_the_owner_may_read_a_log_whatever_the_umask(tmp_path):
     before = os.umask(0)
     try:
