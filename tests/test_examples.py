@@ -1,12 +1,16 @@
 """The examples: each is read as a user's file would be, and each job of theirs runs."""
 import configparser
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import engines
 import pytest
 from helpers import tool, wait_for
 
@@ -33,8 +37,10 @@ def config():
 
 def test_the_examples_are_these():
     names = sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.*"))
-    assert names == ["alerts-test.yml", "alerts.yml", "config-local.yml", "docker/compose.yml",
-                     "github-actions.yml", "jobs.yml", "pipeline.yml", "roexec.service"]
+    assert names == ["alerts-test.yml", "alerts.yml", "cluster/README.md", "cluster/etcd.yml",
+                     "cluster/jobs.yml", "cluster/node.yml", "cluster/s3.conf", "cluster/start.py",
+                     "config-local.yml", "docker/compose.yml", "github-actions.yml", "jobs.yml",
+                     "pipeline.yml", "roexec.service"]
 
 
 def test_the_jobs_are_those_of_the_readme(jobs):
@@ -103,8 +109,8 @@ def cli(tmp_path):
 @pytest.mark.parametrize("job, options, output", [
     ("hello", ["--env", "KEY=VAL"], ["Hello", "from", "Roexec", "KEY is VAL"]),
     ("backup-db", [], ["dumping from db.internal as backup", "10240"]),
-    ("sync", [], ["Jenkinsfile", "alerts-test.yml", "alerts.yml", "config-local.yml", "docker",
-                  "github-actions.yml", "jobs.yml", "pipeline.yml", "roexec.service"]),
+    ("sync", [], ["Jenkinsfile", "alerts-test.yml", "alerts.yml", "cluster", "config-local.yml",
+                  "docker", "github-actions.yml", "jobs.yml", "pipeline.yml", "roexec.service"]),
 ])
 def test_a_job_runs_anywhere(cli, job, options, output):
     run = cli("run", "--id", job, *options)
@@ -197,3 +203,109 @@ def test_the_pipeline_tests_each_python_and_packages_what_passed():
     assert all(steps[step].depends_on == {"clone": "succeeded"} for step in pythons)
     assert list(steps["package"].depends_on) == pythons
     assert len({steps[step].command for step in pythons}) == 1
+
+
+# A cluster.
+
+def test_the_configuration_of_a_node_is_one_of_a_cluster():
+    path = EXAMPLES / "cluster/node.yml"
+    node = roexec.read_config(path.read_text(encoding="utf-8"), str(path), "/")
+    assert node.cluster.leader_election.tls and len(node.cluster.leader_election.endpoints) == 3
+    assert node.store.type == "s3" and node.cluster.advertise == "https://node1.example.com:8080"
+
+
+def start_cluster(*words, **more):
+    """The process of the example, told by `words`, with `more` in its environment."""
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "cluster/start.py"), *words], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={
+            "PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **more})
+
+
+@pytest.mark.parametrize("words, more, sentence", [
+    ([], {}, "There is no S3 server"),
+    (["--endpoint", "http://127.0.0.1:9"], {"AWS_EC2_METADATA_DISABLED": "true", "HOME": "/"},
+     "there are no credentials for S3"),
+    (["--endpoint", "http://127.0.0.1:9"], {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
+     "at http://127.0.0.1:9: Connection refused"),
+])
+def test_a_cluster_that_lacks_something_says_what(words, more, sentence, tmp_path):
+    process = start_cluster(*words, "--folder", str(tmp_path / "all"), **more)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and sentence in said and "Traceback" not in said
+
+
+def processes_of(folder):
+    """The ids of processes that were started with a path in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:                 # it has ended meanwhile
+            continue
+        if str(folder).encode() in words and path.parent.name != str(os.getpid()):
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """(process, port, folder, lines that it has printed) of the example, which runs."""
+    tool("etcd", package="etcd-server")
+    (tmp_path / "s3").mkdir()
+    s3 = engines.start_s3(str(tmp_path / "s3"))
+    port, folder, said = free_range(24), tmp_path / "all", tmp_path / "said"
+    with open(said, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "cluster/start.py"), "--endpoint", s3.endpoint,
+             "--port", str(port), "--folder", str(folder)], stdout=file, stderr=file,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path),
+                 "AWS_ACCESS_KEY_ID": s3.access, "AWS_SECRET_ACCESS_KEY": s3.secret})
+    try:
+        yield process, port, folder, said
+    finally:
+        process.terminate()
+        process.wait(60)
+        for pid in processes_of(folder):
+            os.kill(pid, signal.SIGKILL)
+        s3.close()
+
+
+def free_range(count):
+    """The first of so many ports that nobody has."""
+    while True:
+        first, = engines.free_ports(1)
+        if not any(map(engines.is_open, range(first, first + count))):
+            return first
+
+
+def ask(port, path):
+    """The payload at a path of a node; None where it does not answer."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/{path}", timeout=5) as answer:
+            return json.load(answer)
+    except OSError:
+        return None
+
+
+@pytest.mark.engine
+def test_the_cluster_starts_with_one_command_survives_its_leader_and_ends_whole(cluster):
+    process, port, folder, said = cluster
+    named = re.compile(r"^[\d:]+ (\w) leads\n(?:.*\n)*?.*kill -9 (\d+)", re.M)
+    first, pid = wait_for(lambda: named.search(said.read_text()), 60, said.read_text).groups()
+    nodes = {name: port + number for number, name in enumerate("abc", 1)}
+    wait_for(lambda: ask(nodes[first], "runs?state=succeeded")["runs"], 30)
+    assert f"{first}  http://127.0.0.1:{nodes[first]}/  process {pid}  leads" in said.read_text()
+    os.kill(int(pid), signal.SIGKILL)
+    second = wait_for(lambda: next((found[1] for found in named.finditer(said.read_text())
+                                    if found[1] != first), None), 60, said.read_text)
+    assert f"{first} has ended" in said.read_text()
+    newest = wait_for(lambda: [run for run in ask(nodes[second], "runs")["runs"]
+                               if run["node"] == second and run["state"] == "succeeded"], 30)
+    assert newest[0]["job_id"] == "tick"
+    runs = ask(nodes[second], "runs")["runs"]
+    slots = [run["slot"] for run in runs if run["state"] in ("succeeded", "lost")]
+    assert len(slots) == len(set(slots)) and any(run["node"] == first for run in runs)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, said.read_text()
+    wait_for(lambda: not processes_of(folder), 30, lambda: str(processes_of(folder)))

@@ -33,7 +33,9 @@ def tables():
                "the configuration": roexec.Config, "server": roexec._ServerSettings,
                "tls": roexec.TlsSettings, "auth": roexec.AuthSettings,
                "metrics": roexec.MetricsSettings, "mail": roexec.MailSettings,
-               "vault": roexec.VaultSettings, "a source of env_from": roexec._EnvSource}
+               "vault": roexec.VaultSettings, "a source of env_from": roexec._EnvSource,
+               "store": roexec._StoreSettings, "clustering": roexec.ClusterSettings,
+               "tls of etcd": roexec._ClusterTls}
     return [(name, key) for name, record in records.items() for key in record.KEYS]
 
 
@@ -46,7 +48,7 @@ def test_every_command_stands_in_an_example(name):
 @pytest.mark.parametrize("name, key", tables(), ids=" ".join)
 def test_every_key_is_told(name, key):
     shown = {key for block in BLOCKS for key in re.findall(r"([a-z_]+):", block)}
-    of_examples = ("the configuration", "server", "tls", "auth")
+    of_examples = ("the configuration", "server", "tls", "auth", "store", "clustering")
     assert key in NAMED | (shown if name in of_examples else set())
 
 
