@@ -362,6 +362,60 @@ def test_a_claim_without_an_answer_counts_if_it_was_done(nodes, fail):
     assert a.executed == [60] and a.claims_there() == [(60, "starting", "a")]
 
 
+def hold_move(node):
+    """Let a node wait in vain for an answer to its next move -> what does it now."""
+    sent, txn = [], node.client.txn
+
+    def hold(*move):
+        sent.append(move)
+        node.client.txn = txn
+        raise EtcdError("no answer", unknown=True)
+    node.client.txn = hold
+    return lambda: txn(*sent[0])[0]
+
+
+def test_a_claim_that_arrives_after_the_next_one_is_not_done(nodes):
+    a, = nodes(1)
+    a.turn()
+    arrive = hold_move(a)
+    a.ask(60)
+    a.claims.turn()
+    assert [rows for _, rows, _ in a.write_down()] == [None] and a.cursor() is None
+    a.claim(60)
+    a.start_runs(), a.claims.turn()
+    assert a.start_runs() == [60]
+    before = a.cursor()
+    assert not arrive() and a.cursor() == before
+
+
+def test_a_claim_that_arrives_before_the_next_one_is_the_one(nodes):
+    a, = nodes(1)
+    a.turn()
+    arrive = hold_move(a)
+    a.ask(60)
+    a.claims.turn()
+    a.write_down()
+    assert arrive()
+    a.ask(60)
+    a.claims.turn(), a.write_down(), a.run()
+    assert a.executed == [60] and len(a.cursor().open) == 1
+
+
+@pytest.mark.parametrize("taken_over", [True, False])
+def test_a_begin_that_arrives_late_is_not_done_where_another_has_the_slot(nodes, taken_over):
+    a, b = nodes()
+    a.turn(), b.turn()
+    a.claim(60)
+    arrive = hold_move(a)
+    a.start_runs(), a.claims.turn()
+    if taken_over:
+        paused(a, b)
+        b.turn(), b.write_down()
+    assert arrive() != taken_over
+    a.run(), b.run()
+    assert (a.executed, b.executed) == (([], [60]) if taken_over else ([60], []))
+
+
 def test_a_begin_without_an_answer_counts_if_it_was_done(nodes):
     a, b = nodes()
     a.turn()
@@ -583,18 +637,43 @@ def test_a_run_that_may_be_repeated_is_once_where_its_node_is_gone(nodes):
     assert a.executed == []
 
 
-def test_a_fault_in_the_middle_of_taking_over_is_made_good(nodes):
+@pytest.mark.parametrize("call", ["txn", "get_prefix"])
+def test_a_fault_in_the_middle_of_taking_over_is_made_good(nodes, call):
     a, b = nodes()
     a.turn(), b.turn()
     a.claim(60)
     a.end_lease()
     b.membership.turn(True)
-    txn, b.client.txn = b.client.txn, refuse
+    before = getattr(b.client, call)
+    setattr(b.client, call, refuse)
     with pytest.raises(EtcdError):
         b.claims.turn()
-    b.client.txn = txn
-    b.run()
+    assert b.claims.term != b.membership.term or call == "txn"
+    setattr(b.client, call, before)
+    b.claims.turn()
+    b.write_down(), b.run()
     assert b.executed == [60]
+
+
+def test_a_run_that_ended_well_is_not_repeated_since_its_node_ends_later(nodes):
+    a, b = nodes()
+    for node in (a, b):
+        with node.store.write() as db:
+            job = roexec.Job({"id": "j", "command": "true", "if_lost": "rerun"})
+            roexec.perform_apply(db, roexec.plan_apply(db, {None: [job]}), time.time())
+    a.turn(), b.turn()
+    run = a.claim(60)
+    a.start_runs(), a.claims.turn(), a.start_runs()
+    a.finish()
+    with b.store.write() as db:         # as it comes from the bucket
+        roexec.begin_import(db)
+        roexec.add_run(db, id=run, job_id="j", slot=60, trigger="schedule", state="succeeded",
+                       node="a", queued_at=time.time(), finished_at=time.time())
+        roexec.end_import(db)
+    paused(a, b)
+    b.ahead += 2 * LEASE
+    b.run()
+    assert b.executed == [] and b.states() == [(60, "succeeded", None)]
 
 
 # Processes.
