@@ -4532,11 +4532,6 @@ class Cursor(Value):
         return claim is not None and (claim.state, claim.owner, claim.boot) == (
             "starting", me, boot)
 
-    def to_withdraw(self, me, runs):
-        """The runs among `runs`, queued by this node, that another one has taken over since."""
-        owned = {claim.run for claim in self.open if claim.owner == me}
-        return [run for run in runs if run not in owned]
-
     def to_text(self):
         """The cursor as JSON."""
         return json.dumps({"due": self.due, "open": [

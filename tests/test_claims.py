@@ -119,7 +119,7 @@ def test_a_lost_run_is_repeated_once_where_its_job_allows_it():
     assert told(once_more) == {"s": "lost c"}
 
 
-# What a node has to write down, may execute, and has to withdraw.
+# What a node has to write down, and may execute.
 
 @pytest.mark.parametrize("found, state, written", [
     (claim("r"), None, "claimed"), (claim("r"), "queued", None), (claim("r"), "cancelled", None),
@@ -144,11 +144,6 @@ def test_what_a_node_has_to_write_down(found, state, written):
     (claim("s", "starting"), False)])
 def test_only_what_this_boot_of_the_owner_has_begun_may_be_executed(found, may):
     assert cursor(found).may_execute("r", "a", "b1") == may
-
-
-def test_what_others_have_taken_over_is_withdrawn():
-    found = cursor(claim("r"), claim("s", owner="b"), claim("t", "starting", "b"), claim("l", "lost"))
-    assert found.to_withdraw("a", ["r", "s", "t", "l", "closed"]) == ["s", "t", "closed"]
 
 
 def test_the_first_cursor_of_a_job_claims_what_is_queued_already():
@@ -388,8 +383,8 @@ class Model:
                     or parsed(node.known).may_execute(run, name, node.boot):
                 yield f"marks {run} as running", number, put(
                     state, number, rows=with_row(node.rows, run, slot, "running"))
-            elif self.by != "lease" and parsed(node.known).to_withdraw(name, [run]):
-                yield f"withdraws {run}", number, put(
+            elif state.told[slot - 1]:      # of what is queued only, others may know better
+                yield f"reads of {run} in the bucket", number, put(
                     state, number, rows=with_row(node.rows, run, slot))
 
     def of_disk(self, state, number, node):
@@ -519,8 +514,7 @@ def test_a_key_for_each_slot_that_is_collected_starts_a_slot_twice():
     ("begin", lambda cursor, run, owner, boot: Cursor(due=cursor.due, open=tuple(
         claim.changed(state="starting", owner=owner) for claim in cursor.open))),
     ("to_write", lambda cursor, me, boot, states: iter(())),
-    ("take_over", lambda cursor, me, boot, live, again=None: cursor),
-    ("to_withdraw", lambda cursor, me, runs: [])])
+    ("take_over", lambda cursor, me, boot, live, again=None: cursor)])
 def test_a_fault_in_a_move_is_found(monkeypatch, method, broken):
     monkeypatch.setattr(Cursor, method, broken)
     for memory in (parsed, moved, own_part, to_write):
