@@ -1,4 +1,5 @@
 """Nodes of a cluster for tests: real servers with their own stores, one etcd, one bucket."""
+import contextlib
 import http.client
 import json
 import os
@@ -7,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timezone
 
 from engines import free_ports
-from helpers import wait_for
+from helpers import descendants, wait_for
+from links import Link
 
 import roexec
 
@@ -18,7 +21,8 @@ LEASE = 3       # seconds, the shortest there is
 
 class Node:
     """A server with a folder of its own. `etcd` are (host, port) of the endpoints it is told,
-    `s3` is the server of its bucket and `endpoint` the URL at which it is to reach that."""
+    `s3` is the server of its bucket and `endpoint` the URL at which it is to reach that. `prefix`
+    is that of its objects, and of its keys in etcd."""
 
     def __init__(self, folder, name, etcd, s3, *, endpoint=None, prefix="", lease=LEASE, port=None):
         self.folder, self.name, self.process = str(folder), name, None
@@ -32,7 +36,8 @@ class Node:
                 "store": {"type": "s3", "path": os.path.join(self.folder, "store"),
                           "bucket": s3.bucket, "prefix": prefix, "region": s3.region,
                           "endpoint": endpoint or s3.endpoint},
-                "clustering": {"leader_election": f"etcd://{hosts}", "node": name,
+                "clustering": {"leader_election": f"etcd://{hosts}/{prefix}".rstrip("/"),
+                               "node": name,
                                "lease": lease}}, file)
         self.environment = {
             **os.environ, "AWS_ACCESS_KEY_ID": s3.access, "AWS_SECRET_ACCESS_KEY": s3.secret,
@@ -65,6 +70,20 @@ class Node:
         self.process.wait(30)
         self.process = None
 
+    def freeze(self):
+        """Let nothing of the host go on, as where a virtual machine is suspended."""
+        for pid in self._pids():
+            _send(pid, signal.SIGSTOP)
+
+    def thaw(self):
+        for pid in self._pids():
+            _send(pid, signal.SIGCONT)
+
+    def _pids(self):
+        """The server, its launcher, its supervisors and what they run."""
+        return [] if self.process is None else [
+            self.process.pid, *descendants(self.process.pid)]
+
     def ask(self, method, path, body=None, timeout=10):
         """(status, payload or bytes)."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -85,6 +104,10 @@ class Node:
         except (OSError, http.client.HTTPException):
             return None
         return payload if status == 200 else None
+
+    def jobs(self):
+        """The ids of the jobs that this node knows."""
+        return {job["id"] for job in (self.get("/jobs") or {"jobs": ()})["jobs"]}
 
     def cluster(self):
         return self.get("/cluster") or {"role": None, "leader": None, "nodes": [], "term": None}
@@ -108,11 +131,127 @@ class Node:
         with self.store.read() as db:
             return [dict(row) for row in roexec.list_runs(db, limit=-1)]
 
+    def history(self):
+        """{id: all that this node knows of a run} as it should be the same everywhere."""
+        with self.store.read() as db:
+            ids = [row["id"] for row in roexec.list_runs(db, limit=-1)]
+            return {run_id: {**roexec.run_object(db, run_id, self.name), "seq": None}
+                    for run_id in ids}
+
+    def runs_of(self, job_id):
+        """The rows of a job, with the names of their nodes, in the order of their slots."""
+        found = [{**row, "node": row["node"] or self.name} for row in self.runs()
+                 if row["job_id"] == job_id]
+        return sorted(found, key=lambda row: (row["slot"] or 0, row["queued_at"]))
+
 
 def leader_of(nodes, seconds=30):
     """The Node that leads."""
     return wait_for(lambda: next((node for node in nodes if node.process and node.leads()), None),
                     seconds, lambda: "\n".join(node.said() for node in nodes))
+
+
+def _send(pid, number):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+class Nodes:
+    """Three nodes, each with links of its own to each member of etcd and to the bucket.
+
+    `witness` is a file for the lines of `witness_line`.
+    """
+
+    def __init__(self, folder, etcd, s3, prefix=""):
+        self.folder, self.etcd, self.s3 = str(folder), etcd, s3
+        self.links = {name: [Link(port) for port in (*etcd.ports, s3.port)] for name in "abc"}
+        self.all = [Node(
+            os.path.join(self.folder, name), name,
+            [("127.0.0.1", link.port) for link in links[:-1]], s3, prefix=prefix,
+            endpoint=f"http://127.0.0.1:{links[-1].port}") for name, links in self.links.items()]
+        self.witness = os.path.join(self.folder, "witness")
+        with open(self.witness, "w", encoding="utf-8"):
+            pass
+
+    def start(self):
+        for node in self.all:
+            node.start()
+        return self
+
+    @property
+    def running(self):
+        return [node for node in self.all if node.process is not None]
+
+    def etcd_links(self, node):
+        return self.links[node.name][:-1]
+
+    def s3_link(self, node):
+        return self.links[node.name][-1]
+
+    def leader(self, seconds=30):
+        return leader_of(self.running, seconds)
+
+    def followers(self):
+        """The other nodes than the leader."""
+        leader = self.leader()
+        return [node for node in self.all if node is not leader]
+
+    def heal(self):
+        """All as in the beginning -> the leader."""
+        for links in self.links.values():
+            for link in links:
+                link.heal()
+        for node in self.all:
+            if node.process is None:
+                node.start()
+            node.thaw()
+        leader = self.leader()
+        wait_for(lambda: all(len(node.cluster()["nodes"]) == 3 for node in self.all), 30,
+                 self.said)
+        return leader
+
+    def apply(self, *jobs):
+        """Register jobs, by whichever node leads; all nodes know them then."""
+        status, answer = self.leader().ask("POST", "/apply?source=tests", {"jobs": list(jobs)})
+        assert status == 200, answer
+        ids = {job["id"] for job in jobs}
+        for node in self.running:
+            wait_for(lambda: ids <= node.jobs(), 20, self.said)
+
+    def witness_line(self, more=""):
+        """A command that leaves a line: its slot, run and log, which lies on its node, and now."""
+        return (f'echo "$ROEXEC_JOB_ID ${{ROEXEC_SLOT:--}} $ROEXEC_RUN_ID $ROEXEC_ATTEMPT '
+                f'$ROEXEC_LOG $(date +%s.%N)" >> {self.witness}; {more}')
+
+    def seen(self, job_id):
+        """[Line] of a job in the witness."""
+        with open(self.witness, encoding="utf-8") as file:
+            return [line for line in map(_Line, file) if line.job == job_id]
+
+    def said(self):
+        return "\n".join(f"==== {node.name}\n{node.said()[-20_000:]}" for node in self.all)
+
+    def close(self):
+        for node in self.all:
+            node.thaw()
+            node.kill()
+        for links in self.links.values():
+            for link in links:
+                link.close()
+
+
+class _Line:
+    """A line in the witness: what a run has said of itself when it began."""
+
+    def __init__(self, text):
+        self.text = text.strip()
+        self.job, slot, self.run, attempt, log, at = text.split()
+        self.slot = None if slot == "-" else roexec.parse_instant(slot, timezone.utc)
+        self.attempt, self.at = int(attempt), float(at)
+        self.node = log.split("/store/")[0].rpartition("/")[2]
+
+    def __repr__(self):
+        return self.text
 
 
 def wait_until(instant):

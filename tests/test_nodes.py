@@ -1,0 +1,269 @@
+"""Nodes of a cluster as users have them: real servers, etcd with three members, a bucket, and what
+happens to them."""
+import contextlib
+import shutil
+import signal
+import time
+
+import pytest
+from engines import Etcd, start_s3
+from helpers import kill_descendants, wait_for
+from nodes import LEASE, Nodes
+
+import roexec
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    """Three nodes that all tests of this file share."""
+    roexec.become_subreaper()
+    folder = tmp_path_factory.mktemp("nodes")
+    with contextlib.ExitStack() as opened:
+        opened.callback(kill_descendants)
+        etcd = opened.enter_context(Etcd(str(folder / "etcd"), 3))
+        (folder / "s3").mkdir()
+        s3 = start_s3(str(folder / "s3"))
+        opened.callback(s3.close)
+        nodes = Nodes(folder, etcd, s3)
+        opened.callback(nodes.close)
+        yield nodes.start()
+
+
+@pytest.fixture
+def nodes(rig, request):
+    """The nodes as in the beginning, without jobs."""
+    for member in rig.etcd.members:
+        if not member.is_running:
+            member.start()
+    rig.heal()
+    yield rig
+    print(rig.said())
+    rig.heal()
+    status, answer = rig.leader().ask("POST", "/apply?source=tests&prune=1", {"jobs": []})
+    assert status == 200, answer
+
+
+def ticking(nodes, job_id, more="", **options):
+    """A job that is due each second, once it has run."""
+    nodes.apply({"id": job_id, "schedule": "@every 1s", "max_concurrent": 0,
+                 "command": nodes.witness_line(more), **options})
+    return wait_for(lambda: nodes.seen(job_id), 20, nodes.said)[0].slot
+
+
+def await_same_history(nodes, seconds=20):
+    """The history of all nodes, once it is the same."""
+    def look():
+        first, *others = [node.history() for node in nodes.all]
+        return first if all(other == first for other in others) else None
+    return wait_for(look, seconds, lambda: nodes.said() + difference(nodes))
+
+
+def difference(nodes):
+    """What nodes say differently of runs."""
+    known = {node.name: node.history() for node in nodes.all}
+    lines = []
+    for run_id in sorted(set().union(*known.values())):
+        found = {name: history.get(run_id) for name, history in known.items()}
+        first, *others = found.values()
+        if any(other != first for other in others):
+            lines += [run_id, *(f"    {name} {row}" for name, row in found.items())]
+    return "\n".join(lines)
+
+
+def check(nodes, job_id, first, last):
+    """Each slot from the first to the last has one row, and no more lines in the witness than that
+    row has attempts."""
+    rows = nodes.all[0].runs_of(job_id)
+    slots, said = {}, f"{job_id} " + "\n".join(map(str, rows)) + nodes.said()
+    for row in rows:
+        if row["slot"] is not None:
+            for slot in range(row["slot"], (row["last_slot"] or row["slot"]) + 1):
+                assert slot not in slots, (slot, said)
+                slots[slot] = row
+    for line in nodes.seen(job_id):
+        if line.slot is not None:
+            row = slots.get(line.slot)
+            assert row is not None and row["id"] == line.run, (line, row, said)
+            assert row["node"] == line.node, (line, row, said)
+    starts = [(line.slot, line.attempt) for line in nodes.seen(job_id) if line.slot is not None]
+    assert len(starts) == len(set(starts)), (sorted(starts), said)
+    for slot in range(first, last + 1):
+        assert slot in slots, (slot, said)
+    return slots
+
+
+def settled(nodes, job_id, first, seconds=20):
+    """What is known of each slot of a job that is due each second, from the first one to now."""
+    last = int(time.time()) - 1
+    wait_for(lambda: any((row["last_slot"] or row["slot"] or 0) > last
+                         for row in nodes.leader().runs_of(job_id)), seconds, nodes.said)
+    nodes.leader().ask("POST", f"/jobs/{job_id}/pause", {})
+    wait_for(lambda: all(row["state"] in roexec.FINAL_STATES for node in nodes.all
+                         for row in node.runs_of(job_id)), seconds,
+             lambda: nodes.said() + str(nodes.all[0].runs_of(job_id)))
+    await_same_history(nodes)
+    return check(nodes, job_id, first, last)
+
+
+def test_a_leader_that_is_killed_is_followed_within_its_lease(nodes):
+    first = ticking(nodes, "killed", catch_up="all")
+    leader = nodes.leader()
+    leader.kill()
+    killed = time.time()
+    line = wait_for(lambda: next((line for line in nodes.seen("killed") if line.at > killed
+                                  and line.node != leader.name), None), 30, nodes.said)
+    assert line.at < killed + LEASE + 2, nodes.said()
+    leader.start()
+    slots = settled(nodes, "killed", first)
+    assert {row["state"] for row in slots.values()} <= {"succeeded", "lost"}
+
+
+def test_a_leader_that_is_paused_for_longer_than_its_lease_starts_no_slot_again(nodes):
+    first = ticking(nodes, "paused", catch_up="all")
+    leader = nodes.leader()
+    leader.signal(signal.SIGSTOP)
+    paused = time.time()
+    others = [node for node in nodes.all if node is not leader]
+    wait_for(lambda: any(node.leads() for node in others), 20, nodes.said)
+    wait_for(lambda: sum(line.at > paused and line.node != leader.name
+                         for line in nodes.seen("paused")) > LEASE, 20, nodes.said)
+    leader.signal(signal.SIGCONT)
+    settled(nodes, "paused", first)
+    assert not leader.leads()
+
+
+def test_a_leader_that_is_asked_to_end_hands_over_at_once(nodes):
+    first = ticking(nodes, "ended", catch_up="all")
+    leader = nodes.leader()
+    leader.stop()
+    stopped = time.time()
+    line = wait_for(lambda: next((line for line in nodes.seen("ended") if line.at > stopped
+                                  and line.node != leader.name), None), 30, nodes.said)
+    assert line.at < stopped + 2, nodes.said()
+    leader.start()
+    slots = settled(nodes, "ended", first)
+    assert {row["state"] for row in slots.values()} == {"succeeded"}
+
+
+def test_a_leader_steps_down_when_it_is_asked_to_wherever_that_is(nodes):
+    first = ticking(nodes, "stepped")
+    leader, (follower, _) = nodes.leader(), nodes.followers()
+    status, _ = follower.ask("POST", "/cluster/step-down", {})
+    assert status == 202
+    asked = time.time()
+    wait_for(lambda: follower.cluster()["leader"] not in (None, leader.name), 10, nodes.said)
+    assert time.time() < asked + 2
+    settled(nodes, "stepped", first)
+    assert len(follower.cluster()["nodes"]) == 3 and not leader.leads()
+
+
+def test_without_most_of_etcd_runs_go_on_and_slots_wait_and_health_says_so(nodes):
+    first = ticking(nodes, "waiting", catch_up="all")
+    nodes.apply({"id": "long", "schedule": "@every 1h", "command": "sleep 5; echo over"})
+    status, run = nodes.leader().ask("POST", "/jobs/long/run", {})
+    assert status == 202
+    for member in nodes.etcd.members[:2]:
+        member.kill()
+    killed = time.time()
+    for node in nodes.all:
+        wait_for(lambda: node.ask("GET", "/health")[0] == 503, 20, nodes.said)
+        assert "etcd does not answer" in node.ask("GET", "/health")[1]["error"]["message"]
+    assert time.time() < killed + LEASE + 3
+    before = len(nodes.seen("waiting"))
+    row = wait_for(lambda: next((row for node in nodes.all for row in node.runs_of("long")
+                                 if row["state"] == "succeeded"), None), 20, nodes.said)
+    assert row["id"] == run["id"] and len(nodes.seen("waiting")) == before
+    for member in nodes.etcd.members[:2]:
+        member.start()
+    for node in nodes.all:
+        wait_for(lambda: node.ask("GET", "/health")[0] == 200, 20, nodes.said)
+    slots = settled(nodes, "waiting", first)
+    assert {row["trigger"] for row in slots.values()} == {"schedule", "catch_up"}
+    assert {row["state"] for row in slots.values()} == {"succeeded"}
+
+
+def test_without_the_bucket_runs_go_on_and_all_of_it_is_there_afterwards(nodes):
+    first = ticking(nodes, "bucketless")
+    for node in nodes.all:
+        nodes.s3_link(node).cut()
+    cut, waiting = time.time(), nodes.leader().cluster()["store"]["waiting"]
+    wait_for(lambda: sum(line.at > cut for line in nodes.seen("bucketless")) > 5, 20, nodes.said)
+    lines = [line for line in nodes.seen("bucketless") if line.at > cut]
+    assert max(line.at - line.slot for line in lines) < 1.5, lines
+    assert nodes.leader().cluster()["store"]["waiting"] > waiting
+    assert nodes.leader().ask("GET", "/health")[0] == 200
+    for node in nodes.all:
+        nodes.s3_link(node).heal()
+    slots = settled(nodes, "bucketless", first)
+    assert {row["state"] for row in slots.values()} == {"succeeded"}
+    assert nodes.leader().cluster()["store"]["waiting"] == 0
+
+
+def test_a_node_with_an_empty_disk_shows_jobs_history_and_logs_within_seconds(nodes):
+    ticking(nodes, "shown", "echo said by $ROEXEC_RUN_ID")
+    leader, (other, _) = nodes.leader(), nodes.followers()
+    run = wait_for(lambda: next((row for row in other.runs_of("shown")
+                                 if row["state"] == "succeeded"), None), 20, nodes.said)
+    other.kill()
+    shutil.rmtree(other.store.folder)
+    other.start()
+    started = time.time()
+    wait_for(lambda: run["id"] in {each["id"] for each in (other.get("/runs?job=shown&limit=100")
+                                                          or {"runs": ()})["runs"]}, 20, nodes.said)
+    assert "shown" in other.jobs()
+    text = f"said by {run['id']}"
+    assert text in other.ask("GET", f"/runs/{run['id']}/logs")[1].decode()
+    assert time.time() < started + 8
+    leader.kill()                       # now from the bucket
+    wait_for(lambda: leader.name not in [each["node"] for each in other.cluster()["nodes"]], 20,
+             nodes.said)
+    assert text in other.ask("GET", f"/runs/{run['id']}/logs")[1].decode()
+
+
+def test_what_a_node_was_running_when_it_went_away_is_lost_until_it_tells_better(nodes):
+    gate = f"{nodes.folder}/gate"
+    waits = f"while [ ! -e {gate} ]; do sleep 0.05; done"
+    nodes.apply({"id": "once", "schedule": "@every 1h", "command": waits},
+                {"id": "again", "schedule": "@every 1h", "command": waits, "if_lost": "rerun"},
+                {"id": "due", "schedule": "@every 1s", "command": waits})
+    leader, (follower, _) = nodes.leader(), nodes.followers()
+    ids = {job_id: leader.ask("POST", f"/jobs/{job_id}/run", {})[1]["id"]
+           for job_id in ("once", "again")}
+    ids["due"] = wait_for(lambda: next((row["id"] for row in leader.runs_of("due")
+                                        if row["state"] == "running"), None), 20, nodes.said)
+
+    def state_of(node, run_id):
+        row = node.history().get(run_id)
+        return row and (row["state"], row["reason"])
+    for run_id in ids.values():
+        wait_for(lambda: state_of(follower, run_id) == ("running", None), 20, nodes.said)
+    leader.kill()
+    for run_id in ids.values():
+        wait_for(lambda: state_of(follower, run_id) == ("lost", "node"), 20, nodes.said)
+    repeated = wait_for(lambda: next((row for row in follower.runs_of("again")
+                                      if row["retry_of"]), None), 20, nodes.said)
+    assert repeated["retry_of"] == ids["again"]
+    assert not any(row["retry_of"] for row in follower.runs_of("once"))
+    with open(gate, "w", encoding="utf-8"):
+        pass
+    leader.start()
+    for run_id in (*ids.values(), repeated["id"]):
+        for node in nodes.all:
+            wait_for(lambda: state_of(node, run_id) == ("succeeded", None), 20,
+                     lambda: nodes.said() + difference(nodes))
+    await_same_history(nodes)
+
+
+def test_a_run_that_a_follower_is_asked_for_runs_on_the_leader(nodes):
+    nodes.apply({"id": "asked", "schedule": "@every 1h", "command": nodes.witness_line("echo hi")})
+    leader, (follower, _) = nodes.leader(), nodes.followers()
+    status, run = follower.ask("POST", "/jobs/asked/run", {})
+    assert status == 202
+    wait_for(lambda: nodes.seen("asked"), 20, nodes.said)
+    assert [(line.run, line.node) for line in nodes.seen("asked")] == [(run["id"], leader.name)]
+    row = wait_for(lambda: next((row for row in follower.runs_of("asked")
+                                 if row["state"] == "succeeded"), None), 20, nodes.said)
+    assert row["node"] == leader.name
+    assert "hi" in follower.ask("GET", f"/runs/{run['id']}/logs")[1].decode()
