@@ -3606,10 +3606,11 @@ def next_run(job, now, zone, paused=0, position=None):
 class SlotRow(Value):
     """What becomes of a slot, or of `count` consecutive ones from `slot` to `last_slot`.
 
-    `reason` is None for one that is to run, with `trigger` "schedule" or "catch_up". `run` is the
-    id of the run where it was given beforehand, as to all nodes of a cluster.
+    `reason` is None for one that is to run, with `trigger` "schedule" or "catch_up". `run` and
+    `queued_at` (UTC seconds) are those of its row where they were given beforehand, so that they
+    are the same on all nodes of a cluster.
     """
-    __slots__ = ("slot", "last_slot", "count", "trigger", "reason", "message", "run")
+    __slots__ = "slot", "last_slot", "count", "trigger", "reason", "message", "run", "queued_at"
 
 
 def decide_slots(job, position, now, zone, paused=0):
@@ -4446,10 +4447,11 @@ class Claim(Value):
 
     `state` is "claimed" (it may be begun, and taken over), "starting" (its owner alone may execute
     it, and may have done so), "skipped" or "lost". `boot` is the boot of the owner that made it so.
-    `rerun_of` is the lost run that this one repeats, which the job allows (`if_lost`).
+    `rerun_of` is the lost run that this one repeats, which the job allows (`if_lost`). `node` is
+    whose a lost run was, `queued_at` (UTC seconds) that of the row, whoever writes it.
     """
-    __slots__ = ("run", "slot", "last_slot", "count", "trigger", "reason", "message", "state",
-                 "owner", "boot", "rerun_of")
+    __slots__ = ("run", "slot", "last_slot", "count", "trigger", "reason", "message", "queued_at",
+                 "state", "owner", "boot", "rerun_of", "node")
 
 
 class Cursor(Value):
@@ -4491,7 +4493,8 @@ class Cursor(Value):
     def take_over(self, me, boot, live, again=None):
         """Own what other nodes will not see to, those in `live` still do: what was claimed and not
         begun, by whomever, and what nodes that are gone have to write down. What they were starting
-        is lost; `again` maps the ids of such runs that are to be repeated to ids of new runs."""
+        is lost; `again` maps the ids of such runs that are to be repeated to (id, queued_at) of new
+        ones."""
         moved, added = {}, []
         for claim in self.open:
             if claim.owner == me or claim.state != "claimed" and claim.owner in live:
@@ -4501,8 +4504,10 @@ class Cursor(Value):
                 moved[claim.run] = _lost(claim, f"its node {claim.owner} went away").changed(
                     owner=me, boot=boot)
                 if claim.run in (again or {}) and claim.rerun_of is None:
-                    added.append(claim.changed(run=again[claim.run], state="claimed", owner=me,
-                                               boot=boot, trigger="retry", rerun_of=claim.run))
+                    run, queued_at = again[claim.run]
+                    added.append(claim.changed(
+                        run=run, queued_at=queued_at, state="claimed", owner=me, boot=boot,
+                        trigger="retry", rerun_of=claim.run))
         cursor = self._with(moved)
         return cursor.changed(open=(*cursor.open, *added))
 
@@ -4540,7 +4545,7 @@ class Cursor(Value):
 
 
 def _lost(claim, message):
-    return claim.changed(state="lost", reason="node", message=message)
+    return claim.changed(state="lost", reason="node", message=message, node=claim.owner)
 
 
 def first_cursor(position, rows, owner, boot):
@@ -4553,12 +4558,12 @@ def first_cursor(position, rows, owner, boot):
 def _claim_of(run, row, state, owner, boot):
     return Claim(run=run, state=state, owner=owner, boot=boot, slot=row.slot,
                  last_slot=row.last_slot, count=row.count, trigger=row.trigger,
-                 reason=row.reason, message=row.message)
+                 reason=row.reason, message=row.message, queued_at=row.queued_at)
 
 
 _CLAIM_TYPES = {"run": str, "slot": int, "last_slot": int, "count": int, "trigger": str,
                 "state": str, "owner": str, "boot": str}
-_TEXTS_OF_CLAIM = "reason", "message", "rerun_of"
+_TEXTS_OF_CLAIM = "reason", "message", "rerun_of", "node"
 
 
 def read_cursor(text):
@@ -4580,6 +4585,7 @@ def _read_claim(found):
         raise ValueError
     claim = Claim(**{name: found.get(name) for name in Claim.__slots__})
     if any(type(getattr(claim, name)) is not kind for name, kind in _CLAIM_TYPES.items()) \
+            or type(claim.queued_at) not in (int, float) or not math.isfinite(claim.queued_at) \
             or any(type(getattr(claim, name)) not in (str, type(None))
                    for name in _TEXTS_OF_CLAIM) \
             or claim.state not in ("claimed", "starting", "skipped", "lost"):
@@ -6390,7 +6396,8 @@ _ATTEMPT = ("number", "started_at", "finished_at", "exit_code", "signal", "cpu_s
 def skip_slots(db, job_id, row, now):
     """Record a SlotRow that did not run -> the id of the job's last row, grown, or of a new one."""
     last = newest_slot_row(db, job_id, row.slot - 1)
-    if last is not None and (last["state"], last["reason"]) == ("skipped", row.reason):
+    if last is not None and (last["state"], last["reason"], last["node"]) == (
+            "skipped", row.reason, None):
         if last["last_slot"] >= row.slot:       # counted already, before the clock was set back
             return last["id"]
         db.execute("UPDATE runs SET last_slot = ?, count = count + ?, finished_at = ?, "
@@ -6402,7 +6409,7 @@ def skip_slots(db, job_id, row, now):
     return add_run(
         db, id=row.run or new_run_id(), job_id=job_id, trigger=row.trigger, slot=row.slot,
         last_slot=row.last_slot, count=row.count, state="skipped", reason=row.reason,
-        message=row.message, queued_at=now, finished_at=now)
+        message=row.message, queued_at=row.queued_at or now, finished_at=now)
 
 
 def set_work(db, run_id, name):
@@ -6425,9 +6432,9 @@ def find_run_row(db, run_id):
     return db.execute("SELECT * FROM runs WHERE id = ?", (run_id,)).fetchone()
 
 
-def adopt_run(db, run_id):
-    """Let a run be one of this node."""
-    db.execute("UPDATE runs SET node = NULL WHERE id = ?", (run_id,))
+def set_node(db, run_id, node):
+    """Say whose a run is: that of another node, or of this one (None)."""
+    db.execute("UPDATE runs SET node = ? WHERE id = ?", (node, run_id))
 
 
 def get_run(db, run_id):
@@ -14091,21 +14098,22 @@ def write_claim(db, store, job_id, claim, now):
         slot = None if claim.rerun_of else claim.slot
         if slot is not None and slot_is_known(db, job_id, slot):
             return None                 # it was skipped when it could have begun
-        _queue_again(db, job_id, now, id=claim.run, trigger=claim.trigger, slot=slot,
+        _queue_again(db, job_id, claim.queued_at, id=claim.run, trigger=claim.trigger, slot=slot,
                      retry_of=claim.rerun_of)
     elif claim.state == "claimed" and row["state"] == "queued":
-        adopt_run(db, row["id"])
+        set_node(db, row["id"], None)
     if claim.state == "lost" and (row is None or row["state"] in ACTIVE_STATES):
+        set_node(db, claim.run, None if claim.node == store.node else claim.node)
         return _lose_elsewhere(db, store, claim.run, claim.message, now)
     return None
 
 
-def _queue_again(db, job_id, now, **row):
+def _queue_again(db, job_id, queued_at, **row):
     """Add a queued run of a job, also of one that is gone meanwhile."""
     job = find_job(db, job_id)
     priority = 0 if job is None else Job(json.loads(job["spec"])).priority
-    add_run(db, job_id=job_id, version=job and job["version"], state="queued", queued_at=now,
-            priority=priority, **row)
+    add_run(db, job_id=job_id, version=job and job["version"], state="queued",
+            queued_at=queued_at, priority=priority, **row)
 
 
 def _lose_elsewhere(db, store, run_id, message, now):
@@ -14710,7 +14718,8 @@ class _Intake:
 
     def _import_run(self, db, key, name, found, seq, logs):
         row = find_run_row(db, name)
-        if row is not None and row["node"] is None and row["state"] != "queued":
+        if row is not None and row["node"] is None and row["state"] != "queued" \
+                and self._knows_better(row, found):
             if {**run_object(db, name, self.node), "seq": None} != {**(found or {}), "seq": None}:
                 note_object(db, key)    # nobody knows better what this node has run
             return False
@@ -14720,6 +14729,14 @@ class _Intake:
         if key != key_of_run(db, found["id"], found["queued_at"]):
             raise ValueError("it is not what its key says")
         return import_run(db, found, self.node, seq)
+
+    def _knows_better(self, row, found):
+        """Whether what is here of a run counts, and not what its object says. Where another node
+        has taken it over, who has started it knows, or who has skipped more slots with it."""
+        def weight(run, node):
+            return run["started_at"] is not None, run["last_slot"] or run["slot"] or 0, node
+        return found is None or found["node"] == self.node \
+            or weight(row, self.node) > weight(found, found["node"])
 
 
 def bucket_client(settings, **how):
@@ -15151,7 +15168,8 @@ class Claims:
 
     def ask(self, job_id, rows, position):
         """Ask for the right to write down what was decided of slots of a job."""
-        rows = [row if row.run else row.changed(run=new_run_id()) for row in rows]
+        rows = [row if row.run else row.changed(run=new_run_id(), queued_at=time.time())
+                for row in rows]
         with self._lock:
             (self._asked if rows else self._granted).append((job_id, rows, position))
         self.awake.set()
@@ -15285,7 +15303,8 @@ class Claims:
                     if row["job_id"] == job_id and row["slot"] is not None]
         position = max([position, *(row["slot"] for row in rows)])
         return first_cursor(position, [(row["id"], SlotRow(
-            slot=row["slot"], last_slot=row["slot"], count=1, trigger=row["trigger"]))
+            slot=row["slot"], last_slot=row["slot"], count=1, trigger=row["trigger"],
+            queued_at=row["queued_at"]))
             for row in rows], self.store.node, self.boot)
 
     def _closable(self, db, job_id, cursor):
@@ -15354,13 +15373,15 @@ class Claims:
                 self._taken.append((job_id, cursor.due, claims))
 
     def _again(self, job_id, cursor, live):
-        """{id of a run that is lost: id of the one that repeats it}, where its job allows that."""
+        """{id of a run that is lost: (id, queued_at) of the one that repeats it}, where its job
+        allows that."""
         lost = [claim.run for claim in cursor.open if claim.state == "starting"
                 and claim.owner != self.store.node and claim.owner not in live]
         if not lost:
             return {}
         with self.store.read() as db:
-            return {run_id: new_run_id() for run_id in lost if may_repeat(db, run_id, job_id)}
+            return {run_id: (new_run_id(), time.time()) for run_id in lost
+                    if may_repeat(db, run_id, job_id)}
 
     def _move(self, moves):
         """Move cursors -> the ids of jobs for which that was done; of the others it is written down
@@ -15918,7 +15939,7 @@ class _Timetable:
         if reason:
             skip_slots(db, job.id, row.changed(reason=reason, message=message), now)
             return
-        self._add(db, entry, row.trigger, now, row.slot, row.run)
+        self._add(db, entry, row.trigger, row.queued_at or now, row.slot, row.run)
         if action == "replace":
             replace_run(db, other)
             if other["state"] == "running":

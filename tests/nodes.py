@@ -246,7 +246,7 @@ class _Line:
     def __init__(self, text):
         self.text = text.strip()
         self.job, slot, self.run, attempt, log, at = text.split()
-        self.slot = None if slot == "-" else roexec.parse_instant(slot, timezone.utc)
+        self.slot = None if slot == "-" else int(roexec.parse_instant(slot, timezone.utc))
         self.attempt, self.at = int(attempt), float(at)
         self.node = log.split("/store/")[0].rpartition("/")[2]
 

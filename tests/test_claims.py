@@ -21,12 +21,12 @@ LONG = bool(os.environ.get("ROEXEC_LONG"))
 
 def row(slot, reason=None, count=1):
     return SlotRow(slot=slot, last_slot=slot + count - 1, count=count, trigger="schedule",
-                   reason=reason)
+                   reason=reason, queued_at=slot)
 
 
 def claim(run, state="claimed", owner="a", boot="b1", slot=1, **more):
     return Claim(run=run, slot=slot, last_slot=slot, count=1, trigger="schedule", state=state,
-                 owner=owner, boot=boot, **more)
+                 owner=owner, boot=boot, queued_at=slot, **more)
 
 
 def cursor(*claims, due=1):
@@ -111,11 +111,11 @@ def test_a_lost_run_says_which_node_went_away():
 
 
 def test_a_lost_run_is_repeated_once_where_its_job_allows_it():
-    moved = cursor(claim("r", "starting", "b", slot=7)).take_over("a", "b1", "a", {"r": "s"})
+    moved = cursor(claim("r", "starting", "b", slot=7)).take_over("a", "b1", "a", {"r": ("s", 9)})
     assert told(moved) == {"r": "lost a", "s": "claimed a"}
     again = moved.find("s")
     assert (again.rerun_of, again.slot, again.trigger) == ("r", 7, "retry")
-    once_more = moved.close({"r"}).begin("s", "a", "b1").take_over("c", "b1", "c", {"s": "t"})
+    once_more = moved.close({"r"}).begin("s", "a", "b1").take_over("c", "b1", "c", {"s": ("t", 9)})
     assert told(once_more) == {"s": "lost c"}
 
 

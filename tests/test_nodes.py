@@ -99,12 +99,18 @@ def settled(nodes, job_id, first, seconds=20):
     last = int(time.time()) - 1
     wait_for(lambda: any((row["last_slot"] or row["slot"] or 0) > last
                          for row in nodes.leader().runs_of(job_id)), seconds, nodes.said)
-    nodes.leader().ask("POST", f"/jobs/{job_id}/pause", {})
+    assert nodes.leader().ask("DELETE", f"/jobs/{job_id}")[0] == 200
     wait_for(lambda: all(row["state"] in roexec.FINAL_STATES for node in nodes.all
                          for row in node.runs_of(job_id)), seconds,
              lambda: nodes.said() + str(nodes.all[0].runs_of(job_id)))
     await_same_history(nodes)
-    return check(nodes, job_id, first, last)
+    return {slot: row for slot, row in check(nodes, job_id, first, last).items() if slot <= last}
+
+
+def log_of(node, run_id):
+    status, answer = node.ask("GET", f"/runs/{run_id}/logs")
+    assert status == 200, answer
+    return answer.decode()
 
 
 def test_a_leader_that_is_killed_is_followed_within_its_lease(nodes):
@@ -180,8 +186,8 @@ def test_without_most_of_etcd_runs_go_on_and_slots_wait_and_health_says_so(nodes
     for node in nodes.all:
         wait_for(lambda: node.ask("GET", "/health")[0] == 200, 20, nodes.said)
     slots = settled(nodes, "waiting", first)
-    assert {row["trigger"] for row in slots.values()} == {"schedule", "catch_up"}
     assert {row["state"] for row in slots.values()} == {"succeeded"}
+    assert len(slots) > before + 5
 
 
 def test_without_the_bucket_runs_go_on_and_all_of_it_is_there_afterwards(nodes):
@@ -214,12 +220,12 @@ def test_a_node_with_an_empty_disk_shows_jobs_history_and_logs_within_seconds(no
                                                           or {"runs": ()})["runs"]}, 20, nodes.said)
     assert "shown" in other.jobs()
     text = f"said by {run['id']}"
-    assert text in other.ask("GET", f"/runs/{run['id']}/logs")[1].decode()
+    assert text in log_of(other, run["id"])
     assert time.time() < started + 8
     leader.kill()                       # now from the bucket
     wait_for(lambda: leader.name not in [each["node"] for each in other.cluster()["nodes"]], 20,
              nodes.said)
-    assert text in other.ask("GET", f"/runs/{run['id']}/logs")[1].decode()
+    assert text in log_of(other, run["id"])
 
 
 def test_what_a_node_was_running_when_it_went_away_is_lost_until_it_tells_better(nodes):
@@ -266,4 +272,4 @@ def test_a_run_that_a_follower_is_asked_for_runs_on_the_leader(nodes):
     row = wait_for(lambda: next((row for row in follower.runs_of("asked")
                                  if row["state"] == "succeeded"), None), 20, nodes.said)
     assert row["node"] == leader.name
-    assert "hi" in follower.ask("GET", f"/runs/{run['id']}/logs")[1].decode()
+    assert "hi" in log_of(follower, run["id"])
