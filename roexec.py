@@ -21609,6 +21609,11 @@ def _asked_of(url, request, key):
         raise OSError(errno.EHOSTUNREACH, "it is not there")
     client, answer = _asked((parts.hostname, port, context), request.method, target, request.body,
                             headers)
+    if answer.status == 401:            # of this node, not of its caller
+        client.close()
+        raise Refusal(503, "unavailable", f"the node at {url} does not know this one, as where one "
+                      "of them has just been started; try again in some seconds",
+                      headers={"Retry_After": "5"})
     passed = {name.title(): answer.headers[name] for name in _PASSED_BACK if answer.headers[name]}
     how = {"status": answer.status, "type": answer.headers["Content-Type"], "headers": passed}
     if answer.status == 200 and request.method == "GET":

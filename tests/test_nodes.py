@@ -108,9 +108,12 @@ def settled(nodes, job_id, first, seconds=20):
 
 
 def log_of(node, run_id):
-    status, answer = node.ask("GET", f"/runs/{run_id}/logs")
-    assert status == 200, answer
-    return answer.decode()
+    """What a node gives as the log of a run, once those that it has to ask know it."""
+    def look():
+        status, answer = node.ask("GET", f"/runs/{run_id}/logs")
+        assert status in (200, 503), answer
+        return (answer,) if status == 200 else None
+    return wait_for(look, 10, node.said)[0].decode()
 
 
 def test_a_leader_that_is_killed_is_followed_within_its_lease(nodes):

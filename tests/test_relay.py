@@ -165,6 +165,13 @@ def test_whom_a_request_is_for_means_nothing_without_the_key_of_a_node(nodes, as
     assert ask("a", "DELETE", "/jobs/hello", token="key-of-c", **claim)[0] == 401
 
 
+def test_a_node_whose_key_the_leader_does_not_know_yet_asks_for_patience(nodes, ask):
+    nodes["a"].cluster.others = {}
+    status, answer, headers = ask("b", "DELETE", "/jobs/hello")
+    assert (status, headers["Retry-After"]) == (503, "5")
+    assert "does not know this one" in answer["error"]["message"]
+
+
 def test_a_request_that_was_passed_on_is_not_passed_on_again(nodes, ask):
     for server in nodes.values():
         server.cluster.leading = "b" if server.cluster.name == "a" else "a"
