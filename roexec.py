@@ -16273,7 +16273,8 @@ class Scheduler:
         asleep = not self.claims.leads()
         if asleep != self.timetable.asleep:
             self.timetable.asleep, self.last_look = asleep, -math.inf
-            self.say("Another node decides slots" if asleep else "This server decides slots now")
+            self.say("This server decides no slots now" if asleep
+                     else "This server decides slots now")
 
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
