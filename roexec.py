@@ -15259,14 +15259,15 @@ class Claims:
 
     def _claim(self, asked):
         moves, rows_of = {}, {job_id: (rows, position) for job_id, rows, position in asked}
-        for job_id, (rows, position) in rows_of.items():
-            cursor = self.cursors[job_id]
-            if cursor is None and self.cursors.is_there(job_id):
-                continue                # what is no cursor stays, and is not overwritten
-            try:
-                moves[job_id] = self._claimed(job_id, cursor, rows, position)
-            except CannotMove as error:
-                self._grant_less(job_id, cursor, rows, error)
+        with self.store.read() as db:
+            for job_id, (rows, position) in rows_of.items():
+                cursor = self.cursors[job_id]
+                if cursor is None and self.cursors.is_there(job_id):
+                    continue            # what is no cursor stays, and is not overwritten
+                try:
+                    moves[job_id] = self._claimed(db, job_id, cursor, rows, position)
+                except CannotMove as error:
+                    self._grant_less(job_id, cursor, rows, error)
         moved = self._move(moves)
         for job_id in moves:
             rows, position = rows_of[job_id]
@@ -15287,25 +15288,20 @@ class Claims:
                 self._asked.append((job_id, rows, rows[-1].last_slot))
                 self.say(f"Job {job_id}: {error}", "ERROR")
 
-    def _claimed(self, job_id, cursor, rows, position):
-        if cursor is None:
-            cursor = self._first(job_id, rows[0].slot - 1)
-        elif cursor.open:
-            with self.store.read() as db:
-                cursor = cursor.close(self._closable(db, job_id, cursor))
+    def _claimed(self, db, job_id, cursor, rows, position):
+        cursor = self._first(db, job_id, rows[0].slot - 1) if cursor is None else \
+            cursor.close(self._closable(db, job_id, cursor))
         return cursor.claim([(row.run, row) for row in rows], position, self.store.node, self.boot)
 
-    def _first(self, job_id, position):
+    def _first(self, db, job_id, position):
         """The first Cursor of a job, up to a position: with what was queued by this server when it
         was alone."""
-        with self.store.read() as db:
-            rows = [row for row in own_runs(db, "queued")
-                    if row["job_id"] == job_id and row["slot"] is not None]
+        rows = [row for row in active_runs(db, job_id) if row["state"] == "queued"
+                and row["node"] is None and row["slot"] is not None]
         position = max([position, *(row["slot"] for row in rows)])
         return first_cursor(position, [(row["id"], SlotRow(
             slot=row["slot"], last_slot=row["slot"], count=1, trigger=row["trigger"],
-            queued_at=row["queued_at"]))
-            for row in rows], self.store.node, self.boot)
+            queued_at=row["queued_at"])) for row in rows], self.store.node, self.boot)
 
     def _closable(self, db, job_id, cursor):
         """The ids of runs of this node that need no claim any more, since their rows are in the
@@ -15323,7 +15319,8 @@ class Claims:
         for run_id, job_id in wanted.items():
             cursor = moves.get(job_id) or self.cursors[job_id]
             if cursor is None and not self.cursors.is_there(job_id) and term is not None:
-                cursor = self._first(job_id, 0)
+                with self.store.read() as db:
+                    cursor = self._first(db, job_id, 0)
             if term is None or cursor is not None and cursor.may_execute(run_id, me, self.boot):
                 self.cursors.read(job_id)   # another may have moved it since
             elif cursor is not None:
