@@ -489,7 +489,8 @@ def trace(came, place):
         (2, (None, "missed"), {"faults": 2, "spare": 1}),
         (2, (None, None), {"faults": 1, "spare": 1}),
         (2, (None, None), {"faults": 2}),
-        (3, (None,), {"faults": 3, "spare": 1})]]])
+        (3, (None,), {"faults": 2, "spare": 1}),
+        (3, (None,), {"faults": 3})]]])
 def test_no_slot_is_executed_twice_and_none_is_lost_silently(nodes, fates, limits):
     assert check(Model(nodes, fates, **limits)) > 1000
 
