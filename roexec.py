@@ -5163,7 +5163,9 @@ def cluster_text(payload, style):
         ("etcd", answers),
         ("store", f"{store['place']}: {waiting}"
          + ("" if store["complete"] else "; the history is not all here yet")),
-        ("trouble", "; ".join(filter(None, (payload["trouble"], store["trouble"]))))], style)
+        ("trouble", payload["trouble"]),
+        ("bucket", (store["trouble"] or "") not in (payload["trouble"] or "")
+         and store["trouble"] or None)], style)
     if not payload["nodes"]:
         return text
     return text + "\n" + table(("NODE", "ROLE", "SINCE", "VERSION", "URL"), [
@@ -15605,8 +15607,7 @@ class Cluster:
             self._closed.wait(1)
         if text != self._said.get(what):
             self._said[what] = text
-            if text is not None:
-                self.say(text, "ERROR")
+            self.say(*(text, "ERROR") if text else (f"The trouble with {what} is over",))
         return value
 
     # What the scheduler asks.
@@ -15619,8 +15620,9 @@ class Cluster:
 
     def trouble(self):
         """What keeps the server from its work, a sentence; None where nothing does."""
-        if self.membership is not None and self.membership.trouble():
-            return self.membership.trouble()
+        trouble = self.membership and self.membership.trouble()
+        if trouble:                     # and in the words of etcd, as far as it has any
+            return ": ".join(filter(None, (trouble, self._said.get("etcd"))))
         return None if self.exchange.is_complete else (
             "the store is not read from the bucket yet" + (
                 f": {self._said['bucket']}" if self._said.get("bucket") else ""))
@@ -15671,12 +15673,13 @@ class Cluster:
             return {"leader": self.store.node, "term": None, "lease": None, "clock_offset": None,
                     "nodes": [], "etcd": None}
         late = membership.clock() >= membership.until
+        leader = None if late else membership.leader
         return {
-            "leader": None if late else membership.leader, "term": membership.present_term,
+            "leader": leader, "term": membership.present_term,
             "lease": self.settings.lease, "clock_offset": membership.client.offset(),
             "nodes": [{"node": name, "url": told.get("url"), "version": told.get("version"),
                        "started_at": format_instant(int(told.get("started_at", 0))),
-                       "role": "leader" if name == membership.leader else "follower"}
+                       "role": "leader" if name == leader else "follower"}
                       for name, told in sorted(membership.nodes.items())],
             "etcd": {"endpoints": [f"{host}:{port}" for host, port
                                    in self.settings.leader_election.endpoints],
@@ -23327,6 +23330,13 @@ def _check_bucket(examined):
         return
     client = bucket_client(settings, timeout=10)
     try:
+        client.credentials.current()
+    except S3Error as error:
+        if store.exists and store.server() is not None:
+            return (yield _remark(f"{error}; the server of this store may have others than this "
+                                  "command"))
+        raise
+    try:
         next(iter(client.list("")), None)
     finally:
         client.close()
@@ -23341,6 +23351,26 @@ def _check_bucket(examined):
 
 
 _LONG_BEHIND = 300              # seconds
+
+
+def reach_warning(config):
+    """What to say of a node that others cannot reach, as its configuration has it, else None."""
+    cluster, port = config.cluster, config.server.port
+    if cluster is None or cluster.advertise or not _is_of_this_host(config.server.host) or all(
+            _is_of_this_host(host) for host, _ in cluster.leader_election.endpoints):
+        return None
+    return ("other nodes cannot reach this one: they are told an address that is of each host; "
+            f"write clustering: {{advertise: URL}}, for example http://{socket.gethostname()}:{port}")
+
+
+def _is_of_this_host(host):
+    return host in ("localhost", "0.0.0.0", "::", "::1") or host.startswith("127.")
+
+
+def _check_cluster(examined):
+    text = reach_warning(examined.config)
+    if text:
+        yield _wrong(text)
 
 
 def _check_etcd(examined):
@@ -23378,13 +23408,14 @@ _CHECKS = {"python": _check_python, "program": _check_program, "sqlite": _check_
            "time zone": _check_zone, "server": _check_server, "unit": _check_unit,
            "limits": _check_limits, "port": _check_port, "owner": _check_owner,
            "tokens": _check_tokens, "bucket": _check_bucket, "etcd": _check_etcd,
+           "cluster": _check_cluster,
            "job files": _check_followed_files, "jobs": _check_jobs}
 
 
 def status_warnings(store, config):
-    """What of the findings `status` tells: what is wrong with the store, its disk, the clock, and
-    the job files of the server."""
-    checks = {about: _CHECKS[about] for about in ("store", "disk", "clock", "job files")}
+    """What of the findings `status` tells: what is wrong with the store, its disk, the clock, the
+    way to this node, and the job files of the server."""
+    checks = {about: _CHECKS[about] for about in ("store", "disk", "clock", "cluster", "job files")}
     return [found for found in examine(store, config, checks) if found.level == "wrong"]
 
 
@@ -24176,12 +24207,21 @@ class Session:
             if self.config.cluster:
                 self._store.name = self.config.cluster.node or node_name()
             if self.config.store.type == "s3":
-                self._store.fetch_log = lambda run: self.mirror().fetch_log(run)
+                self._store.fetch_log = self._fetch_log
             if self.options.verbose:
                 _say(f"the store is {path}")
             tell = self.options.verbose or self.command.name == "run"
             become_owner(self._store, _say if tell else None)
         return self._store
+
+    def _fetch_log(self, run):
+        try:
+            return self.mirror().fetch_log(run)
+        except S3Error as error:
+            if self.command.name == "server" or self._store.server() is None:
+                raise
+            raise RoexecError(f"{error}; or ask the server of this store, which may get at the "
+                              f"bucket: --url {self.asked.server().name}") from None
 
     def mirror(self, say=None):
         """The Mirror of the store in its bucket."""
@@ -26010,7 +26050,7 @@ def _cmd_server(session):
             cluster.start(url)
         scheduler.on_reload.insert(0, lambda: _reload(session, files))
         say(f"Server started, process={os.getpid()}, store={store.path}, http={address}")
-        for warning in filter(None, [unit_warning()]):
+        for warning in filter(None, [unit_warning(), reach_warning(config)]):
             say(warning, "ERROR")
         scheduler.run()
     say("Server ended" if ends_with_us() else "Server ended; runs that are on go on by themselves")

@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from helpers import process, read_runs
+from helpers import perform, process, read_runs
 
 import roexec
 
@@ -1888,3 +1888,25 @@ def test_logs_are_searched(cli, three_logs, line, texts):
 def test_a_search_that_cannot_be_meant_is_refused(cli, jobs, line, error):
     status, out, err = cli(line)
     assert (out, error in err, status > 0) == ("", True, True), err
+
+
+def test_who_has_no_keys_for_the_bucket_is_told_to_ask_the_server_for_a_log(
+        cli, store, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    config = tmp_path / "config.yml"
+    config.write_text("store: {type: s3, bucket: runs, path: elsewhere}")
+    run = perform(store.create(), "echo hi")
+    os.unlink(store.file(run["log"]))
+    line = f"--config {config} logs {run['id']}"
+    status, _, err = cli(line)
+    assert status == 1 and "there are no credentials for S3" in err and "--url" not in err
+    lock = roexec.hold_server_lock(store)
+    try:
+        with store.write() as db:
+            roexec.set_meta(db, "url", "http://127.0.0.1:8080")
+        status, _, err = cli(line)
+    finally:
+        os.close(lock)
+    assert status == 1 and err.endswith("which may get at the bucket: --url http://127.0.0.1:8080\n")

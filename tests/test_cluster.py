@@ -6,6 +6,7 @@ those at the end have processes, which are stopped and killed.
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 import types
@@ -696,6 +697,27 @@ class NoBucket:
         return 0, 0
 
 
+def test_what_etcd_says_is_told_and_when_it_is_over(etcd, tmp_path):
+    link, told = Link(etcd.ports[0]), []
+    cluster = roexec.Cluster(Store(str(tmp_path / "a")).create(), NoBucket("a"), settings_of(
+        [("127.0.0.1", link.port)], "told"), lambda *line: told.append(line))
+    turn = lambda: cluster._try("etcd", lambda: cluster.membership.turn(True))  # noqa: E731
+    try:
+        link.cut()
+        turn(), turn()
+        assert re.fullmatch(r"etcd does not answer since \S+; no slot is decided, and runs that are "
+                            rf"on go on: etcd at 127.0.0.1:{link.port} is not there, .+",
+                            cluster.trouble())
+        link.heal()
+        turn(), turn()
+        assert cluster.trouble() is None
+        assert [line[0][:7] for line in told] == ["etcd at", "The tro"]
+        assert told[1] == ("The trouble with etcd is over",)
+    finally:
+        cluster.close()
+        link.close()
+
+
 def serve(folder, name, endpoints, prefix, lease):
     """A node that decides a slot each half second, and writes down who has executed which; what it
     thinks of itself is in its file `state`."""
@@ -834,6 +856,7 @@ def test_without_a_quorum_nothing_new_starts_and_all_goes_on_when_it_is_back(
                              for name in nodes.links))
         assert {nodes.state(name)["role"] for name in nodes.links} == {"follower"}
         assert not nodes.state("a")["etcd"]["answers"] and nodes.state("a")["etcd"]["since"]
+        assert {node["role"] for node in nodes.state("a")["nodes"]} == {"follower"}
         known = nodes.witnessed()
         for index in (0, 1):
             etcd.members[index].resume()

@@ -899,3 +899,38 @@ def test_doctor_looks_at_the_bucket_and_at_what_waits_for_it(store, bucket, s3_s
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     (level, text), = found_of(roexec._check_bucket, store, settings)
     assert level == "wrong" and "wrong" not in text
+
+
+@pytest.mark.parametrize("server, cluster, is_told", [
+    ({}, {"leader_election": "etcd://h1,h2,h3"}, True),
+    ({"host": "0.0.0.0"}, {"leader_election": "etcd://127.0.0.1,h2"}, True),
+    ({"host": "0.0.0.0"}, {"leader_election": "etcd://h1", "advertise": "http://me:8080"}, False),
+    ({"host": "10.0.0.5"}, {"leader_election": "etcd://h1"}, False),
+    ({}, {"leader_election": "etcd://localhost:2379,[::1]:2379"}, False),
+    ({}, {"leader_election": "etcd://h1", "enabled": False}, False),
+])
+def test_a_node_that_others_cannot_reach_is_told_so(store, server, cluster, is_told):
+    settings = {"server": server, "store": {"type": "s3", "bucket": "runs"}, "clustering": cluster}
+    found = found_of(roexec._check_cluster, store, settings)
+    assert [level for level, _ in found] == ["wrong"] * is_told
+    assert not is_told or "advertise: URL" in found[0][1]
+    config = roexec.read_config(json.dumps(settings), "config.yml", "/")
+    about = [warning.about for warning in roexec.status_warnings(store, config)]
+    assert ("cluster" in about) == is_told
+
+
+def test_doctor_tells_its_own_lack_of_credentials_from_that_of_the_server(store, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", store.folder)
+    settings = {"store": {"type": "s3", "bucket": "runs"}}
+    (level, text), = found_of(roexec._check_bucket, store, settings)
+    assert level == "wrong" and text.startswith("there are no credentials for S3; set ")
+    lock = roexec.hold_server_lock(store)
+    try:
+        (level, text), = found_of(roexec._check_bucket, store, settings)
+    finally:
+        os.close(lock)
+    assert level == "note" and text.endswith("; the server of this store may have others than "
+                                             "this command")

@@ -377,3 +377,34 @@ def test_a_job_is_shown_with_its_definition_as_a_job_file():
     head, definition = text.split("\n\n", 1)
     assert "source    /etc/jobs.yml" in head and "version   3" in head
     assert roexec.load_yaml(definition) == {"jobs": [SPEC]}
+
+
+def told_of_cluster(**more):
+    """The lines about a node of a cluster of two, {label: text}, and its nodes."""
+    payload = {
+        "node": "a", "role": "follower", "trouble": None, "leader": "b", "term": 7, "lease": 10,
+        "clock_offset": 0.0, "nodes": [
+            {"node": "b", "role": "leader", "started_at": "2025-08-01T10:00:00Z",
+             "version": "0.1.0", "url": "http://b:8080"}],
+        "etcd": {"endpoints": ["h:1", "h:2"], "answers": True, "since": None},
+        "store": {"place": "s3://x/p/", "waiting": 0, "behind": 0.0, "trouble": None,
+                  "complete": True}}
+    payload["store"].update(more.pop("store", {}))
+    head, _, nodes = roexec.cluster_text({**payload, **more}, Style()).partition("\n\n")
+    return dict(re.split(" {2,}", line, maxsplit=1) for line in head.splitlines()), cells(nodes)
+
+
+def test_a_cluster_is_shown_with_its_nodes():
+    told, nodes = told_of_cluster()
+    assert told == {"node": "a (follower)", "leader": "b", "term": "7", "lease": "10s",
+                    "clock": "+0.0s against etcd's", "etcd": "h:1, h:2: answers",
+                    "store": "s3://x/p/: 0 changes wait"}
+    assert nodes[-1] == ["b", "leader", "2025-08-01T10:00:00Z", "0.1.0", "http://b:8080"]
+
+
+def test_what_is_wrong_with_a_cluster_is_said_once():
+    told, _ = told_of_cluster(trouble="not read yet: no bucket", store={"trouble": "no bucket"})
+    assert told["trouble"] == "not read yet: no bucket" and "bucket" not in told
+    told, _ = told_of_cluster(store={"trouble": "no answer", "waiting": 3, "behind": 60.0})
+    assert told["bucket"] == "no answer" and "trouble" not in told
+    assert told["store"] == "s3://x/p/: 3 changes wait, the oldest for 1m"
