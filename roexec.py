@@ -23360,7 +23360,8 @@ def reach_warning(config):
             _is_of_this_host(host) for host, _ in cluster.leader_election.endpoints):
         return None
     return ("other nodes cannot reach this one: they are told an address that is of each host; "
-            f"write clustering: {{advertise: URL}}, for example http://{socket.gethostname()}:{port}")
+            "write clustering: {advertise: URL}, for example "
+            f"http://{socket.gethostname()}:{port}")
 
 
 def _is_of_this_host(host):
@@ -23408,8 +23409,7 @@ _CHECKS = {"python": _check_python, "program": _check_program, "sqlite": _check_
            "time zone": _check_zone, "server": _check_server, "unit": _check_unit,
            "limits": _check_limits, "port": _check_port, "owner": _check_owner,
            "tokens": _check_tokens, "bucket": _check_bucket, "etcd": _check_etcd,
-           "cluster": _check_cluster,
-           "job files": _check_followed_files, "jobs": _check_jobs}
+           "cluster": _check_cluster, "job files": _check_followed_files, "jobs": _check_jobs}
 
 
 def status_warnings(store, config):

@@ -90,7 +90,7 @@ def test_there_are_examples_of_all_kinds():
     assert len(COMMANDS) > 25
     assert [text.partition(":")[0] for text in documents()] == [
         "jobs", "params", "env_from", "hooks", "limits", "pipeline", "server", "server",
-        "server"]
+        "server", "server"]
 
 
 def test_the_reference_of_commands_is_what_the_parser_knows():
