@@ -478,6 +478,7 @@ def trace(came, place):
     return "\n".join(f"{number:>3}  {what}" for number, what in enumerate(reversed(steps), 1))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("nodes, fates, limits", [
     (2, (None,), {}),
     (2, ("missed",), {"spare": 1}),
@@ -510,6 +511,7 @@ def test_a_key_for_each_slot_that_is_collected_starts_a_slot_twice():
     assert "closes what has ended" in str(found.value)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method, broken", [
     ("may_execute", lambda cursor, run, me, boot: cursor.find(run) is not None),
     ("begin", lambda cursor, run, owner, boot: Cursor(due=cursor.due, open=tuple(

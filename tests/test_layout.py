@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).parent.parent
 
 BANNER = re.compile(r"# ==== (\d+) (\w+)( \(pure\))? =+")
@@ -225,9 +226,9 @@ def attributes_of(node):
 
 def private_names_are_used(source):
     used = {name for name, _ in module_names(source.tree)}
+    lazy = {name for _, names in source.proxies() for name in names}
     for name, section in source.home.items():
-        lazily = any(name in names for _, names in source.proxies())
-        if (is_private(name) or lazily) and name not in used:
+        if (is_private(name) or name in lazy) and name not in used:
             yield at(source.bound[name], f"{section.name} binds {name} and nothing uses it")
 
 
