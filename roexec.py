@@ -6395,9 +6395,10 @@ _ATTEMPT = ("number", "started_at", "finished_at", "exit_code", "signal", "cpu_s
             "max_rss_bytes", "output_bytes")
 
 
-def skip_slots(db, job_id, row, now):
-    """Record a SlotRow that did not run -> the id of the job's last row, grown, or of a new one."""
-    last = newest_slot_row(db, job_id, row.slot - 1)
+def skip_slots(db, job_id, row, now, grow=True):
+    """Record a SlotRow that did not run -> the id of the job's last row, grown if it may, or of a
+    new one."""
+    last = newest_slot_row(db, job_id, row.slot - 1) if grow else None
     if last is not None and (last["state"], last["reason"], last["node"]) == (
             "skipped", row.reason, None):
         if last["last_slot"] >= row.slot:       # counted already, before the clock was set back
@@ -14159,11 +14160,20 @@ def may_repeat(db, run_id, job_id):
 
 
 def withdraw_orphans(db):
-    """Cancel queued runs whose process, which alone may start them, has ended."""
-    for row in own_runs(db, "queued"):
+    """Cancel queued runs that nobody starts: whose process, which alone may do so, has ended, or
+    whose job was removed, as where another node was told of that."""
+    queued = own_runs(db, "queued")
+    gone = {job_id for job_id in {row["job_id"] for row in queued if row["name"] is None}
+            if find_job(db, job_id) is None}
+    for row in queued:
+        message = None
         if row["owner"] and not _is_alive(row["owner"]):
+            message = "the command that waited for it has ended"
+        elif row["name"] is None and row["job_id"] in gone:
+            message = "the job was deleted"
+        if message is not None:
             finish_run(db, row["id"], "cancelled", [], reason="user", finished_at=time.time(),
-                       message="the command that waited for it has ended")
+                       message=message)
 
 
 def found_journals(store, known=()):
@@ -15937,7 +15947,9 @@ class _Timetable:
         elif count_queued(db) >= MOST_QUEUED:
             reason, message = "capacity", f"{MOST_QUEUED} runs were queued"
         if reason:
-            skip_slots(db, job.id, row.changed(reason=reason, message=message), now)
+            # Another node that takes the claim over may start it: then that run has the same row.
+            skip_slots(db, job.id, row.changed(reason=reason, message=message), now,
+                       grow=row.run is None)
             return
         self._add(db, entry, row.trigger, row.queued_at or now, row.slot, row.run)
         if action == "replace":

@@ -65,6 +65,12 @@ class Node:
             self.process.wait()
             self.process = None
 
+    def crash(self):
+        """End the server and all that it has started, as a power cut would."""
+        for pid in self._pids():
+            _send(pid, signal.SIGKILL)
+        self.kill()
+
     def stop(self):
         self.signal(signal.SIGTERM)
         self.process.wait(30)
@@ -201,6 +207,10 @@ class Nodes:
         for links in self.links.values():
             for link in links:
                 link.heal()
+        for member in self.etcd.members:
+            if not member.is_running:
+                member.start()
+            member.resume()
         for node in self.all:
             if node.process is None:
                 node.start()
@@ -225,11 +235,20 @@ class Nodes:
 
     def seen(self, job_id):
         """[Line] of a job in the witness."""
+        return [line for line in self.lines() if line.job == job_id]
+
+    def lines(self):
+        """[Line] of all jobs."""
         with open(self.witness, encoding="utf-8") as file:
-            return [line for line in map(_Line, file) if line.job == job_id]
+            return list(map(_Line, file))
+
+    def is_healthy(self):
+        """Whether etcd can decide, and all nodes do their work."""
+        return all(map(self.etcd.is_healthy, range(3))) and len(self.running) == 3 and all(
+            node.get("/health") is not None for node in self.running)
 
     def said(self):
-        return "\n".join(f"==== {node.name}\n{node.said()[-20_000:]}" for node in self.all)
+        return "\n".join(f"==== {node.name}\n{node.said()[-5000:]}" for node in self.all)
 
     def close(self):
         for node in self.all:
