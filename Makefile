@@ -63,9 +63,10 @@ bench: ## measure; fails where a stated ratio is missed
 	$(PYTHON) tests/bench/run.py
 
 .PHONY: soak
-soak: ## run the tests again and again until one fails, for SOAK_MINUTES (10)
+soak: ## run the tests again and again, then torment nodes, for SOAK_MINUTES (10) each
 	@end=$$(($$(date +%s) + 60 * $${SOAK_MINUTES:-10})); \
 	while [ $$(date +%s) -lt $$end ]; do $(MAKE) --no-print-directory test || exit 1; done
+	@ROEXEC_LONG=1 $(MAKE) --no-print-directory test ARGS="-s tests/test_nodes.py -k whatever_fails"
 
 .PHONY: install
 install: dist/roexec.pyz ## put the program into /usr/local/bin, or PREFIX/bin, as roexec

@@ -404,6 +404,53 @@ def test_a_run_that_waited_goes_to_the_node_that_took_it_over(pair):
     assert [(row["state"], row["node"]) for row in read_runs(first.store)] == [("running", "b")]
 
 
+SKIPPED = {"state": "skipped", "reason": "overlap", "started_at": None, "exit_code": None,
+           "slot": 1_790_000_000}
+
+BOTH = [
+    # (what each of two nodes has written as its own run, whose counts)
+    ("who has started it knows", SKIPPED, {"slot": 1_790_000_000}, "b"),
+    ("also where it was cancelled", {**SKIPPED, "state": "cancelled", "reason": "user"}, {}, "b"),
+    ("who has counted more slots knows more", {**SKIPPED, "last_slot": 1_790_000_003, "count": 4},
+     {**SKIPPED, "last_slot": 1_790_000_001, "count": 2}, "a"),
+    ("else it is the same for all", SKIPPED, SKIPPED, "b"),
+]
+
+
+@pytest.mark.parametrize("one, other, winner", [case[1:] for case in BOTH],
+                         ids=[case[0] for case in BOTH])
+@pytest.mark.parametrize("turns", ["ab", "ba"])
+def test_two_nodes_that_each_had_a_run_agree_in_the_end(pair, turns, one, other, winner):
+    nodes = dict(zip("ab", pair))
+    add(nodes["a"], **one)
+    add(nodes["b"], **other)
+    for name in turns * 2:
+        exchange(nodes[name], nodes["b" if name == "a" else "a"])
+    assert ship_all(pair[0]) == ship_all(pair[1]) == []
+    objects = []
+    for name, mirror in nodes.items():
+        with mirror.store.read() as db:
+            objects.append({**roexec.run_object(db, "r1", name), "seq": None})
+    assert objects[0] == objects[1]
+    assert objects[0]["node"] == winner
+
+
+def test_what_is_written_down_for_a_node_that_is_gone_is_its_run(pair):
+    first, second = pair
+    add(first, slot=1_790_000_000)              # and it dies before that is in the bucket
+    claim = roexec.Claim(run="r1", slot=1_790_000_000, last_slot=1_790_000_000, count=1,
+                         trigger="schedule", queued_at=NOW, state="starting", owner="a", boot="b1")
+    claim, = roexec.Cursor(due=claim.slot, open=(claim,)).take_over("b", "b2", {"b"}).open
+    with second.store.write() as db:
+        roexec.write_claim(db, second.store, "x", claim, NOW + 60)
+    row, = read_runs(second.store)
+    assert (row["state"], row["reason"], row["node"]) == ("lost", "node", "a")
+    exchange(second, first)                     # it comes back
+    exchange(first, second)
+    assert [row["state"] for each in pair for row in read_runs(each.store)] == ["succeeded"] * 2
+    assert keys_of(first.client, "runs/") == [key_of()]
+
+
 @pytest.mark.parametrize("earlier, later, wins", [(10, 20, "later"), (20, 10, "earlier"),
                                                   (20, 20, "earlier")])
 def test_of_two_changes_of_a_job_the_newer_wins(pair, earlier, later, wins):

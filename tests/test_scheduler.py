@@ -872,6 +872,15 @@ def test_a_run_that_waits_for_its_turn_can_be_withdrawn(store, tmp_path):
     roexec.cancel_run(store, first)
 
 
+def test_a_queued_run_of_a_job_that_another_node_has_removed_is_cancelled(store, start):
+    with store.write() as db:
+        roexec.add_run(db, id="r", job_id="gone", trigger="schedule", slot=60, state="queued",
+                       queued_at=60.5)
+    start()
+    row = await_state(store, "r", "cancelled")
+    assert (row["reason"], row["message"]) == ("user", "the job was deleted")
+
+
 def test_a_run_that_waits_goes_on_when_the_one_before_it_loses_its_supervisor(store, tmp_path):
     job = make_job(f"echo $PPID > {tmp_path}/pid; exec sleep 600", grace=0.2)
     apply(store, job)
