@@ -15038,6 +15038,7 @@ class Membership:
         self.seen = {}                              # {node: when it was there, or may have been}
         self.resting, self.resigns = -math.inf, False
         self.answered, self.problem = time.time(), None
+        self.turned = -math.inf                     # when it could do all that there is to do
 
     def leads(self):
         """Whether this node leads, for certain: by its own clock its lease has not ended."""
@@ -15067,7 +15068,7 @@ class Membership:
             self._register()
         self._look()
         self._stand(may_stand)
-        self.answered, self.problem = time.time(), self._trouble()
+        self.answered, self.problem, self.turned = time.time(), self._trouble(), sent
 
     def _register(self):
         key = f"{self.prefix}nodes/{self.node}"
@@ -15133,9 +15134,14 @@ class Membership:
                     f"{'ahead' if ahead > 0 else 'behind'}; it does not lead until that is mended")
         return None
 
+    def is_silent(self):
+        """Whether etcd does not do what it is asked for: to renew a lease, which it may do for
+        whom it lets do nothing else, or all the rest."""
+        return self.clock() >= min(self.until, self.turned + self.seconds)
+
     def trouble(self):
         """What keeps the cluster from its work, a sentence; None where nothing does."""
-        if self.clock() >= self.until:
+        if self.is_silent():
             return ("etcd does not answer since " + format_instant(int(self.answered))
                     + "; no slot is decided, and runs that are on go on")
         return self.problem
@@ -15682,7 +15688,7 @@ class Cluster:
         if membership is None:
             return {"leader": self.store.node, "term": None, "lease": None, "clock_offset": None,
                     "nodes": [], "etcd": None}
-        late = membership.clock() >= membership.until
+        late = membership.is_silent()
         leader = None if late else membership.leader
         return {
             "leader": leader, "term": membership.present_term,

@@ -697,6 +697,19 @@ class NoBucket:
         return 0, 0
 
 
+def test_a_node_that_may_have_a_lease_and_nothing_else_says_so(nodes):
+    a, = nodes(1)
+    a.membership.client.get_prefix = refuse
+    for _ in range(2):
+        with pytest.raises(EtcdError):
+            a.membership.turn(True)
+    assert a.membership.until > a.membership.clock()
+    assert "etcd does not answer since" in a.membership.trouble()
+    del a.membership.client.get_prefix
+    a.turn()
+    assert a.membership.trouble() is None
+
+
 def test_what_etcd_says_is_told_and_when_it_is_over(etcd, tmp_path):
     link, told = Link(etcd.ports[0]), []
     cluster = roexec.Cluster(Store(str(tmp_path / "a")).create(), NoBucket("a"), settings_of(
