@@ -15068,7 +15068,10 @@ class Membership:
             self._register()
         self._look()
         self._stand(may_stand)
-        self.answered, self.problem, self.turned = time.time(), self._trouble(), sent
+        before, self.problem = self.problem, self._trouble()
+        if self.problem and not before:
+            self.say(self.problem, "WARNING")
+        self.answered, self.turned = time.time(), sent
 
     def _register(self):
         key = f"{self.prefix}nodes/{self.node}"

@@ -238,6 +238,7 @@ def test_a_node_whose_clock_is_off_does_not_lead_and_says_so(nodes, seconds, wor
     a.turn(), a.turn()
     assert leaders([a]) == []
     assert word in a.membership.trouble() and "does not lead" in a.membership.trouble()
+    assert len(a.said) == 1 and "does not lead" in a.said[0]
     a.links[0].heal()
     a.turn(), a.turn()
     assert leaders([a]) == ["a"] and a.membership.trouble() is None
@@ -258,6 +259,8 @@ def test_a_second_server_of_one_name_is_kept_away_and_says_so(nodes, tmp_path):
     twin = Node(tmp_path / "other", "a", a.links, a.prefix)
     twin.turn()
     assert "another server is called a" in twin.membership.trouble()
+    twin.turn()
+    assert [text[:27] for text in twin.said] == ["another server is called a "]
     a.membership.close()
     assert not twin.membership.is_there()
     twin.turn()
