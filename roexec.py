@@ -15594,6 +15594,8 @@ class Cluster:
                 self._watching = membership.client.watch(membership.prefix,
                                                          membership.revision + 1)
                 with self._watching as watch:
+                    if self._closed.is_set():       # `close` may have met the one before
+                        return
                     for _ in watch:
                         self._look.set()
             except EtcdError:           # the membership says so, and looks anyway
