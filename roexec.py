@@ -23363,14 +23363,16 @@ def _check_bucket(examined):
         next(iter(client.list("")), None)
     finally:
         client.close()
-    count, seconds = Mirror(store, client, store.node, store.say).waiting() if store.exists \
-        else (0, 0)
-    place = f"s3://{client.bucket}/{client.prefix}"
+    yield _ok(f"s3://{client.bucket}/{client.prefix}")
+
+
+def _check_outbox(examined):
+    if examined.config.store.type != "s3" or not examined.store.exists:
+        return
+    count, seconds = Mirror(examined.store, None, None, None).waiting()
     if seconds > _LONG_BEHIND:
-        yield _wrong(f"{place} can be read, but {count} changes wait to be written there, the "
-                     f"oldest for {format_duration(int(seconds))}; the server's log says why")
-    else:
-        yield _ok(place)
+        yield _wrong(f"{count} changes wait to be written into the bucket, the oldest for "
+                     f"{format_duration(int(seconds))}; the server's log says why")
 
 
 _LONG_BEHIND = 300              # seconds
@@ -23431,14 +23433,16 @@ _CHECKS = {"python": _check_python, "program": _check_program, "sqlite": _check_
            "store": _check_store, "disk": _check_disk, "clock": _check_clock,
            "time zone": _check_zone, "server": _check_server, "unit": _check_unit,
            "limits": _check_limits, "port": _check_port, "owner": _check_owner,
-           "tokens": _check_tokens, "bucket": _check_bucket, "etcd": _check_etcd,
-           "cluster": _check_cluster, "job files": _check_followed_files, "jobs": _check_jobs}
+           "tokens": _check_tokens, "bucket": _check_bucket, "outbox": _check_outbox,
+           "etcd": _check_etcd, "cluster": _check_cluster, "job files": _check_followed_files,
+           "jobs": _check_jobs}
 
 
 def status_warnings(store, config):
     """What of the findings `status` tells: what is wrong with the store, its disk, the clock, the
-    way to this node, and the job files of the server."""
-    checks = {about: _CHECKS[about] for about in ("store", "disk", "clock", "cluster", "job files")}
+    way to this node, what waits for the bucket, and the job files of the server."""
+    checks = {about: _CHECKS[about] for about in ("store", "disk", "clock", "cluster", "outbox",
+                                                  "job files")}
     return [found for found in examine(store, config, checks) if found.level == "wrong"]
 
 

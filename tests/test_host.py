@@ -893,9 +893,13 @@ def test_doctor_looks_at_the_bucket_and_at_what_waits_for_it(store, bucket, s3_s
     assert found_of(roexec._check_bucket, store, settings) == [("ok", place)]
     roexec.Mirror(store, client, "a", print).prepare()
     apply(store, make_job("true"))
+    assert found_of(roexec._check_outbox, store, settings) == []
     monkeypatch.setattr(roexec, "_LONG_BEHIND", -1)
-    (level, text), = found_of(roexec._check_bucket, store, settings)
-    assert level == "wrong" and text.startswith(f"{place} can be read, but ") and "wait" in text
+    (level, text), = found_of(roexec._check_outbox, store, settings)
+    assert level == "wrong" and re.match(r"\d+ changes wait to be written into the bucket", text)
+    assert roexec._check_outbox in roexec._CHECKS.values() and any(
+        "changes wait" in found.text for found in roexec.status_warnings(
+            store, roexec.read_config(json.dumps(settings), "config.yml", "/")))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     (level, text), = found_of(roexec._check_bucket, store, settings)
     assert level == "wrong" and "wrong" not in text
