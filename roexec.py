@@ -15491,21 +15491,28 @@ class Exchange:
         self.mirror, self.membership, self.say = mirror, membership, say
         self.is_complete = mirror.is_hydrated   # as far as it was when it was seen last
         self.seen, self.told = {}, None     # {node: the count that is known here}; our own
-        self.keys, self.trouble, self.is_fresh = [], None, False
+        self.there = set()                  # the other nodes, with their keys, when seen last
+        self.keys, self.untold, self.is_fresh = [], [], False
 
     def turn(self):
         """Write, tell the others, and read what they tell. Raises S3Error and EtcdError."""
         told = dict(self.membership.shipped) if self.membership else {}
+        there = {(node, value.get("key")) for node, value in self.membership.nodes.items()
+                 if node != self.mirror.node} if self.membership else set()
         if not self.is_fresh:           # what was written while this one was away
             self.mirror.hydrate()
             self.is_complete = self.is_fresh = True
             self.seen = {node: _count_in(value) for node, value in told.items()}
+        elif self.there - there:        # who has left may have written what it could not tell
+            self.mirror.hydrate()
+        self.there = there
         for node, value in told.items():
             if node != self.mirror.node:
                 self._read(node, value)
         keys = self.mirror.ship(_TOLD_KEYS // 2)
-        if keys and self.membership is not None:
-            self._tell(keys, told.get(self.mirror.node, {}))
+        self.untold += keys
+        if self.untold and self.membership is not None:
+            self._tell()
         return len(keys) >= _TOLD_KEYS // 2
 
     def _read(self, node, value):
@@ -15517,12 +15524,15 @@ class Exchange:
             self.mirror.fetch([key for key in keys[-new:] if isinstance(key, str)])
         self.seen[node] = count
 
-    def _tell(self, keys, before):
-        self.told = _count_in(before) if self.told is None else self.told
-        self.keys, self.told = (self.keys + keys)[-_TOLD_KEYS:], self.told + len(keys)
-        self.membership.client.put(
-            f"{self.membership.prefix}shipped/{self.mirror.node}",
-            json.dumps({"count": self.told, "keys": self.keys}).encode())
+    def _tell(self):
+        """Tell the others what is new, counted on from what they were told before a restart."""
+        client, key = self.membership.client, f"{self.membership.prefix}shipped/{self.mirror.node}"
+        if self.told is None:
+            entry = client.get(key)
+            self.told = 0 if entry is None else _count_in(_told_by(entry))
+        told, keys = self.told + len(self.untold), (self.keys + self.untold)[-_TOLD_KEYS:]
+        client.put(key, json.dumps({"count": told, "keys": keys}).encode())
+        self.told, self.keys, self.untold = told, keys, []
 
 
 def _count_in(value):
