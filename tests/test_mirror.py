@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import pytest
 from helpers import apply, basic, end_of, error_xml, in_child, make_job, perform, read_runs
@@ -449,6 +450,70 @@ def test_what_is_written_down_for_a_node_that_is_gone_is_its_run(pair):
     exchange(first, second)
     assert [row["state"] for each in pair for row in read_runs(each.store)] == ["succeeded"] * 2
     assert keys_of(first.client, "runs/") == [key_of()]
+
+
+class Told:
+    """What nodes tell each other of, as their Membership has it; `works` is whether they can,
+    `is_seen` whether they have looked."""
+    prefix = "members/"
+
+    def __init__(self):
+        self.kept, self.nodes, self.works = {}, {"a": {"key": "1"}, "b": {"key": "2"}}, True
+        self.client, self.is_seen = self, True
+
+    @property
+    def shipped(self):
+        return {key.rpartition("/")[2]: json.loads(value) for key, value in self.kept.items()
+                if self.is_seen}
+
+    def get(self, key):
+        return key in self.kept and types.SimpleNamespace(value=self.kept[key]) or None
+
+    def put(self, key, value):
+        if not self.works:
+            raise roexec.EtcdError("no answer", unknown=True)
+        self.kept[key] = value
+
+
+def test_a_node_hears_of_all_that_another_one_writes_before_and_after_its_restarts(pair):
+    told, (first, second) = Told(), pair
+    hears, tells = (roexec.Exchange(mirror, told, print) for mirror in (second, first))
+    for exchange in (hears, tells):
+        exchange.turn()
+    told.is_seen = False
+    for restart in range(3):
+        for number in range(2):
+            add(first, f"r{restart}x{number}")
+        tells.turn()
+        tells = roexec.Exchange(first, told, print)
+    told.is_seen = True
+    hears.turn()
+    assert len(read_runs(second.store)) == 6
+
+
+def test_what_could_not_be_told_is_told_later(pair):
+    told, (first, second) = Told(), pair
+    hears, tells = (roexec.Exchange(mirror, told, print) for mirror in (second, first))
+    hears.turn()
+    add(first)
+    told.works = False
+    with pytest.raises(roexec.EtcdError):
+        tells.turn()
+    told.works = True
+    tells.turn()
+    hears.turn()
+    assert [row["id"] for row in read_runs(second.store)] == ["r1"]
+
+
+def test_what_a_node_that_left_had_no_time_to_tell_is_seen(pair):
+    told, (first, second) = Told(), pair
+    hears = roexec.Exchange(second, told, print)
+    hears.turn()
+    add(first)
+    ship_all(first)                     # and then it is killed
+    del told.nodes["a"]
+    hears.turn()
+    assert [row["id"] for row in read_runs(second.store)] == ["r1"]
 
 
 @pytest.mark.parametrize("earlier, later, wins", [(10, 20, "later"), (20, 10, "earlier"),
