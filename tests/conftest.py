@@ -76,7 +76,7 @@ def cli(store, surroundings, capfd, monkeypatch):
     return call
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")         # some tests look after all descendants of this process
 def s3_server(tmp_path_factory):
     """A real server of S3 with an empty bucket."""
     server = engines.start_s3(str(tmp_path_factory.mktemp("s3")))

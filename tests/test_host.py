@@ -882,29 +882,6 @@ def test_doctor_knows_which_etcd_is_to_be_trusted_and_which_clock(store, monkeyp
     assert [each[0] for each in found] == [level] + [clock] * (clock is not None)
 
 
-@pytest.mark.engine
-def test_doctor_looks_at_the_bucket_and_at_what_waits_for_it(store, bucket, s3_server, monkeypatch):
-    client = bucket()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
-    settings = {"store": {"type": "s3", "bucket": s3_server.bucket, "endpoint": s3_server.endpoint,
-                          "prefix": client.prefix, "region": s3_server.region}}
-    place = f"s3://{client.bucket}/{client.prefix}"
-    assert found_of(roexec._check_bucket, store, settings) == [("ok", place)]
-    roexec.Mirror(store, client, "a", print).prepare()
-    apply(store, make_job("true"))
-    assert found_of(roexec._check_outbox, store, settings) == []
-    monkeypatch.setattr(roexec, "_LONG_BEHIND", -1)
-    (level, text), = found_of(roexec._check_outbox, store, settings)
-    assert level == "wrong" and re.match(r"\d+ changes wait to be written into the bucket", text)
-    assert roexec._check_outbox in roexec._CHECKS.values() and any(
-        "changes wait" in found.text for found in roexec.status_warnings(
-            store, roexec.read_config(json.dumps(settings), "config.yml", "/")))
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    (level, text), = found_of(roexec._check_bucket, store, settings)
-    assert level == "wrong" and "wrong" not in text
-
-
 @pytest.mark.parametrize("server, cluster, is_told", [
     ({}, {"leader_election": "etcd://h1,h2,h3"}, True),
     ({"host": "0.0.0.0"}, {"leader_election": "etcd://127.0.0.1,h2"}, True),

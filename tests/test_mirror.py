@@ -1,6 +1,7 @@
 """Section mirror: the store in a real bucket, to it, from it, and what goes wrong between them."""
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -929,3 +930,29 @@ def test_a_backup_of_a_store_in_a_bucket_can_be_restored(mirror, tmp_path, clean
     fresh = roexec.Store(str(tmp_path / "fresh"))
     roexec.restore(fresh, str(tmp_path / "copy.db"), lambda *_: None)
     assert len(read_runs(fresh)) == 4 and read_runs(fresh)[0]["log"]
+
+
+# What a person is told of it.
+
+def test_doctor_looks_at_the_bucket_and_at_what_waits_for_it(store, bucket, s3_server, monkeypatch):
+    client = bucket()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
+    settings = {"store": {"type": "s3", "bucket": s3_server.bucket, "endpoint": s3_server.endpoint,
+                          "prefix": client.prefix, "region": s3_server.region}}
+    config = roexec.read_config(json.dumps(settings), "config.yml", "/")
+
+    def found(check):
+        return [(each.level, each.text) for each in roexec.examine(store, config, {"x": check})]
+    place = f"s3://{client.bucket}/{client.prefix}"
+    assert found(roexec._check_bucket) == [("ok", place)]
+    roexec.Mirror(store, client, "a", print).prepare()
+    apply(store, make_job("true"))
+    assert found(roexec._check_outbox) == []
+    monkeypatch.setattr(roexec, "_LONG_BEHIND", -1)
+    (level, text), = found(roexec._check_outbox)
+    assert level == "wrong" and re.match(r"\d+ changes wait to be written into the bucket", text)
+    assert any("changes wait" in each.text for each in roexec.status_warnings(store, config))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    (level, text), = found(roexec._check_bucket)
+    assert level == "wrong" and "wrong" not in text
