@@ -3,6 +3,7 @@ import contextlib
 import heapq
 import itertools
 import random
+import shutil
 import time
 
 from helpers import wait_for
@@ -99,6 +100,12 @@ class Nemesis:
         self._kill(leader, seconds, dice)
         self._measure(leader)
 
+    def _lose_disk(self, node, seconds, dice):
+        if self._takes(node):
+            node.crash()
+            shutil.rmtree(node.store.folder)
+            self._until(seconds, f"{node.name} has lost its disk", lambda: self._start(node))
+
     def _end(self, node, seconds, dice):
         if self._takes(node):
             node.stop()
@@ -160,5 +167,5 @@ class Nemesis:
                 node.ask("POST", "/cluster/step-down", {}, timeout=1)
 
     _FAULTS = ((_stop, 1, 2.5 * LEASE), (_stop, LEASE + 1, 2.5 * LEASE), (_kill, 0, 2 * LEASE),
-               (_kill_the_leader, LEASE + 3.5, 2 * LEASE + 2), (_end,), (_kill_member,), (_pause_member,),
+               (_kill_the_leader, LEASE + 3.5, 2 * LEASE + 2), (_end,), (_lose_disk,), (_kill_member,), (_pause_member,),
                (_spoil,), (_spoil,), (_spoil, 1, 3 * LEASE), (_step_down,))
