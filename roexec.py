@@ -14898,6 +14898,12 @@ class Mirror:
         self._meet()
         return _Intake(self).hydrate()
 
+    def note_known(self, instant):
+        """All that the bucket had at an instant (UTC seconds) is here: the next hydration begins
+        there."""
+        with self.store.write() as db:
+            set_meta(db, "hydrated", instant)
+
     def fetch_log(self, row):
         """The path of the log of a run, fetched from the bucket where it is not here; None where it
         is nowhere."""
@@ -15493,9 +15499,11 @@ class Exchange:
         self.seen, self.told = {}, None     # {node: the count that is known here}; our own
         self.there = set()                  # the other nodes, with their keys, when seen last
         self.keys, self.untold, self.is_fresh = [], [], False
+        self.noted = time.time()            # when it was noted that all that is there is here
 
     def turn(self):
         """Write, tell the others, and read what they tell. Raises S3Error and EtcdError."""
+        began = time.time()
         told = dict(self.membership.shipped) if self.membership else {}
         there = {(node, value.get("key")) for node, value in self.membership.nodes.items()
                  if node != self.mirror.node} if self.membership else set()
@@ -15509,6 +15517,9 @@ class Exchange:
         for node, value in told.items():
             if node != self.mirror.node:
                 self._read(node, value)
+        if began > self.noted + _NOTED:
+            self.mirror.note_known(began)
+            self.noted = began
         keys = self.mirror.ship(_TOLD_KEYS // 2)
         self.untold += keys
         if self.untold and self.membership is not None:
@@ -15722,6 +15733,7 @@ def _digest_of(text):
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
+_NOTED = 60             # seconds between notes of how far the bucket is known
 _EXCHANGE = 0.5         # seconds between looks at what is to be written into the bucket, or read
 
 

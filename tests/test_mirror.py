@@ -492,6 +492,16 @@ def test_a_node_hears_of_all_that_another_one_writes_before_and_after_its_restar
     assert len(read_runs(second.store)) == 6
 
 
+def test_a_node_that_hears_of_all_need_not_look_at_it_again_later(pair, monkeypatch):
+    monkeypatch.setattr(roexec, "_NOTED", 0)
+    hears, known = roexec.Exchange(pair[1], Told(), print), []
+    for _ in range(3):
+        hears.turn()
+        with pair[1].store.read() as db:
+            known.append(roexec.get_meta(db, "hydrated"))
+    assert known == sorted(set(known))
+
+
 def test_what_could_not_be_told_is_told_later(pair):
     told, (first, second) = Told(), pair
     hears, tells = (roexec.Exchange(mirror, told, print) for mirror in (second, first))
