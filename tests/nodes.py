@@ -11,7 +11,7 @@ import time
 from datetime import timezone
 
 from engines import free_ports
-from helpers import descendants, wait_for
+from helpers import descendants, is_alive, wait_for
 from links import Link
 
 import roexec
@@ -66,10 +66,12 @@ class Node:
             self.process = None
 
     def crash(self):
-        """End the server and all that it has started, as a power cut would."""
-        for pid in self._pids():
+        """End the server and all that it, or an earlier one, has started, as a power cut would."""
+        pids = self._pids()
+        for pid in pids:
             _send(pid, signal.SIGKILL)
         self.kill()
+        wait_for(lambda: not any(map(is_alive, pids)) and not self._pids())
 
     def stop(self):
         self.signal(signal.SIGTERM)
@@ -86,9 +88,11 @@ class Node:
             _send(pid, signal.SIGCONT)
 
     def _pids(self):
-        """The server, its launcher, its supervisors and what they run."""
-        return [] if self.process is None else [
-            self.process.pid, *descendants(self.process.pid)]
+        """All that runs on this node: its server, supervisors, also of earlier ones, and what they
+        have started."""
+        mark, everything = f"ROEXEC_CONFIG={self.config}\0".encode(), descendants()
+        return set().union(*({pid, *descendants(pid)} for pid in everything
+                             if mark in _environment(pid)))
 
     def ask(self, method, path, body=None, timeout=10):
         """(status, payload or bytes)."""
@@ -155,6 +159,14 @@ def leader_of(nodes, seconds=30):
     """The Node that leads."""
     return wait_for(lambda: next((node for node in nodes if node.process and node.leads()), None),
                     seconds, lambda: "\n".join(node.said() for node in nodes))
+
+
+def _environment(pid):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _send(pid, number):
