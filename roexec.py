@@ -14713,8 +14713,9 @@ class _Intake:
 
     def _import_one(self, db, kind, key, found, seq, logs):
         name = _parse_key(key)[1]
-        if object_is_noted(db, key) and (kind == "runs" or found is None
-                                         or kind == "tokens" and token_object(db, name) is None):
+        if object_is_noted(db, key) and (
+                found is None or kind == "runs" and not self._was_taken_over(db, name, found)
+                or kind == "tokens" and token_object(db, name) is None):
             return False                # what is here goes there; that a token was revoked, too
         if kind == "runs":
             return self._import_run(db, key, name, found, seq, logs)
@@ -14741,6 +14742,13 @@ class _Intake:
         if key != key_of_run(db, found["id"], found["queued_at"]):
             raise ValueError("it is not what its key says")
         return import_run(db, found, self.node, seq)
+
+    def _was_taken_over(self, db, run_id, found):
+        """Whether another node has gone on with a run that this one has not started."""
+        row = find_run_row(db, run_id)
+        return row is not None and row["node"] is None and row["started_at"] is None \
+            and found["node"] != self.node \
+            and (row["state"] != "queued" or found["started_at"] is not None)
 
     def _knows_better(self, row, found):
         """Whether what is here of a run counts, and not what its object says. Where another node

@@ -11,7 +11,7 @@ import time
 from datetime import timezone
 
 from engines import free_ports
-from helpers import descendants, is_alive, wait_for
+from helpers import descendants, wait_for
 from links import Link
 
 import roexec
@@ -67,11 +67,13 @@ class Node:
 
     def crash(self):
         """End the server and all that it, or an earlier one, has started, as a power cut would."""
-        pids = self._pids()
-        for pid in pids:
-            _send(pid, signal.SIGKILL)
+        def is_dead():
+            pids = self._pids()
+            for pid in pids:
+                _send(pid, signal.SIGKILL)
+            return not pids
+        wait_for(is_dead)
         self.kill()
-        wait_for(lambda: not any(map(is_alive, pids)) and not self._pids())
 
     def stop(self):
         self.signal(signal.SIGTERM)

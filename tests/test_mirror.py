@@ -437,6 +437,17 @@ def test_two_nodes_that_each_had_a_run_agree_in_the_end(pair, turns, one, other,
     assert objects[0]["node"] == winner
 
 
+@pytest.mark.parametrize("own", [SKIPPED, {**QUEUED, "slot": 1_790_000_000}])
+def test_a_node_that_comes_back_does_not_write_over_what_went_on_without_it(pair, own):
+    first, second = pair
+    add(first, **own)                   # and it dies before that is in the bucket
+    add(second, slot=1_790_000_000)
+    ship_all(second)                    # and it loses its disk
+    first.hydrate()
+    ship_all(first)
+    assert read(first.client, key_of())["state"] == read_runs(first.store)[0]["state"] == "succeeded"
+
+
 def test_what_is_written_down_for_a_node_that_is_gone_is_its_run(pair):
     first, second = pair
     add(first, slot=1_790_000_000)              # and it dies before that is in the bucket
