@@ -95,7 +95,7 @@ class Nemesis:
     def _kill_the_leader(self, _, seconds, dice):
         """Kill it while all else works, and see how long it takes until another one does."""
         self.heal()
-        wait_for(self.nodes.is_healthy, 20, self.nodes.said)
+        wait_for(self.nodes.is_healthy, 120, self.nodes.said)
         leader = self.nodes.leader()
         self._kill(leader, seconds, dice)
         self._measure(leader)

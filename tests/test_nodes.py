@@ -349,7 +349,7 @@ def test_whatever_fails_no_slot_is_started_twice_and_each_has_a_row(nodes):
     try:
         nemesis.torment(60 * float(os.environ.get("SOAK_MINUTES", 10)) if LONG else 60)
         nemesis.heal()
-        slots = settled(nodes, first, 60)
+        slots = settled(nodes, first, 180)
     finally:
         print("\n".join(nemesis.told))
     states = collections.Counter((row["state"], row["reason"]) for its in slots.values()
