@@ -14446,6 +14446,7 @@ _AT_ONCE = 8            # requests
 _TOGETHER = 200            # objects that are fetched, and then imported, together
 _SETTLED = 50           # objects that are written, and then said to be
 _OVERLAP = 600          # seconds for which clocks and lists may be behind
+_FRESH = 10             # seconds in which an object may change without a later time in lists
 _YOUNG = 86400          # seconds; a younger object may be of a row that is on its way
 
 _OBJECT_KEY = Pattern(r"""
@@ -14599,7 +14600,7 @@ class _Intake:
 
     def __init__(self, mirror):
         self.store, self.client, self.node = mirror.store, mirror.client, mirror.node
-        self.say = mirror.say
+        self.say, self.seen = mirror.say, mirror.seen
 
     def fetch(self, keys):
         changed, keys = 0, list(dict.fromkeys(keys))
@@ -14616,14 +14617,17 @@ class _Intake:
         with self.store.read() as db:
             known = {kind: object_keys(db, kind) for kind in ("runs", "audit")}
         for kind in ("runs", "audit"):
-            wanted = [key for key, modified in listed[kind].items()
-                      if key not in known[kind] or modified >= since - _OVERLAP]
+            wanted = [key for key, modified in listed[kind].items() if key not in known[kind]
+                      or modified >= since - _OVERLAP and self.seen.get(key) != modified]
             first = kind == "runs" and since == -math.inf
             changed += self._fill(wanted) if first else self.fetch(wanted)
         self._forget_missing(listed)
         with self.store.write() as db:
             set_meta(db, "hydrated", began)
             set_meta(db, "hydrating", None)
+        self.seen.clear()               # but for what may change once more in the same second
+        self.seen.update((key, modified) for kind in ("runs", "audit") for key, modified
+                         in listed[kind].items() if began - _OVERLAP <= modified < began - _FRESH)
         return changed
 
     def _list(self, kind):
@@ -14771,6 +14775,7 @@ class Mirror:
     def __init__(self, store, client, node, say):
         self.store, self.client, self.node, self.say = store, client, node, say
         self._met, self._logs = False, threading.Lock()
+        self.seen = {}      # {key: last change} of young objects that the last hydration has seen
 
     def prepare(self):
         """Note from now on what has to go into the bucket, without asking it."""

@@ -464,6 +464,22 @@ def test_what_is_written_down_for_a_node_that_is_gone_is_its_run(pair):
     assert keys_of(first.client, "runs/") == [key_of()]
 
 
+def test_a_second_look_at_the_bucket_fetches_only_what_has_changed(pair, monkeypatch):
+    monkeypatch.setattr(roexec, "_FRESH", -10)      # seconds: also what has just been written
+    first, second = pair
+    for number in range(5):
+        add(first, f"r{number}")
+    ship_all(first)
+    second.hydrate()
+    fetched, get = [], second.client.get
+    monkeypatch.setattr(second.client, "get", lambda key: fetched.append(key) or get(key))
+    second.hydrate()
+    assert not [key for key in fetched if key.startswith("runs/")]
+    second.seen[key_of("r3")] -= 1                  # as if it was written anew since
+    second.hydrate()
+    assert [key for key in fetched if key.startswith("runs/")] == [key_of("r3")]
+
+
 class Told:
     """What nodes tell each other of, as their Membership has it; `works` is whether they can,
     `is_seen` whether they have looked."""
