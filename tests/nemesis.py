@@ -2,12 +2,16 @@
 import contextlib
 import heapq
 import itertools
+import os
 import random
 import shutil
 import time
 
 from helpers import wait_for
 from nodes import LEASE
+
+
+LONG = bool(os.environ.get("ROEXEC_LONG"))
 
 
 class Nemesis:
@@ -23,7 +27,7 @@ class Nemesis:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             self._wait(self.chance.uniform(0.2, 3))
-            fault = self.chance.choice(self._FAULTS)
+            fault = self.chance.choice(self._FAULTS + self._OF_DISKS * LONG)
             target = self.chance.choice(("leader", "leader", 0, 1, 2))
             length = self.chance.uniform(*(fault[1:] or (1, LEASE + 3)))
             dice = self.chance.random()
@@ -167,5 +171,6 @@ class Nemesis:
                 node.ask("POST", "/cluster/step-down", {}, timeout=1)
 
     _FAULTS = ((_stop, 1, 2.5 * LEASE), (_stop, LEASE + 1, 2.5 * LEASE), (_kill, 0, 2 * LEASE),
-               (_kill_the_leader, LEASE + 3.5, 2 * LEASE + 2), (_end,), (_lose_disk,), (_kill_member,), (_pause_member,),
+               (_kill_the_leader, LEASE + 3.5, 2 * LEASE + 2), (_end,), (_kill_member,), (_pause_member,),
                (_spoil,), (_spoil,), (_spoil, 1, 3 * LEASE), (_step_down,))
+    _OF_DISKS = ((_lose_disk,),)        # with what its last second has not put into the bucket
