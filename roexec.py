@@ -5519,6 +5519,7 @@ CREATE TABLE runs (
     cancel TEXT,                        -- the reason of a cancel that was asked for
     cause TEXT,                         -- RUN/N: the N-th notice of that run has asked for it,
                                         -- RUN/job: that run is a step that waits for it
+                                        -- RUN/claim: it repeats that one, by a claim
     owner TEXT,                         -- the process that alone may start it, if one may
     env TEXT, priority INTEGER NOT NULL DEFAULT 0, queued_at REAL NOT NULL, started_at REAL,
     finished_at REAL, exit_code INTEGER, signal TEXT,
@@ -14102,7 +14103,8 @@ def write_claim(db, store, job_id, claim, now):
         if slot is not None and slot_is_known(db, job_id, slot):
             return None                 # it was skipped when it could have begun
         _queue_again(db, job_id, claim.queued_at, id=claim.run, trigger=claim.trigger, slot=slot,
-                     retry_of=claim.rerun_of)
+                     retry_of=claim.rerun_of,
+                     cause=f"{claim.rerun_of}/claim" if claim.rerun_of else None)
     elif claim.state == "claimed" and row["state"] == "queued":
         set_node(db, row["id"], None)
     if claim.state == "lost" and (row is None or row["state"] in ACTIVE_STATES):
@@ -15229,7 +15231,7 @@ class Claims:
     def may_start(self, row):
         """Whether a queued run may be executed: it was not for a slot, or it is begun, and this
         node was there ever since; where it is not yet, that is asked for."""
-        if row["slot"] is None and not self._repeats(row):
+        if row["slot"] is None and not (row["cause"] or "").endswith("/claim"):
             return True
         with self._lock:
             may = self._begun.get(row["id"]) == self.membership.lease and self.membership.is_there()
@@ -15237,10 +15239,6 @@ class Claims:
                 self._wanted[row["id"]] = row["job_id"]
                 self.awake.set()
         return may
-
-    def _repeats(self, row):
-        """Whether a run may be one that repeats a lost one, and so has a claim."""
-        return row["trigger"] == "retry" and (self.lease is None or self.has_claim(row))
 
     def has_claim(self, row):
         """Whether a run is to be seen to by its claim."""

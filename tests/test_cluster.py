@@ -641,6 +641,30 @@ def test_a_run_that_may_be_repeated_is_once_where_its_node_is_gone(nodes):
     assert a.executed == []
 
 
+def test_what_repeats_a_lost_run_and_was_taken_over_is_not_started_once_its_claim_is_closed(nodes):
+    three = a, b, c = nodes(3)
+    for node in three:
+        with node.store.write() as db:
+            job = roexec.Job({"id": "j", "command": "true", "if_lost": "rerun"})
+            roexec.perform_apply(db, roexec.plan_apply(db, {None: [job]}), time.time())
+        node.turn()
+    a.claim(60)
+    a.start_runs(), a.claims.turn()
+    paused(a, b)
+    b.ahead += 2 * LEASE
+    b.turn(), b.turn()
+    b.write_down()                      # the run that repeats it is queued on b, and not begun
+    c.ahead += 2 * LEASE
+    paused(b, c)
+    c.run()
+    assert c.executed == [None] and b.executed == []
+    c.finish()
+    c.claim(120)
+    assert c.claims_there() == [(120, "claimed", "c")]
+    b.run()
+    assert b.executed == []
+
+
 @pytest.mark.parametrize("call", ["txn", "get_prefix"])
 def test_a_fault_in_the_middle_of_taking_over_is_made_good(nodes, call):
     a, b = nodes()
