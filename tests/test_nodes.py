@@ -135,8 +135,9 @@ def disagreements(nodes, job_id, first, last):
         if row is None or row["state"] == "skipped" or row["node"] not in [
                 line.node for line in its]:
             yield its[0].slot or int(its[0].at), f"{job_id}: {its}, but the row {briefly(row)}"
-    for run_id, row in known.items():
-        if run_id not in started and row["state"] in ("succeeded", "failed"):
+    for run_id, row in known.items():       # those before are of other tests, and other commands
+        if run_id not in started and row["state"] in ("succeeded", "failed") \
+                and row["queued_at"] >= first:
             yield row["slot"] or int(row["queued_at"]), f"{job_id}: never started: {briefly(row)}"
 
 
