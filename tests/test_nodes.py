@@ -348,7 +348,7 @@ def test_whatever_fails_no_slot_is_started_twice_and_each_has_a_row(nodes):
     first = {job_id: min(line.slot for line in nodes.seen(job_id)) for job_id in JOBS}
     nemesis = Nemesis(nodes, seed)
     try:
-        nemesis.torment(60 * float(os.environ.get("SOAK_MINUTES", 10)) if LONG else 60)
+        nemesis.torment(60 * float(os.environ.get("SOAK_MINUTES", 10)) if LONG else 40)
         nemesis.heal()
         slots = settled(nodes, first, 180)
     finally:
