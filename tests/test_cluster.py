@@ -620,13 +620,18 @@ def test_a_node_that_is_started_again_starts_what_it_had_begun(nodes):
     assert a.executed == [60] and b.executed == []
 
 
-def test_a_run_that_may_be_repeated_is_once_where_its_node_is_gone(nodes):
-    a, b = nodes()
-    for node in (a, b):
+def begin_with_repeats(*nodes):
+    """Nodes know the job, whose lost runs may be repeated; the first of them leads."""
+    for node in nodes:
         with node.store.write() as db:
             job = roexec.Job({"id": "j", "command": "true", "if_lost": "rerun"})
             roexec.perform_apply(db, roexec.plan_apply(db, {None: [job]}), time.time())
-    a.turn(), b.turn()
+        node.turn()
+
+
+def test_a_run_that_may_be_repeated_is_once_where_its_node_is_gone(nodes):
+    a, b = nodes()
+    begin_with_repeats(a, b)
     run = a.claim(60)
     a.start_runs(), a.claims.turn()
     paused(a, b)
@@ -643,11 +648,7 @@ def test_a_run_that_may_be_repeated_is_once_where_its_node_is_gone(nodes):
 
 def test_what_repeats_a_lost_run_and_was_taken_over_is_not_started_once_its_claim_is_closed(nodes):
     three = a, b, c = nodes(3)
-    for node in three:
-        with node.store.write() as db:
-            job = roexec.Job({"id": "j", "command": "true", "if_lost": "rerun"})
-            roexec.perform_apply(db, roexec.plan_apply(db, {None: [job]}), time.time())
-        node.turn()
+    begin_with_repeats(*three)
     a.claim(60)
     a.start_runs(), a.claims.turn()
     paused(a, b)
@@ -685,11 +686,7 @@ def test_a_fault_in_the_middle_of_taking_over_is_made_good(nodes, call):
 
 def test_a_run_that_ended_well_is_not_repeated_since_its_node_ends_later(nodes):
     a, b = nodes()
-    for node in (a, b):
-        with node.store.write() as db:
-            job = roexec.Job({"id": "j", "command": "true", "if_lost": "rerun"})
-            roexec.perform_apply(db, roexec.plan_apply(db, {None: [job]}), time.time())
-    a.turn(), b.turn()
+    begin_with_repeats(a, b)
     run = a.claim(60)
     a.start_runs(), a.claims.turn(), a.start_runs()
     a.finish()
