@@ -16050,6 +16050,7 @@ class _Decisions:
                 self.timetable.plan(job_id)
 
 
+STARTING = "the server is starting"
 STUCK = "the scheduler does not answer"
 
 
@@ -16059,7 +16060,7 @@ class Vitals:
     def __init__(self, store, supervisors, timetable, claims=None):
         self.store, self.supervisors, self.timetable = store, supervisors, timetable
         self.claims = claims or Alone()
-        self.last_turn, self.failed, self.found = time.monotonic(), False, None
+        self.last_turn, self.failed, self.found = time.monotonic(), False, STARTING
         self.worst = -math.inf, 0.0     # (when, the most seconds that it was late of late)
 
     def note_turn(self, now):
@@ -23955,7 +23956,7 @@ class _Crontab(_Service):
 
     def _start(self):
         import subprocess
-        entry = pwd.getpwnam(self.installation.user)
+        entry, store = pwd.getpwnam(self.installation.user), self.installation.store
         identity = {} if os.geteuid() else {
             "user": entry.pw_uid, "group": entry.pw_gid,
             "extra_groups": os.getgrouplist(entry.pw_name, entry.pw_gid)}
@@ -23964,10 +23965,9 @@ class _Crontab(_Service):
                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL, **identity)
         deadline = time.monotonic() + 30
-        while self.installation.store.server() is None:
+        while store.server() is None or store.trouble() == STARTING:
             if time.monotonic() > deadline:
-                raise RoexecError("the server has not begun; see "
-                                  + self.installation.store.file("server.log"))
+                raise RoexecError("the server has not begun; see " + store.file("server.log"))
             time.sleep(0.05)
 
     def removal(self):
@@ -26070,17 +26070,15 @@ def _cmd_server(session):
         return print(f"would serve {store.path} {place} (dry run)")
     _close_at_exec()
     access = Access(config.server, say)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.suppress(KeyboardInterrupt):
+        # Until the loop hears of it: PID 1 gets no signal without a handler (pid_namespaces(7)).
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(
+            signal.SIGTERM, signal.default_int_handler))
         launcher = start_launcher()     # first of all: it must not inherit anything
         if not store.exists:
             _check_job_files(files)
         store.say = say
-        stack.callback(os.close, hold_server_lock(store))
-        store.create()
-        store.keep_open()
-        stack.callback(store.close)
-        with store.write() as db:
-            set_settings(db, session.settings)
+        _take_store(store, session.settings, stack)
         cluster = _cluster_of_server(session, say)
         duties = _Duties(files, cluster)
         duties()
@@ -26114,6 +26112,17 @@ def _cmd_server(session):
             say(warning, "ERROR")
         scheduler.run()
     say("Server ended" if ends_with_us() else "Server ended; runs that are on go on by themselves")
+
+
+def _take_store(store, settings, stack):
+    """Become the server of a store, until the ExitStack lets go of it."""
+    stack.callback(os.close, hold_server_lock(store))
+    store.leave_word(STARTING)
+    store.create()
+    store.keep_open()
+    stack.callback(store.close)
+    with store.write() as db:
+        set_settings(db, settings)
 
 
 def _cluster_of_server(session, say):

@@ -3,9 +3,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -214,6 +217,36 @@ def test_systemd_is_told_when_a_server_is_ready_alive_and_ending(manager, monkey
     while said[0] == "WATCHDOG=1":
         said = manager.said()
     assert said == ["STOPPING=1"]
+
+
+@pytest.mark.parametrize("before", [(), ("unshare", "-pf", "--kill-child")], ids=["", "PID 1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_starting_says_so_and_ends_when_asked(before, number, cli, store,
+                                                               tmp_path):
+    """PID 1 is not even told of a signal that it has no handler for."""
+    if before and subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("no name spaces can be made here")
+    apply(store, make_job(job_id="a"))
+    lock = roexec.open_private(store.file("store.lock"))
+    assert roexec.try_lock(lock)                        # which the start waits for
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*before, sys.executable, roexec.__file__, "--store",
+                                    store.path, "server", "--no-http"], stderr=log)
+    try:
+        wait_for(lambda: store.server() and store.trouble() == "the server is starting")
+        status, out, _ = cli("status")
+        assert status == 1 and "the server is starting" in out
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]) if before else process.pid, number)
+        os.close(lock)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert "Server ended" in (tmp_path / "log").read_text()
+    assert "started" not in (tmp_path / "log").read_text() and store.server() is None
+    assert cli("status")[0] == 3
+
 
 
 def test_a_watchdog_of_another_process_is_not_fed(manager, monkeypatch, store):
