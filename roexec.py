@@ -14243,7 +14243,8 @@ def discard(journals):
 def settle(store, wait=False):
     """Where no server runs: take finished journals in, and see to it that lost runs are finished.
 
-    They are left to processes of their own. With `wait` these are waited for, until what was left
+    They are left to processes of their own, and `server.lock` is shared while one looks: who does so
+    is no server, and keeps one from starting. With `wait` these are waited for, until what was left
     of the runs must be dead; they may have attempts ahead. A server does this itself.
     """
     if not store.exists or not os.path.isdir(store.file("active")) or store.is_read_only:
@@ -14251,7 +14252,7 @@ def settle(store, wait=False):
     lock = open_private(store.file("server.lock"))
     children, deadline = [], time.monotonic()
     try:
-        if not try_lock(lock):
+        if not try_lock(lock, fcntl.LOCK_SH):
             return
         journals = found_journals(store)
         with store.write() as db:
@@ -16559,11 +16560,12 @@ def hold_server_lock(store):
     """
     make_private_folder(store.folder, store.say)
     descriptor = open_private(store.file("server.lock"))
-    deadline = time.monotonic() + 1     # a command may hold it for an instant, to take runs in
+    deadline = time.monotonic() + 1     # commands may hold it for an instant, to take runs in
     while not try_lock(descriptor):
-        if time.monotonic() > deadline:
+        process = store.server()
+        if process is not None and time.monotonic() > deadline:
             os.close(descriptor)
-            raise RoexecError(f"a server (process {store.server()}) works on the store "
+            raise RoexecError(f"a server (process {process}) works on the store "
                               f"{store.path} already; end that one first")
         time.sleep(0.01)
     os.ftruncate(descriptor, 0)
