@@ -11533,7 +11533,7 @@ def exit_status(run):
 
 _READ_SIZE = 1 << 18     # bytes taken at once
 _SMALL_PIPE, _LARGE_PIPE = 1 << 15, 1 << 20
-_DRAIN = 1.0            # seconds for what is still in the pipes when the command has ended
+_DRAIN = 1.0            # seconds for what others still write when the command has ended
 
 
 class Signals:
@@ -11703,6 +11703,7 @@ class RunningCommand:
 
     def _drain(self):
         """Read what is left in the pipes; whoever still holds one may write for a second more."""
+        self._read_all()
         deadline = time.monotonic() + _DRAIN
         while self.streams or (self.console is not None and self.console.backlog):
             left = deadline - time.monotonic()
@@ -11713,6 +11714,13 @@ class RunningCommand:
             self._pass_on(stream, self.sink.end(stream))
         self.refused = bool(self.streams)
         self.close()
+
+    def _read_all(self):
+        """Read what is in the pipes by now, however long that takes here: the command wrote it."""
+        most, before = self.output_bytes + len(self.streams) * _LARGE_PIPE, None
+        while self.output_bytes < most and before != (self.output_bytes, len(self.streams)):
+            before = self.output_bytes, len(self.streams)
+            self._read(0, math.inf)
 
     def _kill(self, grace):
         """SIGTERM (or what a person sent) to the tree, `grace()` seconds, then SIGKILL until
@@ -14243,9 +14251,9 @@ def discard(journals):
 def settle(store, wait=False):
     """Where no server runs: take finished journals in, and see to it that lost runs are finished.
 
-    They are left to processes of their own, and `server.lock` is shared while one looks: who does so
-    is no server, and keeps one from starting. With `wait` these are waited for, until what was left
-    of the runs must be dead; they may have attempts ahead. A server does this itself.
+    They are left to processes of their own. With `wait` these are waited for, until what was left
+    of the runs must be dead; they may have attempts ahead. A server does this itself: none begins
+    meanwhile, and nobody is taken for one, since `server.lock` is shared.
     """
     if not store.exists or not os.path.isdir(store.file("active")) or store.is_read_only:
         return

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -584,6 +585,19 @@ def test_a_daemon_that_holds_the_output_is_left_and_the_run_ends(store, tmp_path
     last = read_log_of(store, run["id"]).splitlines()
     assert any("holds the output open" in line for line in last[-2:])
     assert is_alive(read_pid(tmp_path / "pid"))
+
+
+def test_no_output_is_lost_where_its_reader_is_held_up(store, monkeypatch):
+    monkeypatch.setattr(roexec, "_DRAIN", -1)       # the time is over before it was looked at
+    command = "import os; os.write(1, b'x' * 60_000 + bytes([10])), os.write(2, b'end')"
+    wait = roexec.RunningCommand.wait
+
+    def late(self, *values, **more):
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        return wait(self, *values, **more)
+    monkeypatch.setattr(roexec.RunningCommand, "wait", late)
+    run = perform(store, [sys.executable, "-c", command])
+    assert sorted(output_of(store, run).split()) == ["end", "x" * 60_000]
 
 
 def test_a_daemon_without_our_output_is_left_and_nobody_waits(store, tmp_path, monkeypatch):
