@@ -25514,7 +25514,7 @@ class _StepLogs:
 
     def __init__(self, open_log, options, chosen):
         self.open_log, self.options, self.chosen = open_log, options, chosen
-        self.steps = {}                 # {step: (its log, lines that wait)} of those that are on
+        self.steps = {}                 # {step: [run id, its log, lines that wait]} of those on
         self.held = collections.deque(maxlen=max(0, options.tail)) if options.tail is not None \
             else None
 
@@ -25532,30 +25532,29 @@ class _StepLogs:
         self._drain(line[:20], False)
         if ends and ends[1] in self.steps:
             self._drain(b"\xff", True, ends[1])
-            self.steps.pop(ends[1])[0].close()
+            _, log, _ = self.steps.pop(ends[1])
+            if log is not None:
+                log.close()
         self._write(line)
         if begins:
-            log = self.open_log(begins[2].decode())
-            if log is not None:
-                self.steps[begins[1]] = log, collections.deque()
+            self.steps[begins[1]] = [begins[2].decode(), None, collections.deque()]
 
     def _drain(self, before, over, only=None):
         """Print the lines of steps that are older than an instant, in their order."""
+        steps = self.steps if only is None else {only: self.steps[only]}
+        for step in steps.values():     # the pipeline tells of one before its supervisor has a log
+            step[1] = step[1] or self.open_log(step[0])
         while True:
             heads = []
-            for step in self.steps if only is None else (only,):
-                self._fill(self.steps[step], over)
-                if self.steps[step][1]:
-                    heads.append((self.steps[step][1][0][:20], step))
+            for name, (_, log, waiting) in steps.items():
+                if log is not None and not waiting:
+                    waiting.extend(log.more(over))
+                if waiting:
+                    heads.append((waiting[0][:20], name))
             if not heads or min(heads)[0] >= before:
                 return
-            step = min(heads)[1]
-            self._write(self.steps[step][1].popleft(), step)
-
-    def _fill(self, step, over):
-        log, waiting = step
-        if not waiting:
-            waiting.extend(log.more(over))
+            name = min(heads)[1]
+            self._write(steps[name][2].popleft(), name)
 
     def _write(self, line, step=None):
         data = select_lines(matching_lines(line, **self.chosen), self.options.raw,
