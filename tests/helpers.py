@@ -176,13 +176,22 @@ def kill_descendants():
         time.sleep(0.002)
 
 
+class Pid(int):
+    """The id of a process that is on, which tells it from a later one with the same number: there
+    are few numbers, and many processes where several suites are run."""
+
+    def __init__(self, _):
+        self.start = roexec.process_start(self)
+
+
 def is_alive(pid):
-    return roexec.process_start(pid) is not None
+    start = roexec.process_start(pid)
+    return start is not None and start == getattr(pid, "start", start)
 
 
 def read_pid(path):
     """The process id in a file, once it is there."""
-    return int(wait_for(lambda: path.exists() and path.read_text().strip(), what=f"no {path}"))
+    return Pid(wait_for(lambda: path.exists() and path.read_text().strip(), what=f"no {path}"))
 
 
 class Server:
@@ -356,7 +365,7 @@ class Smtp(socketserver.ThreadingTCPServer):
     def settings(self, **more):
         tls = "tls" if self.implicit else "starttls" if self.starttls else "none"
         return {"mail": {"host": "localhost", "port": self.server_address[1], "tls": tls,
-                         "from": "roexec@example.com", "timeout": 5, **more}}
+                         "from": "roexec@example.com", "timeout": 60, **more}}
 
     close = Web.close
 
