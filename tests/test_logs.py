@@ -110,7 +110,7 @@ def test_no_descriptor_of_a_log_is_inherited_or_left_open(tmp_path):
                 assert not os.get_inheritable(int(number))
     log.close(AT)
     log.close(AT)
-    assert not before or os.listdir("/proc/self/fd") == before
+    assert not before or set(os.listdir("/proc/self/fd")) <= set(before)
 
 
 def test_a_log_that_was_begun_goes_on_at_its_end(log, tmp_path, content):
@@ -591,7 +591,7 @@ def test_a_reader_keeps_no_more_files_open_than_there_are_parts(small):
     for part in follow(small.path, lambda: len(small.whole) > 20_000,
                        wait=lambda _: small.write(*range(9))):
         most = max(most, descriptors() - before)
-    assert most <= 5 and descriptors() == before
+    assert most <= 5 and descriptors() <= before
 
 
 @pytest.mark.parametrize("room", range(0, 700, 40))
