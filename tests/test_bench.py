@@ -19,7 +19,7 @@ def driver():
 @pytest.fixture
 def bench(driver, tmp_path, capsys):
     """`bench(NAME=program, ...)` -> (exit status, the driver's lines) of a folder of benches."""
-    def call(*names, time_limit=20, **programs):
+    def call(*names, time_limit=60, **programs):
         for name, program in programs.items():
             (tmp_path / f"bench_{name}.py").write_text(program)
         status = driver.main(names, str(tmp_path), time_limit)
@@ -47,8 +47,8 @@ def test_a_bench_that_keeps_no_goal_fails_and_the_next_one_runs(bench, program, 
 def test_a_bench_that_runs_on_is_ended_with_what_it_started(bench):
     program = ('import subprocess, time; print("x: 1.00 (goal <= 1) ok", flush=True); '
                'subprocess.Popen(["sleep", "100"]); time.sleep(100)')
-    status, lines = bench(a=program, time_limit=0.5)
-    assert (status, lines[1]) == (1, "-- bench_a.py: not done after 0.5 s")
+    status, lines = bench(a=program, time_limit=2)
+    assert status == 1 and "-- bench_a.py: not done after 2 s" in "; ".join(lines)
 
 
 def test_only_the_named_benches_run(bench):

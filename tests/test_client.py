@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import engines
 import pytest
 from helpers import apply, make_job, read_runs, serve, token, wait_for
 
@@ -18,7 +19,7 @@ import roexec
 JOBS = """
 jobs:
   - {id: hello, command: "echo hi; echo bad >&2; printf part; exit 3", tags: [x], name: Greet}
-  - {id: tick, schedule: "0 5 * * *", timezone: Europe/Berlin, command: [date], env: {A: "1.10"}}
+  - {id: tick, schedule: "0 5 * 3 *", timezone: Europe/Berlin, command: [date], env: {A: "1.10"}}
   - {id: off, schedule: "@daily", enabled: false, command: "true"}
   - id: chain
     pipeline:
@@ -246,16 +247,13 @@ def test_the_output_of_a_run_elsewhere_comes_as_it_was_and_its_exit_status_too(r
 
 def test_a_run_in_the_way_is_named_and_can_be_cancelled(registered, call):
     run_id = call("run slow --detach")[1].strip()
-    assert call("run slow") == (125, "", f'roexec: job "slow" is {state(registered, run_id)} '
-                                f"already: run {run_id}\n")
+    wait_for(lambda: read_runs(registered.store, id=run_id)[0]["state"] == "running")
+    assert call("run slow") == (
+        125, "", f'roexec: job "slow" is running already: run {run_id}\n')
     assert call("cancel slow")[:2] == (0, f"{run_id}: is being cancelled\n")
     assert call("wait", run_id)[0] == 130
     assert call("cancel", run_id) == (
         1, "", f"roexec: run {run_id} has ended already: cancelled\n")
-
-
-def state(served, run_id):
-    return read_runs(served.store, id=run_id)[0]["state"]
 
 
 def spawn(*words, **environment):
@@ -270,7 +268,7 @@ def test_interrupting_run_ends_the_run_as_it_does_here(how, registered, call):
     client = spawn("run", "slow", ROEXEC_URL=registered.url)
     assert client.stdout.readline() == "begun\n"
     client.send_signal(how)
-    assert client.communicate(timeout=30) == ("", "")
+    assert client.communicate(timeout=60) == ("", "")
     assert client.returncode == 130
     assert read_runs(registered.store, job_id="slow")[-1]["state"] == "cancelled"
 
@@ -282,7 +280,7 @@ def test_what_steps_print_is_followed_while_they_are_on(registered, call, marks)
     run_id = call("run line --detach")[1].strip()
     try:
         wait_for(lambda: read_runs(registered.store, parent=run_id))
-        clients = [spawn("--url", registered.url, "logs", "line", "-f"),
+        clients = [spawn("--url", registered.url, "logs", run_id, "-f"),
                    spawn("--url", registered.url, "run", "line", "--queue")]
         wait_for(lambda: "[OUT] one: begun" in clients[0].stdout.readline())
     finally:
@@ -438,7 +436,7 @@ def test_help_warns_of_a_token_that_others_can_see(call):
 # Servers that go away, are slow, strange or hostile.
 
 def test_following_goes_on_where_it_was_when_the_server_begins_again(tmp_path, call, marks):
-    server = Served(tmp_path / "it")
+    server = Served(tmp_path / "it", *engines.free_ports(1))
     apply(server.store, make_job(
         f"for i in 1 2 3; do echo line $i; until grep -q $i {marks.path}; do sleep 0.01; done; done"
         "; echo over >&2; exit 7", "steps"))
@@ -489,11 +487,17 @@ def test_a_server_that_begins_to_answer_and_never_does_is_given_up(call, peer, m
 def test_a_server_that_stays_away_is_given_up_in_words(tmp_path, call, monkeypatch):
     monkeypatch.setattr(roexec, "_GONE_TIME", 0.2)
     monkeypatch.setattr(roexec, "_RETRY_PAUSE", 0.1)
-    server = Served(tmp_path / "it")
-    apply(server.store, make_job("sleep 5", "long"))
+    server, follows, take = Served(tmp_path / "it"), threading.Event(), roexec.Following._take
+    monkeypatch.setattr(roexec.Following, "_take",
+                        lambda *values: (yield from take(*values)) or follows.set())
+    done = tmp_path / "done"
+    apply(server.store, make_job(f"until test -e {done}; do sleep 0.1; done", "long"))
     assert call("run long --detach", url=server.url)[0] == 0
-    threading.Timer(0.5, lambda: server.stop(signal.SIGKILL)).start()
+    killer = threading.Thread(target=lambda: follows.wait(60) and server.stop(signal.SIGKILL))
+    killer.start()
     status, _, err = call("logs long -f", url=server.url)
+    killer.join()
+    done.touch()
     assert status == 1 and err.endswith(
         "does a server run there, and does it listen beyond its own host (server: {host: …})?\n")
 
@@ -605,7 +609,7 @@ def test_an_answer_that_is_none_of_roexec_is_told_in_words(answer, told, call, p
     there = peer(answer)
     status, out, err = call("list jobs --token t0ken", url=there.url)
     assert (status, out) == (1, "") and told in err and "Traceback" not in err
-    assert "t0ken" not in err and b"Bearer t0ken" in there.requests[0]
+    assert "t0ken" not in err and b"Bearer t0ken" in wait_for(lambda: there.requests)[0]
 
 
 def test_a_silent_server_is_given_up(call, peer, monkeypatch):
@@ -620,12 +624,18 @@ def test_a_list_without_end_is_given_up(call, peer, monkeypatch):
     assert call("cancel x", url=there.url)[2].endswith("lists more than 5 runs\n")
 
 
-def test_what_does_not_listen_or_has_no_name_is_told(call):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
+@pytest.fixture
+def nobodys():
+    """A port that somebody has who does not listen."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def test_what_does_not_listen_or_has_no_name_is_told(call, nobodys):
+    url = f"http://127.0.0.1:{nobodys}"
     assert call("list jobs", url=url)[2] == (
-        f"roexec: nothing listens on port {port} of 127.0.0.1: does a server run there, and does "
+        f"roexec: nothing listens on port {nobodys} of 127.0.0.1: does a server run there, and does "
         "it listen beyond its own host (server: {host: …})?\n")
     assert call("status", url=url)[0] == 3
     assert call("run hello", url=url)[0] == 125
