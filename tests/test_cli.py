@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from helpers import perform, process, read_runs
+from helpers import perform, process, read_runs, wait_for
 
 import roexec
 
@@ -1221,9 +1221,12 @@ def test_why_tells_of_an_instant_without_a_run(instant, words, cli, since_july):
     assert status == 0 and all(word in out for word in words), out
 
 
-def test_why_without_an_instant_is_about_now_the_latest_slot_and_the_next(cli, since_july):
-    latest = int(time.time()) // 86400 * 86400 + 7200
-    latest -= 86400 * (latest > time.time())
+def test_why_without_an_instant_is_about_now_the_latest_slot_and_the_next(cli, since_july,
+                                                                          monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)      # it may be just before two
+    latest = int(now) // 86400 * 86400 + 7200
+    latest -= 86400 * (latest > now)
     record(since_july, id="latest1234", at=latest, slot=latest, trigger="schedule")
     run_id = record(since_july, state="queued")
     assert cli("pause hello")[0] == 0
@@ -1437,7 +1440,7 @@ def test_a_server_serves_and_ends_when_asked(store, jobs, cli):
     with log:
         try:
             assert any("Server started" in line for line in iter(log.readline, ""))
-            assert cli("status", store=None)[0] == 0, "it announces its store"
+            wait_for(lambda: cli("status", store=None)[0] == 0)     # it announces its store
             second = process(store, "server", "--no-http")
             assert (second.returncode, second.stderr) == (
                 1, f"roexec: a server (process {pid}) works on the store {store.path} already; end that one first\n")
@@ -1547,8 +1550,10 @@ def test_ctrl_c_ends_a_command_with_130_and_nothing_else(jobs, store):
     assert (waiting.returncode, out) == (130, "") and "Traceback" not in err
 
 
-def on_terminal(store, *words, redirect="", typed=b"", program=roexec.__file__, **variables):
-    """What a command shows on a terminal at which something is typed."""
+def on_terminal(store, *words, redirect="", typed=b"", program=roexec.__file__, seen=None,
+                **variables):
+    """What a command shows on a terminal at which something is typed; `seen(output)` is told, each
+    time that there is more."""
     import pty
     pid, descriptor = pty.fork()
     if pid == 0:
@@ -1563,6 +1568,8 @@ def on_terminal(store, *words, redirect="", typed=b"", program=roexec.__file__, 
             if not data:
                 break
             output += data
+            if seen is not None:
+                seen(output.decode(errors="replace"))
     os.close(descriptor)
     os.waitpid(pid, 0)
     return output.decode()
@@ -1574,12 +1581,27 @@ def test_the_same_output_has_colour_on_a_terminal_alone(jobs, store):
     assert "\x1b" not in process(store, "list", "jobs").stdout
 
 
+SOON = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import roexec
+line, found = roexec._StatusLine, []
+tick, patience = line.tick, line.patience
+
+def look(self):
+    found[:] = [os.path.exists({now!r})]        # before the output is read
+    return min(0.02, patience(self))
+line.patience, line.tick = look, lambda *values: found[0] and tick(*values)
+roexec._STATUS_AFTER = float(os.environ.get("AFTER", 0))
+sys.exit(roexec.main())
+"""
+
+
 @pytest.fixture
 def soon(tmp_path):
-    """A roexec that has a status line after 0.2 s already."""
+    """A roexec that may have a status line as soon as the file `now` is there, after `AFTER` s."""
     path = tmp_path / "soon.py"
-    path.write_text(f"import sys; sys.path.insert(0, {os.path.dirname(roexec.__file__)!r})\n"
-                    "import roexec; roexec._STATUS_AFTER = 0.2; sys.exit(roexec.main())\n")
+    path.write_text(SOON.format(folder=os.path.dirname(roexec.__file__), now=str(tmp_path / "now")))
     return str(path)
 
 
@@ -1587,23 +1609,36 @@ STATUS = re.compile(r"\r(\w+ [0-9.]+m?s(?: of about [0-9]+\w+)?)\x1b\[K")
 CLEARED = "\r\x1b[K"
 
 
-def test_a_run_that_takes_long_has_a_status_line_that_is_gone_when_output_comes(store, soon):
+def test_a_run_that_takes_long_has_a_status_line_that_is_gone_when_output_comes(store, soon,
+                                                                                tmp_path):
     store.create()
     at = time.time() - 100
     record(store, "slow", at=at, finished_at=at + 42)
+
+    def seen(output):
+        """Let the command go on when there was a status line, and when there is another one."""
+        for name, text in (("first", output), ("second", output.partition("two\r\n")[2])):
+            if STATUS.search(text):
+                (tmp_path / name).touch()
+    (tmp_path / "now").touch()
     shown = on_terminal(store, "run", "--name", "slow", "--", "sh", "-c",
-                        "echo one; sleep 0.6; echo two; sleep 0.9; exit 3", program=soon)
-    assert STATUS.findall(shown) == ["slow 0s of about 42s", "slow 1s of about 42s"]
-    assert STATUS.sub("", shown) == f"one\r\n{CLEARED}two\r\n{CLEARED}"
+                        "echo one; until test -e first; do sleep 0.02; done; echo two; "
+                        "until test -e second; do sleep 0.02; done; exit 3", program=soon,
+                        seen=seen, AFTER="0.2")
+    seconds = [int(re.fullmatch(r"slow (\d+)s of about 42s", text)[1])
+               for text in STATUS.findall(shown)]
+    assert len(seconds) > 1 and seconds == sorted(set(seconds))
+    assert STATUS.sub("", shown) in [f"{before}one\r\n{CLEARED}two\r\n{CLEARED}"
+                                     for before in ("", CLEARED)]
 
 
 @pytest.mark.parametrize("script, how", [
-    ("sleep 0.4", {"redirect": "2>errors"}),
-    ("sleep 0.4", {"redirect": "| cat"}),
-    ("sleep 0.4", {"TERM": "dumb"}),
-    ("printf 'name? '; sleep 0.4; echo", {}),
-    ("stty -echo </dev/tty; sleep 0.4; stty echo </dev/tty", {}),
-    ("sleep 0.1", {}),
+    ("touch now; sleep 0.4", {"redirect": "2>errors"}),
+    ("touch now; sleep 0.4", {"redirect": "| cat"}),
+    ("touch now; sleep 0.4", {"TERM": "dumb"}),
+    ("printf 'name? '; touch now; sleep 0.4; echo", {}),
+    ("stty -echo </dev/tty; touch now; sleep 0.4", {}),
+    ("touch now; sleep 0.1", {"AFTER": "600"}),
 ])
 def test_a_status_line_is_not_drawn_where_it_might_spoil_something(script, how, store, soon):
     shown = on_terminal(store, "run", "--name", "x", "--", "sh", "-c", script, program=soon, **how)
