@@ -11070,8 +11070,9 @@ class Journal:
             with open(self.path + ".reason", "w") as file:
                 file.write(reason if grace is None else f"{reason} {grace}")
             os.rename(self.path + ".reason", self.path + ".cancel")
-        now = Journal.glance(self.path) or self
-        supervisor = Progress(now.events).supervisor
+        progress = Progress((Journal.glance(self.path) or self).events)
+        supervisor = None if progress.finished else progress.supervisor
+        # That of a run that has finished may have the next one, while the lock is its owner's.
         if supervisor and process_start(supervisor["pid"]) == supervisor["start"] \
                 and lock_is_held(self.path):
             with contextlib.suppress(ProcessLookupError):

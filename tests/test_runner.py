@@ -192,6 +192,20 @@ def test_a_cancel_does_not_hit_what_a_supervisor_does_after_the_run(store):
     assert is_alive(pid)
 
 
+def test_a_cancel_does_not_hit_the_next_run_of_a_supervisor(store, monkeypatch):
+    """The server has heard of the end, and holds the journal until it has taken that in."""
+    journal, told = claimed(store, make_job()), []
+    journal.note("supervisor", pid=os.getpid(), start=roexec.process_start(os.getpid()), log=None)
+    monkeypatch.setattr(os, "kill", lambda *values: told.append(values))
+    journal.cancel("user")
+    assert told == [(os.getpid(), signal.SIGTERM)]
+    journal.note("outcome", state="succeeded", reason=None)
+    journal.note("finished")
+    journal.cancel("user")
+    assert len(told) == 1
+    journal.close()
+
+
 # Recovery: the table of a journal that a kill has cut after each of its events.
 
 def mark(name, more=""):
