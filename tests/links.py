@@ -55,6 +55,11 @@ class Link:
         """Add so many whole seconds to the header Date of answers, in plain HTTP."""
         self._ask(lambda: setattr(self, "_shift", seconds))
 
+    @property
+    def has_lost(self):
+        """Whether a connection that is open has lost something."""
+        return any(pipe.has_lost for pipe in list(self._pipes))
+
     def heal(self):
         """As in the beginning; connections that have lost something are reset."""
         self._ask(self._set_healthy)

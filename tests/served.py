@@ -55,8 +55,10 @@ def said():
 
 
 @pytest.fixture
-def server(store, said):
-    """A server of that store on a free port of 127.0.0.1; nothing may go wrong in it unseen."""
+def server(store, said, monkeypatch):
+    """A server of that store on a free port of 127.0.0.1; nothing may go wrong in it unseen. It
+    listens to clients that it has refused until they go, however long they take to send."""
+    monkeypatch.setattr(roexec, "_LINGER_TIME", 60)
     server = serve(store, said)
     yield server
     server.close()

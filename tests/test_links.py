@@ -60,8 +60,9 @@ def test_a_link_that_is_cut_resets_and_refuses_until_it_is_healed(link):
 
 
 def test_a_link_that_holds_passes_nothing_on_before_it_is_healed(link, web):
-    with connect(link, 0.2) as early, connect(link, 0.2) as late:
+    with connect(link) as early, connect(link, 0.2) as late:
         ask(early)
+        early.sock.settimeout(0.2)
         link.hold()
         for connection in (early, late):
             connection.request("POST", "/", b"held")
@@ -77,7 +78,7 @@ def test_a_link_delays_each_direction(link):
     with connect(link) as connection:
         begun = time.monotonic()
         assert ask(connection)[0] == 200
-        assert 0.3 <= time.monotonic() - begun < 5
+        assert time.monotonic() - begun >= 0.3
 
 
 def test_a_link_that_drops_replies_lets_requests_arrive(link, web):
@@ -85,11 +86,13 @@ def test_a_link_that_drops_replies_lets_requests_arrive(link, web):
         link.drop_replies()
         with pytest.raises(OSError, match="timed out"):
             ask(silent, b"1")
+        wait_for(lambda: link.has_lost)
         link.drop_replies(reset=True)
         with pytest.raises(ConnectionResetError):
             ask(resetting, b"2")
         assert [body for _, _, body in web.requests] == [b"1", b"2"]
         link.heal()
+        silent.sock.settimeout(20)
         with pytest.raises(OSError, match="reset"):     # it has lost an answer
             silent.sock.recv(1)
 
@@ -98,7 +101,7 @@ def test_a_link_shifts_the_date_of_answers(link):
     link.shift_date(-3600)
     with connect(link) as connection:
         date = email.utils.parsedate_to_datetime(ask(connection)[2]).timestamp()
-    assert -3605 < date - time.time() < -3595
+    assert -3660 < date - time.time() < -3590
 
 
 def test_a_link_to_nobody_resets():

@@ -262,13 +262,13 @@ def test_a_client_that_does_not_read_holds_up_nobody(listen, server, store):
 
 
 def test_a_client_that_takes_nothing_for_long_is_let_go(server, store, monkeypatch):
-    monkeypatch.setattr(roexec, "_STALL_TIME", 0.1)
     run_id, journal = running(store)
     write_log(store, "live.log", LATE * 1_000_000)
     with socket.create_connection(server.address) as sleeper:
         sleeper.sendall(b"GET /api/v1/runs/%b/logs?follow=1 HTTP/1.1\r\nHost: localhost\r\n\r\n"
                         % run_id.encode())
         wait_for(lambda: server.streams.taken)
+        monkeypatch.setattr(roexec, "_STALL_TIME", 0.1)
         wait_for(lambda: not server.streams.taken)
     journal.close()
 
