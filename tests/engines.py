@@ -1,4 +1,5 @@
 """Real servers of others that tests start and end, each by its process id."""
+import contextlib
 import glob
 import http.client
 import json
@@ -64,7 +65,7 @@ class Engine:
     def pause(self):
         """It goes on living, and does nothing."""
         self.process.send_signal(signal.SIGSTOP)
-        wait_for(lambda: all(_state(path) == "T" for path in
+        wait_for(lambda: all(_state(path) in ("T", None) for path in
                              glob.glob(f"/proc/{self.pid}/task/*/stat")))
 
     def resume(self):
@@ -72,9 +73,11 @@ class Engine:
 
 
 def _state(path):
-    """The state of a thread, in its file of proc(5)."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    """The state of a thread, in its file of proc(5); None where it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError), \
+            open(path, encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()[0]
+    return None
 
 
 def free_ports(count):
@@ -107,7 +110,7 @@ class Etcd:
         for attempt in range(3):        # somebody may have taken a port meanwhile
             self._start(os.path.join(folder, f"etcd-{attempt}"), size, flags)
             try:
-                wait_for(self._answers, 60, self._said)
+                wait_for(self._answers, 120, self._said)
                 return
             except _Ended:
                 self.close()
@@ -316,14 +319,14 @@ class Ceph:
         self._start("ceph-mgr", "-i", "x")
 
     def _start_gateway(self):
-        wait_for(lambda: " 1 up" in self._run("ceph", "osd", "stat"), 60, "no disk of Ceph came up")
+        wait_for(lambda: " 1 up" in self._run("ceph", "osd", "stat"), 120, "no disk of Ceph came up")
         self._run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test",
                   f"--access-key={self.access}", f"--secret-key={self.secret}")
         self.gateway = self._start("radosgw", "-n", "client.rgw")
         self._await_gateway()
 
     def _await_gateway(self):
-        wait_for(lambda: is_open(self.port), 60, lambda: self.gateway.said)
+        wait_for(lambda: is_open(self.port), 120, lambda: self.gateway.said)
 
     def start_gateway(self):
         """Have it back, with all objects."""

@@ -19,6 +19,9 @@ import pytest
 import roexec
 
 
+STALLS = 8      # seconds for which processes of a test may stand still where a host has much to do
+
+
 def wait_for(condition, seconds=60, what="it did not happen in time"):
     """The first true value of `condition()`.
 

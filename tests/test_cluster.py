@@ -13,14 +13,16 @@ import types
 
 import pytest
 from engines import Etcd
-from helpers import in_child, read_runs, wait_for
+from helpers import STALLS, in_child, read_runs, wait_for
 from links import Link
 
 import roexec
 from roexec import EtcdClient, EtcdError, SlotRow, Store, read_cursor
 
 pytestmark = pytest.mark.engine
-LEASE = 3               # seconds; etcd gives none that is shorter
+LEASE = 600             # seconds: no lease ends but where a test ends it, or lets time pass
+SHORT = 3               # of processes; etcd gives none that is shorter
+LONG_AGO = 30           # seconds by which a clock is off, more than a stalled answer may hide
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def settings_of(endpoints, prefix, lease=LEASE):
 
 def direct(node):
     """A client whose way to etcd does not fail."""
-    return contextlib.closing(EtcdClient([("127.0.0.1", node.links[0].target_port)], 5))
+    return contextlib.closing(EtcdClient([("127.0.0.1", node.links[0].target_port)], 20))
 
 
 class Loop:
@@ -100,7 +102,7 @@ class Node(Loop):
     def __init__(self, folder, name, links, prefix):
         super().__init__(folder, name)
         self.links, self.ahead, self.said = links, 0, []
-        self.client = EtcdClient([("127.0.0.1", link.port) for link in links], 0.6)
+        self.client = EtcdClient([("127.0.0.1", link.port) for link in links], 20)
         self.start(prefix)
 
     def start(self, prefix=None):
@@ -112,6 +114,15 @@ class Node(Loop):
             lambda *line: self.said.append(line[0]), lambda: roexec.boot_time() + self.ahead)
         self.claims = roexec.Claims(self.store, self.membership,
                                     lambda *line: self.said.append(line[0]))
+
+    @contextlib.contextmanager
+    def impatient(self, seconds=0.6):
+        """It does not wait long for answers, which do not come, and gets an EtcdError."""
+        way = self.client._way
+        before, way._timeout = way._timeout, seconds
+        with pytest.raises(EtcdError):
+            yield
+        way._timeout = before
 
     def restart(self):
         """Killed, and started again with the same disk, when its lease has ended."""
@@ -231,7 +242,7 @@ def refuse(*_):
     raise EtcdError("not now", away=True)
 
 
-@pytest.mark.parametrize("seconds, word", [(-5, "ahead"), (5, "behind")])
+@pytest.mark.parametrize("seconds, word", [(-LONG_AGO, "ahead"), (LONG_AGO, "behind")])
 def test_a_node_whose_clock_is_off_does_not_lead_and_says_so(nodes, seconds, word):
     a, = nodes(1)
     a.links[0].shift_date(seconds)
@@ -247,7 +258,7 @@ def test_a_node_whose_clock_is_off_does_not_lead_and_says_so(nodes, seconds, wor
 def test_a_leader_whose_clock_is_set_wrong_leaves_off(nodes):
     a, b = nodes()
     a.turn(), b.turn()
-    a.links[0].shift_date(-5)
+    a.links[0].shift_date(-LONG_AGO)
     a.turn(), a.turn(), b.turn()
     assert leaders([a, b]) == ["b"]
 
@@ -329,9 +340,10 @@ def test_many_jobs_are_claimed_together(nodes):
     a.turn()
     for number in range(150):
         a.claims.ask(f"j{number}", [SlotRow(slot=60, last_slot=60, count=1, trigger="schedule")], 60)
-    begun = time.monotonic()
+    moves, txn = [], a.client.txn
+    a.client.txn = lambda *move: moves.append(move) or txn(*move)
     a.claims.turn()
-    assert time.monotonic() - begun < 5
+    assert len(moves) < 150 / 10
     assert sum(len(rows) for _, rows, _ in a.claims.granted()) == 150
 
 
@@ -353,7 +365,7 @@ def test_a_claim_without_an_answer_counts_if_it_was_done(nodes, fail):
     a.turn()
     a.ask(60)
     getattr(a.links[0], fail)()
-    with pytest.raises(EtcdError):
+    with a.impatient():
         a.claims.turn()
     (_, rows, _), = a.claims.granted()
     assert rows is None                 # nobody knows: it is decided again
@@ -426,7 +438,7 @@ def test_a_begin_without_an_answer_counts_if_it_was_done(nodes):
     a.claim(60)
     a.start_runs()
     a.links[0].drop_replies()
-    with pytest.raises(EtcdError):
+    with a.impatient(2):
         a.claims.turn()
     wait_for(lambda: a.claims_there() == [(60, "starting", "a")])
     assert a.start_runs() == []
@@ -441,7 +453,7 @@ def test_a_node_that_no_longer_leads_still_starts_what_it_has_begun(nodes):
     a.claim(60)
     a.start_runs()
     a.links[0].drop_replies()
-    with pytest.raises(EtcdError):
+    with a.impatient(2):
         a.claims.turn()
     wait_for(lambda: a.claims_there() == [(60, "starting", "a")])
     a.links[0].heal()
@@ -494,7 +506,7 @@ def test_paused_before_its_claim_is_done_which_then_is_not(nodes):
     a.turn(), b.turn()
     a.links[0].hold()
     a.ask(60)
-    with pytest.raises(EtcdError):
+    with a.impatient():
         a.claims.turn()
     with direct(a) as client:
         client.revoke(a.membership.lease)
@@ -785,11 +797,11 @@ def serve(folder, name, endpoints, prefix, lease):
 class Nodes:
     """Processes of nodes, each behind wires of its own."""
 
-    def __init__(self, folder, etcd, prefix, count):
+    def __init__(self, folder, etcd, prefix, count, lease):
         self.folder = folder
         self.links = {name: [Link(port) for port in etcd.ports] for name in "abc"[:count]}
         self.pids = {name: in_child(lambda name=name: serve(
-            folder, name, [("127.0.0.1", link.port) for link in self.links[name]], prefix, LEASE))
+            folder, name, [("127.0.0.1", link.port) for link in self.links[name]], prefix, lease))
             for name in self.links}
 
     def state(self, name):
@@ -798,7 +810,7 @@ class Nodes:
         except FileNotFoundError:
             return {"role": None, "nodes": []}
 
-    def leader(self, *names, seconds=20):
+    def leader(self, *names, seconds=60):
         """The one of these nodes that leads, once one does."""
         return wait_for(lambda: next((name for name in names or self.links
                                       if self.state(name)["role"] == "leader"), None), seconds)
@@ -808,7 +820,7 @@ class Nodes:
         lines = (self.folder / "witness").read_text().splitlines()
         return [(int(line.split()[0]), line.split()[1]) for line in lines]
 
-    def await_runs_of(self, name, seconds=20):
+    def await_runs_of(self, name, seconds=60):
         known = len(self.witnessed()) if (self.folder / "witness").exists() else 0
         wait_for(lambda: [1 for _, node in self.witnessed()[known:] if node == name], seconds)
 
@@ -823,8 +835,8 @@ class Nodes:
 @pytest.fixture
 def processes(tmp_path, request, clean):
     with contextlib.ExitStack() as stack:
-        def make(etcd, count=2):
-            made = Nodes(tmp_path, etcd, request.node.name, count)
+        def make(etcd, count=2, lease=SHORT):
+            made = Nodes(tmp_path, etcd, request.node.name, count, lease)
             stack.callback(made.close)
             return made
         yield make
@@ -854,7 +866,7 @@ def test_another_node_leads_within_a_lease_and_two_seconds(etcd, processes, how)
     begun = time.monotonic()
     fail(nodes, first, how)
     assert nodes.leader(other) == other
-    assert time.monotonic() - begun < LEASE + 2
+    assert time.monotonic() - begun < SHORT + 2 + STALLS
     nodes.await_runs_of(other)
     if how == "pause":
         nodes.signal(first, signal.SIGCONT)
@@ -862,21 +874,21 @@ def test_another_node_leads_within_a_lease_and_two_seconds(etcd, processes, how)
         for link in nodes.links[first]:
             link.heal()
     if how != "kill":
-        wait_for(lambda: nodes.state(first)["leader"] == other)
-        assert nodes.state(first)["role"] == "follower"
+        wait_for(lambda: [nodes.state(first)[name] for name in ("leader", "role")] == [
+            other, "follower"])
     nodes.await_runs_of(other)
     assert_no_slot_twice(nodes)
 
 
 def test_a_leader_that_is_ended_is_followed_at_once(etcd, processes):
-    nodes = processes(etcd)
+    nodes = processes(etcd, lease=60)
     first = nodes.leader()
     other, = set(nodes.links) - {first}
     wait_for(lambda: len(nodes.state(other)["nodes"]) == 2)
     begun = time.monotonic()
     nodes.signal(first, signal.SIGTERM)
     assert nodes.leader(other) == other
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 1.5 + STALLS      # much less than a lease
     nodes.await_runs_of(other)
     assert_no_slot_twice(nodes)
 
@@ -890,14 +902,13 @@ def test_without_a_quorum_nothing_new_starts_and_all_goes_on_when_it_is_back(
         for index in (0, 1):
             etcd.members[index].pause()
         wait_for(lambda: all("does not answer" in (nodes.state(name)["trouble"] or "")
-                             for name in nodes.links))
-        assert {nodes.state(name)["role"] for name in nodes.links} == {"follower"}
+                             and nodes.state(name)["role"] == "follower" for name in nodes.links))
         assert not nodes.state("a")["etcd"]["answers"] and nodes.state("a")["etcd"]["since"]
         assert {node["role"] for node in nodes.state("a")["nodes"]} == {"follower"}
         known = nodes.witnessed()
         for index in (0, 1):
             etcd.members[index].resume()
-        nodes.await_runs_of(nodes.leader(seconds=30))
+        nodes.await_runs_of(nodes.leader())
         assert nodes.witnessed()[:len(known)] == known
         assert_no_slot_twice(nodes)
-        assert nodes.state(nodes.leader())["trouble"] is None
+        wait_for(lambda: nodes.state(nodes.leader())["trouble"] is None)

@@ -15,7 +15,7 @@ import types
 
 import pytest
 from engines import Etcd
-from helpers import tool, wait_for
+from helpers import STALLS, tool, wait_for
 from links import Link
 
 import roexec
@@ -29,7 +29,7 @@ PASSWORD = "s3cr3t-Pässword"
 def made():
     """`made(endpoints, **options)` -> an EtcdClient; all are closed at the end."""
     with contextlib.ExitStack() as stack:
-        def make(endpoints, timeout=5, **options):
+        def make(endpoints, timeout=20, **options):
             client = EtcdClient(endpoints, timeout, **options)
             stack.callback(client.close)
             return client
@@ -155,7 +155,7 @@ def test_of_many_who_claim_a_key_at_once_one_gets_it(client, solo, made):
 
 @engine
 def test_a_lease_ends_with_its_keys(client):
-    lease = client.grant(1)
+    lease = client.grant(5)
     assert client.keep_alive(lease) >= 1
     client.put(client.prefix, b"x", lease)
     assert client.get(client.prefix).lease == lease
@@ -176,7 +176,7 @@ def test_a_lease_that_is_revoked_is_gone(client):
 
 @engine
 def test_a_watch_tells_of_changes_deletions_and_leases_that_end(client):
-    prefix, lease = client.prefix, client.grant(1)
+    prefix, lease = client.prefix, client.grant(5)
     created = client.put(prefix + "a", b"1")
     with client.watch(prefix, created) as watch:
         changed = client.put(prefix + "a", b"2")
@@ -194,14 +194,19 @@ def test_a_watch_tells_of_changes_deletions_and_leases_that_end(client):
 
 @engine
 def test_a_watch_ends_after_its_time_and_goes_on_where_it_was(client, made, solo):
-    with made(solo.endpoints, 0.6).watch(client.prefix, 0, seconds=1.5) as watch:
-        first = client.put(client.prefix, b"1")
-        seconds, events = took(list, watch)
-    assert [entry.value for entry in events] == [b"1"] and 1 < seconds < 5
-    assert watch.revision == first + 1
-    client.put(client.prefix, b"2")
-    with client.watch(client.prefix, watch.revision, seconds=0.5) as watch:
-        assert [entry.value for entry in watch] == [b"2"]
+    patient = made(solo.endpoints)
+    with patient.watch(client.prefix, 0, seconds=0.5) as watch:
+        first = watch.revision
+        assert took(list, watch)[0] < STALLS and watch.revision == first
+    client.put(client.prefix, b"1")
+    with patient.watch(client.prefix, first, seconds=60) as watch:
+        events = iter(watch)
+        assert next(events).value == b"1"
+        client.put(client.prefix, b"2")
+        assert next(events).value == b"2"
+        assert watch.revision == first + 1      # the second is not done with
+    with client.watch(client.prefix, watch.revision, seconds=60) as watch:
+        assert next(iter(watch)).value == b"2"
 
 
 @engine
@@ -210,7 +215,7 @@ def test_a_watch_is_ended_by_another_thread(client):
         timer = threading.Timer(0.2, watch.close)
         timer.start()
         seconds, events = took(list, watch)
-    assert events == [] and seconds < 5
+    assert events == [] and seconds < STALLS
     timer.join()
     watch.close()
 
@@ -244,10 +249,12 @@ def test_connections_are_kept_and_used_by_one_thread_at_a_time(made, solo):
         for _ in range(10):
             client.get("x")
         assert link.connections == 1
-        link.delay(0.2)
+        link.hold()                     # so that none ends before the others have begun
         threads = [threading.Thread(target=client.get, args=("x",)) for _ in range(3)]
         for thread in threads:
             thread.start()
+        wait_for(lambda: link.connections == 3)
+        link.heal()
         for thread in threads:
             thread.join()
         assert link.connections == 3
@@ -256,13 +263,14 @@ def test_connections_are_kept_and_used_by_one_thread_at_a_time(made, solo):
 @engine
 def test_a_request_does_not_wait_for_an_acknowledgement(client):
     client.get("x")
-    assert min(took(client.get, "x")[0] for _ in range(20)) < 0.03      # Linux takes 40 ms for one
+    wait_for(lambda: took(client.get, "x")[0] < 0.03)       # Linux takes 40 ms for one, each time
 
 
 # Clocks.
 
 @engine
-@pytest.mark.parametrize("shift, least, most", [(0, 0, 0), (-30, 28, 31), (30, -31, -28)])
+@pytest.mark.parametrize("shift, least, most", [(0, 0, 0), (-300, 280, 301),
+                                                 (300, -301, -280)])
 def test_the_offset_of_the_clock_is_what_is_certain(made, solo, shift, least, most):
     with Link(solo.ports[0]) as link:
         client = made(local(link.port))
@@ -291,7 +299,7 @@ def test_the_offset_of_the_clock_is_that_of_most_endpoints(made, solo, monkeypat
         assert client.offset() == 0
         client = made(local(wrong.port, solo.ports[0]))
         client.status()
-        assert -1801 < client.offset() < -1799
+        assert -1801 < client.offset() < -1780
         monkeypatch.setattr(roexec, "_DATE_COUNTS", -1)
         assert client.offset() is None
 
@@ -306,8 +314,8 @@ def administer(etcd, *requests):
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
-    """An etcd with a user who may use keys that begin with mine/; tokens last a second."""
-    with Etcd(tmp_path_factory.mktemp("etcd"), 1, "--auth-token-ttl", "1") as etcd:
+    """An etcd with a user who may use keys that begin with mine/; tokens last some seconds."""
+    with Etcd(tmp_path_factory.mktemp("etcd"), 1, "--auth-token-ttl", "3") as etcd:
         first, last = (base64.b64encode(text).decode() for text in (b"mine/", b"mine0"))
         administer(etcd, ("user/add", {"name": "root", "password": "r00t"}),
                    ("user/add", {"name": "me", "password": PASSWORD}),
@@ -347,7 +355,7 @@ def test_a_token_that_has_ended_by_itself_is_replaced(guarded, made):
 
     def renewed():
         assert client.get("mine/a").value == b"1"
-        time.sleep(1.1)
+        time.sleep(4)                   # each use lets it last longer
         return client._way._token != token
     wait_for(renewed)
 
@@ -418,8 +426,8 @@ def test_etcd_over_tls_is_asked_with_a_client_certificate(secure, authority, mad
     tls = paths(authority / "ca.pem", authority / "client.pem", authority / "client.key")
     client = made(secure.endpoints, tls=tls)
     revision = client.put("x", b"1")
-    with client.watch("x", revision, 0.5) as watch:
-        assert [entry.value for entry in watch] == [b"1"]
+    with client.watch("x", revision) as watch:
+        assert next(iter(watch)).value == b"1"
     assert client.status()[0]["leads"] and client.offset() == 0
 
 
@@ -469,40 +477,45 @@ def works_again(ask, seconds):
 
 @engine
 def test_it_works_on_within_seconds_when_the_leader_is_killed(three, made):
-    client, leader = made(three.endpoints, 2), three.leader()
+    client, leader = made(three.endpoints), three.leader()
     while client._way._first != leader:
         client._way.leave(three.endpoints[client._way._first])
-    lease = client.grant(10)
+    lease = client.grant(60)
     client.put("x", b"1", lease)
     watch = client.watch("x", 0)
     three.members[leader].kill()
-    assert works_again(lambda: client.put("x", b"2", lease), 5)[0] < 5
-    assert works_again(lambda: client.keep_alive(lease), 5)[0] < 5
+    client._way._timeout = 2
+    works_again(lambda: client.put("x", b"2", lease), 5 + STALLS)
+    works_again(lambda: client.keep_alive(lease), 5 + STALLS)
+    client._way._timeout = 20
     with watch, pytest.raises(EtcdError, match="has ended a watch"):
         list(watch)
-    with client.watch("x", watch.revision, 1) as watch:
-        assert [entry.value for entry in watch][-1:] == [b"2"]
+    with client.watch("x", watch.revision) as watch:
+        assert b"2" in (entry.value for entry in watch)
     assert [bool(member["error"]) for member in client.status()].count(True) == 1
 
 
 @engine
 def test_a_member_that_stands_still_is_left_for_another(three, made):
-    client, leader = made(three.endpoints, 1), three.leader()
+    client, leader = made(three.endpoints), three.leader()
     follower = (leader + 1) % 3
     while client._way._first != follower:
         client._way.leave(three.endpoints[client._way._first])
     client.put("x", b"1")
     three.members[follower].pause()
+    client._way._timeout = 1
     seconds, error = took(refused, client.put, "x", b"2")
-    assert 0.9 < seconds < 3 and error.unknown and "in time" in str(error)
-    client.put("x", b"3")
+    assert 0.9 < seconds < 1 + STALLS and error.unknown and "in time" in str(error)
+    client._way._timeout = 20
+    works_again(lambda: client.put("x", b"3"), 20)      # it may have been the one that led
 
 
 @engine
 def test_without_a_quorum_each_request_is_an_error_in_time(three, made):
-    client, leader = made(three.endpoints, 2), three.leader()
-    client.put("x", b"1")
+    client = made(three.endpoints)
+    works_again(lambda: client.put("x", b"1"), 60)
     lease = client.grant(60)
+    client._way._timeout = 2
     with client.watch("x", 0) as watch:
         left = three.endpoints.index(watch._endpoint)
         for index, member in enumerate(three.members):
@@ -510,18 +523,22 @@ def test_without_a_quorum_each_request_is_an_error_in_time(three, made):
                 member.kill()
         for ask in (lambda: client.put("x", b"2"), lambda: client.get("x"),
                     lambda: client.keep_alive(lease), lambda: client.txn([], [("get", "x")])):
+            times = []
             for _ in range(3):
                 seconds, error = took(refused, ask)
-                assert seconds < 4 and (error.unknown or "no leader" in str(error)
-                                          or "is not there" in str(error))
+                times.append(seconds)
+                assert (error.unknown or "no leader" in str(error)
+                        or "is not there" in str(error))
+            assert min(times) < 4, "etcd itself would take seven seconds"
         with pytest.raises(EtcdError, match="no leader"):
             list(watch)
-    seconds, error = took(refused, client.put, "x", b"2")
-    assert seconds < 1 and not error.unknown and "more than half of its members" in str(error)
+    client._way._timeout = 20
+    error = refused(client.put, "x", b"2")
+    assert not error.unknown and "more than half of its members" in str(error)
     for index, member in enumerate(three.members):
         if index != left:
             member.start()
-    works_again(lambda: client.put("x", b"3"), 20)
+    works_again(lambda: client.put("x", b"3"), 60)
     assert client.get("x").value == b"3"
 
 
@@ -531,13 +548,15 @@ def test_without_a_quorum_each_request_is_an_error_in_time(three, made):
 @pytest.mark.parametrize("reset", [False, True])
 def test_what_was_done_though_the_answer_was_lost_is_unknown(made, solo, reset):
     with Link(solo.ports[0]) as link:
-        client, key = made(local(link.port), 0.5), f"lost/{reset}"
+        client, key = made(local(link.port), 2), f"lost/{reset}"
         link.drop_replies(reset)
         errors = [refused(client.put, key, b"done"),
                   refused(client.txn, [], [("put", key + "2", b"done")])]
         assert all(error.unknown and error.away for error in errors)
         link.heal()
-        assert client.get(key).value == client.get(key + "2").value == b"done"
+        client._way._timeout = 20
+        for each in (key, key + "2"):
+            assert wait_for(lambda: client.get(each)).value == b"done"
 
 
 @engine
@@ -682,13 +701,13 @@ SLOW = [
 @pytest.mark.parametrize("answer", SLOW, ids=range(len(SLOW)))
 def test_nothing_takes_longer_than_its_deadline(made, answer):
     with Speaker(answer) as speaker:
-        client = made(local(speaker.port), 0.4)
+        client = made(local(speaker.port), 0.8)
         for ask, argument, unknown in ((client.put, b"", True), (client.watch, 0, False)):
             seconds, error = took(refused, ask, "x", argument)
-            assert 0.3 < seconds < 3 and "does not answer in time" in str(error)
+            assert 0.7 < seconds < STALLS and "does not answer in time" in str(error)
             assert error.unknown is unknown and error.away
         seconds, members = took(client.status)
-        assert seconds < 3 and "does not answer in time" in members[0]["error"]
+        assert seconds < STALLS and "does not answer in time" in members[0]["error"]
 
 
 def test_a_name_service_that_is_silent_is_waited_for_no_longer(made, monkeypatch):
@@ -696,7 +715,7 @@ def test_a_name_service_that_is_silent_is_waited_for_no_longer(made, monkeypatch
     monkeypatch.setattr(roexec.socket, "getaddrinfo", lambda *_, **__: done.wait(20) and [])
     seconds, error = took(refused, made([("localhost", 1)], 0.3).put, "x", b"")
     done.set()
-    assert seconds < 3 and not error.unknown
+    assert seconds < STALLS and not error.unknown
 
 
 def test_a_handshake_that_does_not_end_is_waited_for_no_longer(made):
@@ -704,7 +723,7 @@ def test_a_handshake_that_does_not_end_is_waited_for_no_longer(made):
         client = made(local(silent.getsockname()[1]), 0.3, tls=paths())
         for ask in (lambda: client.put("x", b""), lambda: client.watch("x", 0)):
             seconds, error = took(refused, ask)
-            assert seconds < 3 and not error.unknown and "in time" in str(error)
+            assert seconds < STALLS and not error.unknown and "in time" in str(error)
 
 
 # Endpoints.
@@ -726,7 +745,7 @@ def test_no_other_endpoint_is_asked_once_the_time_is_over(made):
         client = made(local(other.target_port, other.port), 0.3, tls=paths())
         assert not refused(client.put, "x", b"").unknown and other.connections == 0
         refused(client.put, "x", b"")
-        assert other.connections == 1
+        wait_for(lambda: other.connections == 1)
 
 
 def test_after_a_failure_another_endpoint_is_asked(made):
@@ -845,7 +864,7 @@ def test_a_watch_with_endless_messages_ends_in_time(made):
                 connection.sendall(json.dumps(CREATED).encode() + b"\n")
     with Speaker(babble) as speaker, made(local(speaker.port)).watch("x", 7, 0.3) as watch:
         seconds, events = took(list, watch)
-    assert events == [] and seconds < 5
+    assert events == [] and seconds < STALLS
 
 
 # Whatever is answered.
