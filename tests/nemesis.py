@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 
-from helpers import wait_for
+from helpers import STALLS, wait_for
 from nodes import LEASE
 
 
@@ -122,14 +122,15 @@ class Nemesis:
     def _measure(self, node):
         """Until some slot is started or recorded by another node."""
         killed = time.time()
-        while time.time() < killed + LEASE + 3:
+        limit = LEASE + 3 + STALLS
+        while time.time() < killed + limit:
             if any(line.at > killed and line.node != node.name for line in self.nodes.lines()):
                 self.failovers.append(time.time() - killed)
                 return
             time.sleep(0.1)
         rows = [row for other in self.nodes.running for row in other.runs()
                 if row["queued_at"] > killed]
-        assert rows, f"no slot was started or recorded within {LEASE + 3}s\n{self.nodes.said()}"
+        assert rows, f"no slot was started or recorded within {limit}s\n{self.nodes.said()}"
         self.failovers.append(min(row["queued_at"] for row in rows) - killed)
 
     # Of etcd and of links.

@@ -1,4 +1,5 @@
 """Nodes of a cluster for tests: real servers with their own stores, one etcd, one bucket."""
+import base64
 import contextlib
 import http.client
 import json
@@ -77,7 +78,7 @@ class Node:
 
     def stop(self):
         self.signal(signal.SIGTERM)
-        self.process.wait(30)
+        self.process.wait(60)
         self.process = None
 
     def freeze(self):
@@ -96,7 +97,7 @@ class Node:
         return set().union(*({pid, *descendants(pid)} for pid in everything
                              if mark in _environment(pid)))
 
-    def ask(self, method, path, body=None, timeout=10):
+    def ask(self, method, path, body=None, timeout=20):
         """(status, payload or bytes)."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
@@ -122,7 +123,8 @@ class Node:
         return {job["id"] for job in (self.get("/jobs") or {"jobs": ()})["jobs"]}
 
     def cluster(self):
-        return self.get("/cluster") or {"role": None, "leader": None, "nodes": [], "term": None}
+        return self.get("/cluster") or {"role": None, "leader": None, "nodes": [], "term": None,
+                                        "store": {"waiting": None}}
 
     def leads(self):
         return self.cluster()["role"] == "leader"
@@ -157,7 +159,7 @@ class Node:
         return sorted(found, key=lambda row: (row["slot"] or 0, row["queued_at"]))
 
 
-def leader_of(nodes, seconds=30):
+def leader_of(nodes, seconds=60):
     """The Node that leads."""
     return wait_for(lambda: next((node for node in nodes if node.process and node.leads()), None),
                     seconds, lambda: "\n".join(node.said() for node in nodes))
@@ -208,13 +210,27 @@ class Nodes:
     def s3_link(self, node):
         return self.links[node.name][-1]
 
-    def leader(self, seconds=30):
+    def leader(self, seconds=60):
         return leader_of(self.running, seconds)
 
-    def followers(self):
-        """The other nodes than the leader."""
-        leader = self.leader()
+    def followers(self, leader):
+        """The other nodes than this one."""
         return [node for node in self.all if node is not leader]
+
+    def ask_leader(self, method, path, body=None):
+        """(status, payload) of the answer of the node that leads, also where another one does just
+        now: who does not lead refuses."""
+        return wait_for(lambda: next((answer for answer in [self.leader().ask(method, path, body)]
+                                      if answer[0] != 503), None), 60, self.said)
+
+    def members(self):
+        """The names of the nodes that are there, as etcd has it."""
+        all_keys = base64.b64encode(b"\0").decode()
+        status, answer = self.etcd.ask("/v3/kv/range", {
+            "key": all_keys, "range_end": all_keys, "keys_only": True}, timeout=20)
+        assert status == 200, answer
+        keys = [base64.b64decode(entry["key"]).decode() for entry in answer["kvs"]]
+        return {key.rpartition("/")[2] for key in keys if "/members/nodes/" in key}
 
     def heal(self):
         """All as in the beginning -> the leader."""
@@ -230,17 +246,17 @@ class Nodes:
                 node.start()
             node.thaw()
         leader = self.leader()
-        wait_for(lambda: all(len(node.cluster()["nodes"]) == 3 for node in self.all), 30,
+        wait_for(lambda: all(len(node.cluster()["nodes"]) == 3 for node in self.all), 60,
                  self.said)
         return leader
 
     def apply(self, *jobs):
         """Register jobs, by whichever node leads; all nodes know them then."""
-        status, answer = self.leader().ask("POST", "/apply?source=tests", {"jobs": list(jobs)})
+        status, answer = self.ask_leader("POST", "/apply?source=tests", {"jobs": list(jobs)})
         assert status == 200, answer
         ids = {job["id"] for job in jobs}
         for node in self.running:
-            wait_for(lambda: ids <= node.jobs(), 20, self.said)
+            wait_for(lambda: ids <= node.jobs(), 60, self.said)
 
     def witness_line(self, more=""):
         """A command that leaves a line: its slot, run and log, which lies on its node, and now."""

@@ -10,9 +10,9 @@ import time
 
 import pytest
 from engines import Etcd, start_s3
-from helpers import kill_descendants, wait_for
+from helpers import STALLS, kill_descendants, wait_for
 from nemesis import Nemesis
-from nodes import LEASE, Nodes
+from nodes import LEASE, Nodes, wait_until
 
 import roexec
 
@@ -43,7 +43,7 @@ def nodes(rig, request):
     yield rig
     print(rig.said())
     rig.heal()
-    status, answer = rig.leader().ask("POST", "/apply?source=tests&prune=1", {"jobs": []})
+    status, answer = rig.ask_leader("POST", "/apply?source=tests&prune=1", {"jobs": []})
     assert status == 200, answer
 
 
@@ -51,10 +51,10 @@ def ticking(nodes, job_id, more="", **options):
     """A job that is due each second, once it has run."""
     nodes.apply({"id": job_id, "schedule": "@every 1s", "max_concurrent": 0,
                  "command": nodes.witness_line(more), **options})
-    return wait_for(lambda: nodes.seen(job_id), 20, nodes.said)[0].slot
+    return wait_for(lambda: nodes.seen(job_id), 60, nodes.said)[0].slot
 
 
-def await_same_history(nodes, seconds=20):
+def await_same_history(nodes, seconds=60):
     """The history of all nodes, once it is the same."""
     def look():
         first, *others = [node.history() for node in nodes.all]
@@ -74,7 +74,7 @@ def difference(nodes):
     return "\n".join(lines)
 
 
-def settled(nodes, first, seconds=20):
+def settled(nodes, first, seconds=60):
     """{job: {slot: row}} of jobs that are due each second, from the `first` slots {job: slot} to
     now: each of them has a row, none was started twice, and what has started has told of it."""
     last = int(time.time()) - 1
@@ -83,7 +83,7 @@ def settled(nodes, first, seconds=20):
         return any((row["last_slot"] or row["slot"] or 0) > last
                    for row in nodes.leader().runs_of(job_id))
     wait_for(lambda: all(map(decided, first)), seconds, nodes.said)
-    status, answer = nodes.leader().ask("POST", "/apply?source=tests&prune=1", {"jobs": []})
+    status, answer = nodes.ask_leader("POST", "/apply?source=tests&prune=1", {"jobs": []})
     assert status == 200, answer
     wait_for(lambda: not unfinished(nodes), seconds,
              lambda: f"{nodes.said()}\n{difference(nodes)}\n{unfinished(nodes)}")
@@ -160,7 +160,7 @@ def log_of(node, run_id):
         status, answer = node.ask("GET", f"/runs/{run_id}/logs")
         assert status in (200, 503), answer
         return (answer,) if status == 200 else None
-    return wait_for(look, 10, node.said)[0].decode()
+    return wait_for(look, 60, node.said)[0].decode()
 
 
 def test_a_leader_that_is_killed_is_followed_within_its_lease(nodes):
@@ -170,7 +170,7 @@ def test_a_leader_that_is_killed_is_followed_within_its_lease(nodes):
     killed = time.time()
     line = wait_for(lambda: next((line for line in nodes.seen("killed") if line.at > killed
                                   and line.node != leader.name), None), 30, nodes.said)
-    assert line.at < killed + LEASE + 2, nodes.said()
+    assert line.at < killed + LEASE + 2 + STALLS, nodes.said()
     leader.start()
     slots = settled(nodes, {"killed": first})["killed"]
     assert {row["state"] for row in slots.values()} <= {"succeeded", "lost"}
@@ -182,22 +182,23 @@ def test_a_leader_that_is_paused_for_longer_than_its_lease_starts_no_slot_again(
     leader.signal(signal.SIGSTOP)
     paused = time.time()
     others = [node for node in nodes.all if node is not leader]
-    wait_for(lambda: any(node.leads() for node in others), 20, nodes.said)
+    wait_for(lambda: any(node.leads() for node in others), 60, nodes.said)
     wait_for(lambda: sum(line.at > paused and line.node != leader.name
-                         for line in nodes.seen("paused")) > LEASE, 20, nodes.said)
+                         for line in nodes.seen("paused")) > LEASE, 60, nodes.said)
     leader.signal(signal.SIGCONT)
+    wait_for(lambda: leader.cluster()["role"] == "follower", 60, nodes.said)
     settled(nodes, {"paused": first})
-    assert not leader.leads()
 
 
 def test_a_leader_that_is_asked_to_end_hands_over_at_once(nodes):
     first = ticking(nodes, "ended", catch_up="all")
     leader = nodes.leader()
     leader.stop()
+    assert leader.name not in nodes.members(), "nobody waits for the end of its lease"
     stopped = time.time()
     line = wait_for(lambda: next((line for line in nodes.seen("ended") if line.at > stopped
                                   and line.node != leader.name), None), 30, nodes.said)
-    assert line.at < stopped + 2, nodes.said()
+    assert line.at < stopped + 2 + STALLS, nodes.said()
     leader.start()
     slots = settled(nodes, {"ended": first})["ended"]
     assert {row["state"] for row in slots.values()} == {"succeeded"}
@@ -205,75 +206,82 @@ def test_a_leader_that_is_asked_to_end_hands_over_at_once(nodes):
 
 def test_a_leader_steps_down_when_it_is_asked_to_wherever_that_is(nodes):
     first = ticking(nodes, "stepped")
-    leader, (follower, _) = nodes.leader(), nodes.followers()
+    leader = nodes.leader()
+    follower, _ = nodes.followers(leader)
     status, _ = follower.ask("POST", "/cluster/step-down", {})
     assert status == 202
-    asked = time.time()
-    wait_for(lambda: follower.cluster()["leader"] not in (None, leader.name), 10, nodes.said)
-    assert time.time() < asked + 2
+    wait_for(lambda: follower.cluster()["leader"] not in (None, leader.name), 2 + STALLS,
+             nodes.said)
+    wait_for(lambda: leader.cluster()["role"] == "follower", 60, nodes.said)
     settled(nodes, {"stepped": first})
-    assert len(follower.cluster()["nodes"]) == 3 and not leader.leads()
+    wait_for(lambda: len(follower.cluster()["nodes"]) == 3, 60, nodes.said)
 
 
 def test_without_most_of_etcd_runs_go_on_and_slots_wait_and_health_says_so(nodes):
     first = ticking(nodes, "waiting", catch_up="all")
     nodes.apply({"id": "long", "schedule": "@every 1h", "command": "sleep 5; echo over"})
-    status, run = nodes.leader().ask("POST", "/jobs/long/run", {})
+    status, run = nodes.ask_leader("POST", "/jobs/long/run", {})
     assert status == 202
     for member in nodes.etcd.members[:2]:
         member.kill()
     killed = time.time()
     for node in nodes.all:
-        wait_for(lambda: node.ask("GET", "/health")[0] == 503, 20, nodes.said)
-        assert "etcd does not answer" in node.ask("GET", "/health")[1]["error"]["message"]
-    assert time.time() < killed + LEASE + 3
-    before = len(nodes.seen("waiting"))
+        wait_for(lambda: "etcd does not answer" in str(node.ask("GET", "/health")[1]), 60,
+                 nodes.said)
+        assert node.ask("GET", "/health")[0] == 503
+    dark = time.time()
+    assert dark < killed + LEASE + 3 + STALLS
     row = wait_for(lambda: next((row for node in nodes.all for row in node.runs_of("long")
-                                 if row["state"] == "succeeded"), None), 20, nodes.said)
-    assert row["id"] == run["id"] and len(nodes.seen("waiting")) == before
+                                 if row["state"] == "succeeded"), None), 60, nodes.said)
+    assert row["id"] == run["id"]
+    wait_until(dark + 4)
+    assert not [line for line in nodes.seen("waiting") if line.slot > dark]
     for member in nodes.etcd.members[:2]:
         member.start()
     for node in nodes.all:
-        wait_for(lambda: node.ask("GET", "/health")[0] == 200, 20, nodes.said)
+        wait_for(lambda: node.ask("GET", "/health")[0] == 200, 60, nodes.said)
     slots = settled(nodes, {"waiting": first})["waiting"]
     assert {row["state"] for row in slots.values()} == {"succeeded"}
-    assert len(slots) >= before + 3     # those of the outage, which has lasted longer than that
+    assert len([slot for slot in slots if slot > dark]) >= 3    # those of the outage, too
 
 
 def test_without_the_bucket_runs_go_on_and_all_of_it_is_there_afterwards(nodes):
     first = ticking(nodes, "bucketless")
     for node in nodes.all:
         nodes.s3_link(node).cut()
-    cut, waiting = time.time(), nodes.leader().cluster()["store"]["waiting"]
-    wait_for(lambda: sum(line.at > cut for line in nodes.seen("bucketless")) > 5, 20, nodes.said)
+    leader, cut = nodes.leader(), time.time()
+    waiting = leader.cluster()["store"]["waiting"]
+    wait_for(lambda: sum(line.at > cut for line in nodes.seen("bucketless")) > 5, 60, nodes.said)
     lines = [line for line in nodes.seen("bucketless") if line.at > cut]
-    assert max(line.at - line.slot for line in lines) < 5, lines    # a try of S3 takes 30 s
-    assert nodes.leader().cluster()["store"]["waiting"] > waiting
-    assert nodes.leader().ask("GET", "/health")[0] == 200
+    assert max(line.at - line.slot for line in lines) < 5 + STALLS, lines   # a try of S3: 30 s
+    assert leader.cluster()["store"]["waiting"] > waiting
+    wait_for(lambda: leader.ask("GET", "/health")[0] == 200, 60, nodes.said)
     for node in nodes.all:
         nodes.s3_link(node).heal()
     slots = settled(nodes, {"bucketless": first})["bucketless"]
     assert {row["state"] for row in slots.values()} == {"succeeded"}
-    assert nodes.leader().cluster()["store"]["waiting"] == 0
+    for node in nodes.all:
+        wait_for(lambda: node.cluster()["store"]["waiting"] == 0, 60, nodes.said)
 
 
 def test_a_node_with_an_empty_disk_shows_jobs_history_and_logs_within_seconds(nodes):
     ticking(nodes, "shown", "echo said by $ROEXEC_RUN_ID")
-    leader, (other, _) = nodes.leader(), nodes.followers()
+    leader = nodes.leader()
+    other, _ = nodes.followers(leader)
     run = wait_for(lambda: next((row for row in other.runs_of("shown")
-                                 if row["state"] == "succeeded"), None), 20, nodes.said)
+                                 if row["state"] == "succeeded"), None), 60, nodes.said)
     other.kill()
     shutil.rmtree(other.store.folder)
     other.start()
     started = time.time()
     wait_for(lambda: run["id"] in {each["id"] for each in (other.get("/runs?job=shown&limit=100")
-                                                          or {"runs": ()})["runs"]}, 20, nodes.said)
-    assert "shown" in other.jobs()
+                                                          or {"runs": ()})["runs"]}, 60, nodes.said)
+    wait_for(lambda: "shown" in other.jobs(), 60, nodes.said)
     text = f"said by {run['id']}"
     assert text in log_of(other, run["id"])
-    assert time.time() < started + 8
+    assert time.time() < started + 8 + STALLS
     leader.kill()                       # now from the bucket
-    wait_for(lambda: leader.name not in [each["node"] for each in other.cluster()["nodes"]], 20,
+    wait_for(lambda: leader.name not in [each["node"] for each in other.cluster()["nodes"]], 60,
              nodes.said)
     assert text in log_of(other, run["id"])
 
@@ -284,22 +292,23 @@ def test_what_a_node_was_running_when_it_went_away_is_lost_until_it_tells_better
     nodes.apply({"id": "once", "schedule": "@every 1h", "command": waits},
                 {"id": "again", "schedule": "@every 1h", "command": waits, "if_lost": "rerun"},
                 {"id": "due", "schedule": "@every 1s", "command": waits})
-    leader, (follower, _) = nodes.leader(), nodes.followers()
+    leader = nodes.leader()
+    follower, _ = nodes.followers(leader)
     ids = {job_id: leader.ask("POST", f"/jobs/{job_id}/run", {})[1]["id"]
            for job_id in ("once", "again")}
     ids["due"] = wait_for(lambda: next((row["id"] for row in leader.runs_of("due")
-                                        if row["state"] == "running"), None), 20, nodes.said)
+                                        if row["state"] == "running"), None), 60, nodes.said)
 
     def state_of(node, run_id):
         row = node.history().get(run_id)
         return row and (row["state"], row["reason"])
     for run_id in ids.values():
-        wait_for(lambda: state_of(follower, run_id) == ("running", None), 20, nodes.said)
+        wait_for(lambda: state_of(follower, run_id) == ("running", None), 60, nodes.said)
     leader.kill()
     for run_id in ids.values():
-        wait_for(lambda: state_of(follower, run_id) == ("lost", "node"), 20, nodes.said)
+        wait_for(lambda: state_of(follower, run_id) == ("lost", "node"), 60, nodes.said)
     repeated = wait_for(lambda: next((row for row in follower.runs_of("again")
-                                      if row["retry_of"]), None), 20, nodes.said)
+                                      if row["retry_of"]), None), 60, nodes.said)
     assert repeated["retry_of"] == ids["again"]
     assert not any(row["retry_of"] for row in follower.runs_of("once"))
     with open(gate, "w", encoding="utf-8"):
@@ -307,20 +316,21 @@ def test_what_a_node_was_running_when_it_went_away_is_lost_until_it_tells_better
     leader.start()
     for run_id in (*ids.values(), repeated["id"]):
         for node in nodes.all:
-            wait_for(lambda: state_of(node, run_id) == ("succeeded", None), 20,
+            wait_for(lambda: state_of(node, run_id) == ("succeeded", None), 60,
                      lambda: nodes.said() + difference(nodes))
     await_same_history(nodes)
 
 
 def test_a_run_that_a_follower_is_asked_for_runs_on_the_leader(nodes):
     nodes.apply({"id": "asked", "schedule": "@every 1h", "command": nodes.witness_line("echo hi")})
-    leader, (follower, _) = nodes.leader(), nodes.followers()
+    leader = nodes.leader()
+    follower, _ = nodes.followers(leader)
     status, run = follower.ask("POST", "/jobs/asked/run", {})
     assert status == 202
-    wait_for(lambda: nodes.seen("asked"), 20, nodes.said)
+    wait_for(lambda: nodes.seen("asked"), 60, nodes.said)
     assert [(line.run, line.node) for line in nodes.seen("asked")] == [(run["id"], leader.name)]
     row = wait_for(lambda: next((row for row in follower.runs_of("asked")
-                                 if row["state"] == "succeeded"), None), 20, nodes.said)
+                                 if row["state"] == "succeeded"), None), 60, nodes.said)
     assert row["node"] == leader.name
     assert "hi" in log_of(follower, run["id"])
 
@@ -344,7 +354,7 @@ def test_whatever_fails_no_slot_is_started_twice_and_each_has_a_row(nodes):
                    "command": nodes.witness_line(options.get("more", "")),
                    **{name: value for name, value in options.items() if name != "more"}}
                   for job_id, options in JOBS.items()))
-    wait_for(lambda: all(nodes.seen(job_id) for job_id in JOBS), 20, nodes.said)
+    wait_for(lambda: all(nodes.seen(job_id) for job_id in JOBS), 60, nodes.said)
     first = {job_id: min(line.slot for line in nodes.seen(job_id)) for job_id in JOBS}
     nemesis = Nemesis(nodes, seed)
     try:
