@@ -11618,8 +11618,8 @@ class RunningCommand:
         Returns Ended.
         """
         deadline, reason = min(deadlines, default=(math.inf, None))
+        now = time.monotonic()          # before each look: what had ended by then was in time
         while not self._has_ended():
-            now = time.monotonic()
             if is_cancelled():
                 self.kill_reason = "cancel"
             elif now >= deadline:
@@ -11630,6 +11630,7 @@ class RunningCommand:
                 self._kill(grace)
                 break
             self._turn(deadline - now)
+            now = time.monotonic()
         self._drain()
         if leftovers == "kill" and not self.kill_reason:
             self._kill(grace)

@@ -646,6 +646,22 @@ def test_leftovers_are_killed_where_the_job_wants_that(store):
 
 # Timeout and cancel.
 
+def test_a_command_that_has_ended_in_time_is_not_timed_out_where_its_supervisor_is_held_up(
+        store, monkeypatch):
+    clock, look, ahead = time.monotonic, roexec.RunningCommand._has_ended, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
+
+    def late(self):
+        ended = look(self)
+        if not ended:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            ahead[0] = 600
+        return ended
+    monkeypatch.setattr(roexec.RunningCommand, "_has_ended", late)
+    run = perform(store, "sleep 0.1", timeout=300)
+    assert (run["state"], ahead) == ("succeeded", [600])
+
+
 def test_a_timeout_leaves_no_process_behind(store, ready):
     run = perform(store, 'trap "" TERM; sleep 600 & setsid sleep 600 & sleep 600 & '
                   f": > {ready}; wait", timeout=0.1, grace=0.2)
