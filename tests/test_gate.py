@@ -294,7 +294,8 @@ class Remembered:
 
 @needs_tables
 def test_a_later_client_with_the_same_port_is_not_taken_for_an_earlier_one():
-    of_its_own = ("127.9.8.7", 0)       # an address whose ports nobody else has used lately
+    # An address whose ports nobody else has used lately, nor uses just now.
+    of_its_own = (f"127.9.{os.getpid() // 256 % 256}.{os.getpid() % 256}", 0)
     with connected(source=of_its_own) as (client, accepted, listener):
         first, ends = Remembered(accepted), client.getsockname()
         assert roexec.peer_uid(first) == os.getuid()

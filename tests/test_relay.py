@@ -74,7 +74,7 @@ def ask(nodes):
         headers = {name.replace("_", "-"): text for name, text in headers.items()}
         headers["Authorization"] = f"Bearer {token}"
         with contextlib.closing(http.client.HTTPConnection(
-                *nodes[node].address, timeout=20)) as connection:
+                *nodes[node].address, timeout=60)) as connection:
             connection.request(method, f"/api/v1{path}", None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             content = answer.read()
