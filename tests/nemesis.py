@@ -1,6 +1,7 @@
 """Faults by chance, for Nodes: what is done to whom, when and for how long follows from a seed."""
 import contextlib
 import heapq
+import http.client
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ from nodes import LEASE
 
 
 DISKS = bool(os.environ.get("ROEXEC_DISKS"))   # lose them, too: more than is promised
+_NO_ANSWER = OSError, ValueError, KeyError, TypeError, http.client.HTTPException
 
 
 class Nemesis:
@@ -63,7 +65,7 @@ class Nemesis:
         """The node that is meant: one by its number, or the one that leads, as far as known."""
         leader = None
         for node in self.nodes.running if target == "leader" else ():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(*_NO_ANSWER):
                 if node.name not in self.away:
                     leader = node.ask("GET", "/cluster", timeout=0.5)[1]["leader"] or leader
         if leader is None:
@@ -166,7 +168,7 @@ class Nemesis:
                     lambda: [link.heal() for link in chosen])
 
     def _step_down(self, node, seconds, dice):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*_NO_ANSWER):
             if node.process is not None and node.name not in self.away:
                 self._tell(f"{node.name} is to step down")
                 node.ask("POST", "/cluster/step-down", {}, timeout=1)
