@@ -15772,6 +15772,7 @@ def start_launcher():
     prepare_cgroup()    # before the fork: supervisors are where the launcher is
     _warm_up()
     inherit_nothing()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())      # of a caller, or since a launcher has died
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     fork(lambda: _launch(ours, theirs))
     theirs.close()
@@ -16302,7 +16303,8 @@ class Scheduler:
             if descriptor in self.supervisors.all:
                 ended += self.supervisors.hear(descriptor)
             elif descriptor == self.launcher.fileno():
-                _start_again(self.store, self.say)
+                self.poller.unregister(descriptor)
+                _start_again(self.store, self.say, self.calls)
             else:
                 _drain(descriptor)
                 self.last_look = -math.inf          # something has changed: look at it
@@ -16465,13 +16467,17 @@ def _see_store(store, fifo):
                           "server again")
 
 
-def _start_again(store, say):
-    """The launcher has died: become a new server, as every restart does."""
-    say("The launcher has ended; starting again", "ERROR")
-    store.close()
-    reap_all()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv")
-             else [sys.executable, *sys.argv])
+def _start_again(store, say, calls):
+    """The launcher has died: become a new server, as every restart does, unless it is to end."""
+    # Who asks for the end from now on asks the new one.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    if not calls.asked:
+        say("The launcher has ended; starting again", "ERROR")
+        store.close()
+        reap_all()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]] if hasattr(sys, "orig_argv")
+                 else [sys.executable, *sys.argv])
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _tell_end(say, row):

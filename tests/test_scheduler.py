@@ -242,6 +242,20 @@ store.close()
     assert end_of(server) == 0
 
 
+def test_a_server_that_is_to_end_does_not_start_again_where_its_launcher_was_killed(
+        store, start):
+    server = start()
+    launcher = wait_for(lambda: [pid for pid, process in roexec.processes().items()
+                                 if process.parent == server.pid and process.alive])[0]
+    os.kill(server.pid, signal.SIGSTOP)
+    os.kill(launcher, signal.SIGKILL)
+    wait_for(lambda: not is_alive(launcher))
+    os.kill(server.pid, signal.SIGTERM)
+    os.kill(server.pid, signal.SIGCONT)
+    assert end_of(server.pid) == 0
+    assert "starting again" not in server.said
+
+
 def test_a_killed_supervisor_of_a_server_makes_a_lost_run_and_leaves_no_process(
         store, start, tmp_path, marks):
     job = make_job(f"setsid sleep 600 & echo $PPID > {tmp_path}/pid; sleep 600", grace=0.2,
