@@ -9152,6 +9152,16 @@ class Guard:
         self.copy.close()
 
 
+def has_ended(client):
+    """Whether the other side of an http.client connection that waits has closed it, or says what
+    nobody has asked for."""
+    if client.sock is None:
+        return True
+    poll = select.poll()
+    poll.register(client.sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class HttpConnection:
     """A connection with an HTTP server that is kept from one request to the next; for one thread at
     a time. `context` is the ssl.SSLContext of one that speaks TLS; `is_sent` says whether some of
@@ -9195,19 +9205,13 @@ class HttpConnection:
 
     def _see_open(self, deadline):
         import http.client
-        if self._client is not None and (self._client.sock is None or self._has_ended()):
+        if self._client is not None and has_ended(self._client):
             self.close()
         if self._client is None:
             connection = dial(self._host, self._port, self._context, deadline)
             self._client = http.client.HTTPConnection(self._host, self._port)
             self._client.sock, self._client.auto_open = connection, 0
         self._client.sock.settimeout(max(0.001, deadline - time.monotonic()))
-
-    def _has_ended(self):
-        """Whether the other side has closed it, or says what nobody has asked for."""
-        poll = select.poll()
-        poll.register(self._client.sock, select.POLLIN)
-        return bool(poll.poll(0))
 
     def _ask(self, method, target, body, headers, most):
         with contextlib.suppress(OSError):
@@ -15071,6 +15075,7 @@ class Membership:
         self.resting, self.resigns = -math.inf, False
         self.answered, self.problem = time.time(), None
         self.turned = -math.inf                     # when it could do all that there is to do
+        self.is_over = False
 
     def leads(self):
         """Whether this node leads, for certain: by its own clock its lease has not ended."""
@@ -15095,6 +15100,8 @@ class Membership:
             self.is_known, self.term = False, None
             self.lease = self.client.grant(math.ceil(self.seconds))
             left = self.seconds
+        if self.is_over:                # `close` did not know of this lease
+            return self.close()
         self.until = sent + min(left, self.seconds) * (1 - 1 / _PART)
         if not self.is_known:
             self._register()
@@ -15182,11 +15189,12 @@ class Membership:
         return self.problem
 
     def close(self):
-        """Leave at once, so that another node leads without waiting for the end of the lease."""
-        lease, self.lease, self.term = self.lease, 0, None
-        if lease:
+        """Leave at once, so that another node leads without waiting for the end of the lease; also
+        in the middle of a `turn`, whose keys then find their lease gone."""
+        self.is_over, self.term = True, None
+        if self.lease:
             with contextlib.suppress(EtcdError):
-                self.client.revoke(lease)
+                self.client.revoke(self.lease)
 
 
 def _told_by(entry):
@@ -18819,6 +18827,7 @@ function run(id, query) {
 
   async function retry(which, body) {
     const target = runPath(which) + "/retry";
+    definition = definition || await doing(jobOf(found.job_id));
     if (definition && secretsOf(definition).length) return runDialog(definition, target, body);
     const made = await doing(post(target, body));
     if (made) location.hash = address("run", made.id);
@@ -22264,12 +22273,14 @@ class _Wire:
     def request(self, method, path, body=None, headers=None):
         """Send a request -> its response, of which nothing was read but the head.
 
-        Where a connection that was kept has ended meanwhile, what can be sent twice is. Raises
+        Where a connection that was kept ends just now, what can be sent twice is. Raises
         Unreachable.
         """
         headers = {**self.headers, **(headers or {})}
         kept, self._kept = self._kept, None
-        if kept is not None:
+        if kept is not None and has_ended(kept):        # a server does not wait for ever
+            kept.close()
+        elif kept is not None:
             try:
                 return self._send(kept, method, path, body, headers)
             except Unreachable:

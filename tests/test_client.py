@@ -664,6 +664,16 @@ def test_the_start_of_a_run_whose_answer_got_lost_is_asked_for_again_with_the_sa
     assert [run["id"] for run in runs] == [out.strip()]
 
 
+def test_what_is_to_be_sent_once_is_sent_where_the_server_has_ended_the_kept_connection(peer):
+    there = peer(http(body=b"{}"))      # which then closes it, without a word
+    wire = roexec._Wire(there.url, None)
+    for number in range(1, 4):
+        assert wire.body(wire.request("POST", "/", b"{}")) == b"{}"
+        assert len(there.requests) == number
+        wait_for(lambda: roexec.has_ended(wire._kept))
+    wire.close()
+
+
 # TLS.
 
 @pytest.fixture

@@ -203,6 +203,31 @@ def test_a_leader_that_ends_leaves_at_once(nodes):
     assert leaders([a, b]) == ["b"] and b.membership.leader == "b"
 
 
+@pytest.mark.parametrize("call", ["keep_alive", "grant", "txn", "get_prefix"])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_node_that_ends_in_the_middle_of_a_turn_leaves_nothing_behind(nodes, turns, call, after):
+    a, b = nodes()
+    for _ in range(turns):
+        a.turn()
+    function = getattr(a.client, call)
+
+    def ending(*values):
+        setattr(a.client, call, function)
+        if not after:
+            a.membership.close()
+        found = function(*values)
+        if after:
+            a.membership.close()
+        return found
+    setattr(a.client, call, ending)
+    with contextlib.suppress(EtcdError):
+        a.membership.turn(True)
+    a.membership.close()
+    b.turn()
+    assert leaders([a, b]) == ["b"] and list(b.membership.nodes) == ["b"]
+
+
 def test_a_paused_leader_does_not_lead_by_its_own_clock_before_its_lease_can_end(nodes):
     a, b = nodes()
     a.turn(), b.turn()
