@@ -17930,7 +17930,7 @@ async function send(target, {headers, ...options} = {}) {
   try {
     error = (await response.json()).error;
   } catch (unreadable) { /* what is in front of the server has answered */ }
-  if (response.status === 401 && model.me) leave();
+  if (response.status === 401 && model.me && token === sessionStorage.getItem(TOKEN)) leave();
   throw new Failure(response.status, error);
 }
 
@@ -19327,19 +19327,19 @@ function leave() {
 }
 
 async function enter() {
+  const token = sessionStorage.getItem(TOKEN);
   loadJobs().catch((error) => model.me && say(error.message));
   try {
     model.me = await ask("me");
   } catch (error) {
-    sessionStorage.removeItem(TOKEN);
+    if (token === sessionStorage.getItem(TOKEN)) sessionStorage.removeItem(TOKEN);
     if (error.status !== 401) $("main").replaceChildren(blank(error));
     else if (!$("token")) signIn();
     return false;
   }
   const {now: theirs, owner, name} = model.me;
   skew = seconds(theirs) - Date.now() / 1000;
-  $("who").replaceChildren(quiet(owner ? "owner" : name), sessionStorage.getItem(TOKEN)
-    ? button("Sign out", leave) : "");
+  $("who").replaceChildren(quiet(owner ? "owner" : name), token ? button("Sign out", leave) : "");
   for (const link of document.querySelectorAll("nav a")) {
     link.hidden = link.dataset.view === "files" && !can("job:write");
   }

@@ -607,6 +607,34 @@ def test_who_signs_in_sees_only_what_the_token_allows(visit, browser, closed, sc
     browser.leave()
 
 
+HELD = """
+const real = window.fetch;
+window.fetch = (target, options) => target.startsWith("api/v1/jobs?") && !window.release
+  ? new Promise((go) => { window.release = () => go(real(target, options)); })
+  : real(target, options);
+"""
+
+
+def test_a_late_answer_to_a_wrong_token_signs_nobody_out(visit, browser, closed, screen):
+    token = closed.command("token", "create", "--name", f"late-{screen}", "--role",
+                           "viewer").split()[-1]
+    visit(closed, "#/job/hello")
+    browser.wait("#token")
+    browser.run(HELD)
+    browser.type("#token", "wrong\ue007")
+    browser.wait_text("not valid")
+    browser.run("document.getElementById('token').value = ''")
+    browser.type("#token", token + "\ue007")
+    browser.wait_text("Definition")
+    said = browser.errors()
+    browser.run("window.release()")
+    wait_for(lambda: said.extend(browser.errors()) or "jobs?" in str(said[-1:]))
+    browser.ask("POST", "/refresh", {})
+    browser.wait_text("Definition")
+    closed.command("token", "revoke", f"late-{screen}")
+    browser.leave()
+
+
 # How it looks to those who do not see it, or not well.
 
 VIEWS = ["", "#/timeline", "#/job/hello", "#/job/release", "#/files"]
