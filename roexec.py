@@ -21752,6 +21752,7 @@ _FOR_THE_OWNER = 64             # connections that nobody but the owner gets
 _HEAD_TIME = 10                 # seconds from the first byte of a head to its last
 _IDLE_TIME = 30                 # seconds of waiting for a request, for its body, or for a reader
 _LINGER_TIME = 1                # seconds of listening to a client that was refused
+_LINGER_PIECES = 64             # that are read also later, as far as they have come by then
 _CLOSING_TIME = 2               # seconds that open requests have when the server ends
 
 
@@ -21928,10 +21929,12 @@ class _Connection:
 
     def linger(self):
         """Drop what still comes: closing now would be a reset, which can take the answer away."""
-        deadline = time.monotonic() + _LINGER_TIME
+        deadline, pieces = time.monotonic() + _LINGER_TIME, 0
         self.connection.shutdown(socket.SHUT_WR)
-        while time.monotonic() < deadline and self.receive(deadline):
+        while ((time.monotonic() < deadline or pieces < _LINGER_PIECES)
+               and self.receive(deadline)):
             self.buffer.clear()
+            pieces += 1
 
 
 class _Server:
@@ -22050,8 +22053,8 @@ class _Server:
         self.server_close()
         with self.changed:
             for connection in self.connections:         # each ends after what it does now
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RD)
+                with contextlib.suppress(OSError):      # (that of TLS would go on without TLS)
+                    socket.socket.shutdown(connection, socket.SHUT_RD)
             self.changed.wait_for(lambda: not self.connections, _CLOSING_TIME)
         self.streams.close()
         self.store.memo.close()
@@ -22358,8 +22361,8 @@ class _Deadline:
 
     def end(self):
         self.passed = True
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):      # not that of TLS, which would go on without TLS
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
 
     def cancel(self):
         """It was done, or need not be."""

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -703,6 +704,17 @@ def test_a_certificate_is_looked_at_and_an_authority_of_ones_own_can_be_named(
     plain = peer(http(body=b"{}")).url.replace("http:", "https:")
     status, _, err = call("list jobs", url=plain)
     assert status == 1 and "does not speak TLS on port" in err and "should it be http://" in err
+
+
+def test_a_deadline_leaves_a_connection_encrypted(secure, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    connection = roexec._Wire(f"https://localhost:{secure}", None).connect()
+    connection.request("GET", "/api/v1/health")
+    wait_for(lambda: select.select([connection.sock], [], [], 0)[0])
+    deadline = roexec._Deadline(connection)
+    deadline.end(), deadline.cancel()
+    assert connection.sock.recv(4) in (b"HTTP", b"")
+    connection.close()
 
 
 # A system that is not POSIX.

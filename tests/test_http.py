@@ -559,6 +559,26 @@ def test_the_body_of_a_stranger_is_not_read_but_the_answer_arrives(server):
 
 
 @needs_tables
+def test_a_client_that_was_refused_is_not_reset_where_the_server_was_held_up(server, monkeypatch):
+    monkeypatch.setattr(roexec, "_LINGER_TIME", -3)
+    sent, linger = threading.Event(), roexec._Connection.linger
+
+    def late(connection):
+        assert sent.wait(60)
+        linger(connection)
+    monkeypatch.setattr(roexec._Connection, "linger", late)
+    with dial(server) as client:
+        client.sendall(head("POST /api/v1/jobs/hello/run HTTP/1.1", "Via: x",
+                            "Content-Length: 1000000"))
+        answer = client.recv(10_000)
+        client.sendall(b"x" * 50_000)
+        sent.set()
+        wait_for(lambda: not server.connections)
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0, "it was not reset"
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+@needs_tables
 def test_a_client_that_asks_first_is_told_to_go_on_or_not(server):
     for more, expected in (((), b"HTTP/1.1 100 Continue\r\n\r\n"),
                            (("Via: x",), b"HTTP/1.1 401 Unauthorized\r\n")):
@@ -710,7 +730,9 @@ def test_closing_ends_idle_connections_and_followers_and_frees_the_port(store, m
 
 
 @needs_tables
-def test_a_request_that_is_being_answered_is_answered_before_the_end(store, monkeypatch):
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_request_that_is_being_answered_is_answered_before_the_end(secure, store, said,
+                                                                     certificates, monkeypatch):
     monkeypatch.setattr(roexec, "_CLOSING_TIME", 60)
     begun, go_on = threading.Event(), threading.Event()
 
@@ -719,17 +741,22 @@ def test_a_request_that_is_being_answered_is_answered_before_the_end(store, monk
         assert go_on.wait(60)
         return []
     monkeypatch.setattr(roexec, "job_payloads", slowly)
-    server = start_http(store, "127.0.0.1", 0, print)
+    paths = certificates("ending") if secure else None
+    server = serve(store, said, tls=paths)
     with dial(server) as client:
+        if secure:                      # and is not in clear now
+            client = ssl.create_default_context(cafile=paths["cert"]).wrap_socket(
+                client, server_hostname="localhost")
         client.sendall(head("GET /api/v1/jobs HTTP/1.1"))
         assert begun.wait(60)
         closer = threading.Thread(target=server.close)
         closer.start()
         wait_for(lambda: server.socket.fileno() == -1)
         go_on.set()
-        answer = client.makefile("rb").read()
+        with client, http.client.HTTPResponse(client) as answer:
+            answer.begin()
+            assert answer.status == 200 and json.loads(answer.read())["jobs"] == []
         closer.join()
-    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def test_closing_does_not_wait_for_ever(store, monkeypatch):
