@@ -15072,6 +15072,7 @@ class Membership:
         self.nodes, self.shipped, self.revision = {}, {}, 0
         self.is_known = False                       # whether our key is there, and is ours
         self.seen = {}                              # {node: when it was there, or may have been}
+        self.looked = -math.inf
         self.resting, self.resigns = -math.inf, False
         self.answered, self.problem = time.time(), None
         self.turned = -math.inf                     # when it could do all that there is to do
@@ -15086,9 +15087,10 @@ class Membership:
         return self.is_known and self.clock() < self.until
 
     def live(self):
-        """The nodes that are not to be given up: those that are there, or were until one time of a
-        lease ago, since one that is started again, with its runs on, soon comes back."""
-        since = self.clock() - self.seconds
+        """The nodes that are not to be given up: those that were there when this one has looked
+        last, which may be long ago, or until one time of a lease before, since one that is started
+        again, with its runs on, soon comes back."""
+        since = self.looked - self.seconds
         return frozenset(node for node, at in list(self.seen.items()) if at > since)
 
     def turn(self, may_stand):
@@ -15134,7 +15136,9 @@ class Membership:
         self.nodes, self.shipped = found["nodes"], found["shipped"]
         own = self.nodes.get(self.node)
         self.is_known = self.is_known and own is not None and own.get("key") == self.about["key"]
-        self.seen.update(dict.fromkeys(self.nodes, self.clock()))
+        now = self.clock()
+        self.seen.update(dict.fromkeys(self.nodes, now))
+        self.looked = now
         ours = leader is not None and self.lease == leader[0].lease
         self.leader = leader and leader[1]
         self.present_term = leader and leader[0].create
@@ -15253,7 +15257,7 @@ class Claims:
         if row["slot"] is None and not (row["cause"] or "").endswith("/claim"):
             return True
         with self._lock:
-            may = self._begun.get(row["id"]) == self.membership.lease and self.membership.is_there()
+            may = self.membership.is_there() and self._begun.get(row["id"]) == self.membership.lease
             if not may and row["id"] not in self._wanted:
                 self._wanted[row["id"]] = row["job_id"]
                 self.awake.set()
@@ -15271,7 +15275,8 @@ class Claims:
         EtcdError; then the next turn goes on."""
         membership = self.membership
         term = membership.term if membership.leads() else None
-        lease = membership.lease if membership.is_there() else None
+        lease = membership.lease        # the one of before, where it ends just now
+        lease = lease if membership.is_there() else None
         if term is None:
             self._refuse_all()
         if lease is not None:

@@ -738,6 +738,94 @@ def test_a_run_that_ended_well_is_not_repeated_since_its_node_ends_later(nodes):
     assert b.executed == [] and b.states() == [(60, "succeeded", None)]
 
 
+# Paused where it has just seen that it may.
+
+def then(node, name, act):
+    """Once, between the end of a method of its membership and what follows, something is done."""
+    before = getattr(node.membership, name)
+
+    def once():
+        delattr(node.membership, name)
+        value = before()
+        act()
+        return value
+    setattr(node.membership, name, once)
+
+
+def elapse(node):
+    node.ahead += 2 * LEASE
+
+
+def test_a_leader_that_was_paused_gives_up_nobody_before_it_has_looked_again(nodes):
+    a, b = nodes()
+    b.turn(), a.turn()
+    b.claim(60)
+    b.start_runs(), b.claims.turn()
+    b.membership.resigns = True
+    b.membership.turn(True)
+    a.turn()
+    assert leaders([a, b]) == ["a"]
+    then(a, "is_there", lambda: elapse(a))      # etcd may be slower to end its lease
+    a.claims.turn()
+    assert a.claims_there() == [(60, "starting", "b")]
+    assert b.start_runs() == [60]
+
+
+def test_a_leader_that_was_paused_loses_no_run_of_a_node_that_is_there(nodes):
+    a, b = nodes()
+    a.turn(), b.turn(), a.turn()
+    cluster = roexec.Cluster(a.store, NoBucket("a"), settings_of([], "none"), print)
+    cluster.membership = a.membership
+    with a.store.write() as db:
+        roexec.add_run(db, id="r", job_id="j", trigger="manual", state="running", node="b",
+                       queued_at=time.time())
+        elapse(a)
+        cluster.lose_runs(db, time.time())
+    assert a.states() == [(None, "running", None)]
+    b.end_lease()
+    a.membership.turn(True)
+    a.ahead += LEASE
+    a.membership.turn(True)
+    with a.store.write() as db:
+        cluster.lose_runs(db, time.time())
+    assert a.states() == [(None, "lost", "node")]
+
+
+def test_a_node_that_was_away_meanwhile_does_not_execute_what_it_had_begun(nodes):
+    a, b = nodes()
+    a.turn(), b.turn()
+    a.claim(60)
+    a.start_runs(), a.claims.turn()
+
+    def away():
+        paused(a, b)
+        elapse(b)
+        b.turn()
+        a.membership.turn(True)
+    then(a, "is_there", away)
+    assert a.start_runs() == [] and b.claims_there() == [(60, "lost", "b")]
+
+
+def test_what_is_begun_under_a_lease_that_ends_just_then_is_not_executed(nodes):
+    a, b = nodes()
+    a.turn(), b.turn()
+    a.claim(60)
+    a.start_runs(), a.claims.turn()
+    a.membership.until = 0
+    assert a.start_runs() == []
+    a.membership.turn(True)
+
+    def renew():
+        a.end_lease()
+        a.membership.lease, a.membership.is_known = a.client.grant(LEASE), False
+    then(a, "is_there", renew)
+    a.claims.turn()
+    b.turn(), elapse(b), b.turn(), b.turn()
+    assert b.claims_there() == [(60, "lost", "b")]
+    a.membership.turn(True)
+    assert a.membership.is_there() and a.start_runs() == []
+
+
 # Processes.
 
 class NoBucket:
