@@ -19972,7 +19972,7 @@ class Streams:
                 self.poller.register(self.reader, select.POLLIN)
                 self.thread = threading.Thread(target=self.run, name="streams", daemon=True)
                 self.thread.start()
-        os.write(self.writer, b"w")
+            os.write(self.writer, b"w")         # before `close` can close it
         return True
 
     def has_place_for(self, follower):
@@ -21611,6 +21611,7 @@ def _unless_known(response, request):
 
 _RELAY_TIME = 10                # seconds until another node has answered
 _SILENCE = 60                   # seconds; a stream that has nothing to say says so more often
+_CANCEL_PAUSE = 10              # seconds until a cancel is passed on again that did not arrive
 _PASSED_ON = ("accept", "content-type", "idempotency-key", "if-match", "if-none-match",
               "last-event-id")
 _PASSED_BACK = ("etag", "location", "idempotency-replayed", "retry-after", "allow",
@@ -21669,18 +21670,23 @@ class CancelsElsewhere:
         with self.store.read() as db:
             wanted = {row["id"]: row["node"] for row in active_runs(db)
                       if row["node"] is not None and row["cancel"]}
+        self.asked &= set(wanted)
         for run_id in set(wanted) - self.asked:
+            self.asked.add(run_id)
             start_thread(lambda run_id=run_id: self._ask(run_id, wanted[run_id]), "cancel")
-        self.asked = set(wanted)
 
     def _ask(self, run_id, node):
         request = Request("POST", f"/api/v1/runs/{run_id}/cancel", version=1)
         request.caller = Caller(name=f"node {self.store.node}", scopes=("*",))
         try:
-            _asked_of(self.cluster.url_of(node) or "", request, self.cluster.key)
+            answer = _asked_of(self.cluster.url_of(node) or "", request, self.cluster.key)
+            if answer.status >= 500:
+                raise OSError(errno.EPROTO, f"it answers {answer.status}")
         except (RoexecError, OSError) as error:
             self.say(f"Run {run_id} of the node {node} is to be replaced, which cannot be told: "
                      f"{error}", "ERROR")
+            time.sleep(_CANCEL_PAUSE)
+            self.asked.discard(run_id)      # it is asked for again
 
 
 def _asked_of(url, request, key):
@@ -22728,7 +22734,7 @@ class Following:
             time.sleep(_RETRY_PAUSE)
             response = self.remote.patiently(self._begin)
         self.remote.wire.body(response)
-        self.outcome = self.remote.run(self.run_id)
+        self.outcome = self.remote.patiently(lambda: self.remote.run(self.run_id))
 
     def _begin(self):
         headers, query = {"Accept": "text/event-stream"}, {"follow": 1}
@@ -22766,14 +22772,16 @@ class GrowingLog:
     def more(self, over=False):
         """Further lines, as bytes, some megabytes at most."""
         query = {"offset": self.offset, "limit": _SOME_BYTES}
+
+        def ask():
+            response = self.remote.open("GET", f"runs/{_in_path(self.run_id)}/logs", query)
+            return response, self.remote.wire.body(response)
         try:
-            response = self.remote.patiently(lambda: self.remote.open(
-                "GET", f"runs/{_in_path(self.run_id)}/logs", query))
+            response, data = self.remote.patiently(ask)
         except Denied as error:
             if error.code != "no_log":  # which it has not yet
                 raise
             return []
-        data = self.remote.wire.body(response)
         self.offset = int(response.getheader("Roexec-Next-Offset"))
         return data.splitlines(keepends=True)
 

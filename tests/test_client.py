@@ -675,6 +675,30 @@ def test_what_is_to_be_sent_once_is_sent_where_the_server_has_ended_the_kept_con
     wire.close()
 
 
+def test_a_piece_of_a_log_that_breaks_off_is_asked_for_again(peer, monkeypatch):
+    monkeypatch.setattr(roexec, "_RETRY_PAUSE", 0.01)
+    line, said = b"2025-08-01T10:00:00Z [OUT] hello\n", []
+    whole = http(body=line, Content_Type="text/plain", Roexec_Next_Offset=len(line))
+    there = peer(lambda connection, _: connection.sendall(
+        whole[:-5] if len(there.requests) == 1 else whole))
+    remote = roexec.Remote(there.url, None, said.append)
+    log = roexec.GrowingLog(remote, "aaaa")
+    assert (log.more(), log.offset) == ([line], len(line))
+    remote.wire.close()
+    assert "broke in the middle of an answer" in said[0]
+
+
+def test_what_became_of_a_run_whose_log_is_over_is_asked_for_again(peer, monkeypatch):
+    monkeypatch.setattr(roexec, "_RETRY_PAUSE", 0.01)
+    run = http(body=b'{"state": "succeeded"}')
+    answers = [http("204 No Content"), run[:-5], run]
+    there = peer(lambda connection, _: connection.sendall(answers.pop(0)))
+    remote = roexec.Remote(there.url, None, lambda text: None)
+    following = roexec.Following(remote, "aaaa")
+    assert list(following) == [] and following.outcome == {"state": "succeeded"}
+    remote.wire.close()
+
+
 # TLS.
 
 @pytest.fixture

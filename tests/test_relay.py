@@ -244,3 +244,27 @@ def test_a_run_of_another_node_that_is_to_be_replaced_is_cancelled_there_once(no
     wait_for(lambda: told)
     assert told == [f"Run {run_id} of the node a is to be replaced, which cannot be told: "
                     f"[Errno {errno.EHOSTUNREACH}] it is not there"]
+
+
+def test_a_cancel_that_could_not_be_passed_on_is_passed_on_later(nodes, monkeypatch):
+    monkeypatch.setattr(roexec, "_CANCEL_PAUSE", 0.01)
+    faults, asked_of, told = [OSError("it stalls"), roexec.Response(status=503)], \
+        roexec._asked_of, []
+
+    def asked(*words):
+        if not faults:
+            return asked_of(*words)
+        fault = faults.pop(0)
+        if isinstance(fault, OSError):
+            raise fault
+        return fault
+    monkeypatch.setattr(roexec, "_asked_of", asked)
+    run_id, store = elsewhere(nodes, "queued"), nodes["b"].store
+    cancels = roexec.CancelsElsewhere(store, nodes["b"].cluster,
+                                      lambda text, level: told.append(text))
+    with store.write() as db:
+        roexec.ask_to_cancel(db, run_id, "replaced")
+    nodes["b"].cluster.leading = "b"
+    wait_for(lambda: cancels() or row_of(nodes["a"].store, run_id)["state"] == "cancelled")
+    assert [text.rpartition(": ")[2] for text in told] == [
+        "it stalls", f"[Errno {errno.EPROTO}] it answers 503"]

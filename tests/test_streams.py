@@ -517,3 +517,23 @@ def test_a_log_leaves_out_what_is_about_jobs_outside_the_pattern_of_a_token(foll
     assert "secret-a" not in text and "secret-c" not in text and "secret-b" in text
     assert text.count("Lines about jobs other than h* are left out") == 1 and len(found) == 7
     assert ask(path + "&raw=1", **given)[1] == b"Running the job secret-b is what it says itself\n"
+
+
+def test_a_stream_that_comes_as_the_server_ends_writes_nowhere_else(store, server, monkeypatch):
+    """The descriptor that wakes the thread of streams may be that of a database by then."""
+    write, closed, ends = os.write, threading.Event(), []
+    streams = roexec.Streams(store, print, lambda connection: connection.close())
+
+    def late(descriptor, data):
+        if data == b"w" and not ends:
+            ends.append(threading.Thread(target=lambda: (streams.close(), closed.set())))
+            ends[0].start()
+            assert not closed.wait(0.3), "what is written to is closed"
+        return write(descriptor, data)
+    monkeypatch.setattr(os, "write", late)
+    ours, theirs = socket.socketpair()
+    request = roexec.Request("GET", "/api/v1/events", version=1)
+    response = roexec.Response(feed=lambda lookout: (data for data in [b"x"]))
+    with ours, theirs:
+        assert streams.add(theirs, None, request, response, None)
+        ends[0].join()
