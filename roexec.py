@@ -11501,6 +11501,14 @@ def fork(function):
     return pid
 
 
+def close_all_but(*kept):
+    """Close all descriptors of this process but 0, 1, 2 and some."""
+    for name in os.listdir("/dev/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            with contextlib.suppress(OSError):          # the listing's own is closed by now
+                os.close(int(name))
+
+
 def keep_orphans(function):
     """Perform `function(keeper)` in a child, until it has ended.
 
@@ -11510,10 +11518,7 @@ def keep_orphans(function):
     """
     keeper = [os.getpid(), process_start(os.getpid())] if become_subreaper() else None
     child = fork(lambda: function(keeper))
-    for name in os.listdir("/dev/fd"):
-        if int(name) > 2:               # sockets and locks are the child's
-            with contextlib.suppress(OSError):
-                os.close(int(name))
+    close_all_but()                     # sockets and locks are the child's
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, 0) != (child, 0):
             pass
@@ -13092,10 +13097,7 @@ class _Hands:
     def _become_keeper(self, channel):
         signal.set_wakeup_fd(-1)
         os.setsid()
-        for name in os.listdir("/dev/fd"):          # among them the lock of the pipeline's journal
-            if int(name) > 2 and int(name) != channel.fileno():
-                with contextlib.suppress(OSError):
-                    os.close(int(name))
+        close_all_but(channel.fileno())             # among them the lock of the pipeline's journal
         keep_orphans(lambda keeper: self._become_supervisor(channel, keeper))
 
     def _become_supervisor(self, channel, keeper):
@@ -14264,7 +14266,7 @@ def settle(store, wait=False):
     if not store.exists or not os.path.isdir(store.file("active")) or store.is_read_only:
         return
     lock = open_private(store.file("server.lock"))
-    children, deadline = [], time.monotonic()
+    left, deadline = [], time.monotonic()
     try:
         if not try_lock(lock, fcntl.LOCK_SH):
             return
@@ -14275,29 +14277,27 @@ def settle(store, wait=False):
             tell_cancels(db, store)
             withdraw_orphans(db)
         discard(done)
-        while unfinished:
-            journal = unfinished.pop()
+        for journal in unfinished:
             progress = Progress(journal.events)
             if progress.open or not progress.attempts:
                 deadline = max(deadline, time.monotonic() + 10 + Job(journal.header["spec"]).grace)
-            others = [lock, *(other.descriptor for other in unfinished)]
-            children.append(fork(lambda: _finish_alone(store, journal, others)))
+            # No child of ours: it would be ended with the run that this process supervises next.
+            os.waitpid(fork(lambda: fork(lambda: _finish_alone(store, journal))), 0)
+            left.append(journal.path)
             journal.close()
     finally:
         os.close(lock)
-    if wait and children:
-        while children and time.monotonic() < deadline:
-            children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+    if wait and left:
+        while any(map(lock_is_held, left)) and time.monotonic() < deadline:
             time.sleep(0.01)
         settle(store)
     if done:
         deliver_alone(store)
 
 
-def _finish_alone(store, journal, others):
-    for descriptor in others:           # locks that are not ours
-        os.close(descriptor)
-    inherit_nothing()
+def _finish_alone(store, journal):
+    signal.set_wakeup_fd(-1)
+    close_all_but(journal.descriptor)   # other locks, and pipes whose end somebody waits for
     leave_session()
 
     def finish(keeper):

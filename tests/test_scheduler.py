@@ -863,6 +863,39 @@ def test_after_a_kill_of_a_foreground_run_the_next_one_records_it_and_runs(store
     assert not descendants()
 
 
+def lost_before_a_retry(store, command):
+    """A run that has lost its supervisor, and has an attempt ahead -> its id."""
+    journal = claimed(store, make_job(command, "lost", retries=1, backoff=0))
+    for event, more in (("starting", {"what": "attempt"}), ("ended", {"exit_code": 1}),
+                        ("retry", {"until": 0})):
+        journal.note(event, **more)
+    journal.close()
+    return journal.run_id
+
+
+def test_a_run_that_is_finished_beside_a_foreground_run_does_not_end_with_that(store, tmp_path):
+    lost = lost_before_a_retry(store, f"echo $$ > {tmp_path}/new; mv {tmp_path}/new "
+                               f"{tmp_path}/pid; exec sleep 600")
+    job = make_job(f"until test -e {tmp_path}/pid; do sleep 0.02; done", leftovers="kill")
+    apply(store, job)
+    pid, output = run_in_child(store, job)
+    assert (end_of(pid), read_rest(output)) == (0, "")
+    assert is_alive(read_pid(tmp_path / "pid")) and read_run(store, lost)["state"] == "running"
+    roexec.cancel_run(store, lost)
+    wait_for(lambda: roexec.settle(store) or read_run(store, lost)["state"] == "cancelled")
+
+
+def test_a_detached_run_does_not_wait_for_the_end_of_one_that_it_has_finished(store, tmp_path):
+    lost = lost_before_a_retry(store, "for i in $(seq 400); do "
+                               f"test -e {tmp_path}/go && exit; sleep 0.05; done; exit 9")
+    apply(store, make_job())
+    run_id = roexec.run_detached(store, make_job())
+    (tmp_path / "go").touch()
+    await_state(store, run_id, "succeeded")
+    wait_for(lambda: roexec.settle(store) or read_run(store, lost)["state"] == "succeeded",
+             what=lambda: read_run(store, lost))
+
+
 def test_a_killed_foreground_run_is_not_started_by_somebody_else(store, marks, monkeypatch):
     job = make_job(f"echo ran >> {marks.path}")
     apply(store, job)
