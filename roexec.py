@@ -13460,6 +13460,8 @@ class _StepRun(_OfPipeline):
         if self.job.job is None or not number:
             return super().decide(number)
         self.resolve()
+        if self._answer() is None:      # an earlier supervisor may have been lost before it asked
+            self._ask()
         return self._run_job()
 
     def attempt_until_done(self, number, delay=0):
@@ -13947,8 +13949,9 @@ def answer_requests(db, store):
 
 def _answer_request(db, store, path, request):
     run = run_of_cause(db, f"{request['step']}/job")
-    if run is None and request["cancel"]:
-        os.unlink(path)
+    if run is None and request["cancel"]:           # it was withdrawn before it was seen to
+        run = {"id": None, "state": "cancelled", "reason": "parent", "message": None,
+               "exit_code": None, "signal": None}
     elif run is None:
         _run_for_step(db, request)
         run = run_of_cause(db, f"{request['step']}/job")

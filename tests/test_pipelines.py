@@ -712,6 +712,40 @@ def test_a_step_waits_for_a_server_and_its_timeout_counts(store):
     assert ends(steps) == {"a": "timeout"} and run["state"] == "failed"
 
 
+def test_a_step_ends_at_once_whose_request_was_withdrawn_before_it_was_seen_to(store, start,
+                                                                            monkeypatch):
+    monkeypatch.setattr(roexec, "_PATIENCE_FOR_JOBS", 3600)
+    answer = roexec._answer_request
+    monkeypatch.setattr(roexec, "_answer_request", lambda db, store, path, request:
+                        request["cancel"] and answer(db, store, path, request))
+    apply(store, *with_other())
+    server = start()
+    run_id = roexec.request_run(store, roexec_job(store), trigger="manual")
+    wait_for(lambda: any(name.endswith(".request") for name in os.listdir(store.file("active"))))
+    roexec.cancel_run(store, run_id)
+    assert await_state(store, run_id, *roexec.FINAL_STATES)["state"] == "cancelled", server.said
+    assert ends(steps_of(store, run_id))["a"] == "parent" and not read_runs(store, job_id="other")
+    server.stop()
+
+
+def test_a_step_whose_supervisor_was_lost_before_it_asked_for_its_job_asks_again(store, start,
+                                                                              tmp_path, monkeypatch):
+    ask = roexec._StepRun._ask
+
+    def ask_or_die(step, cancel=None):
+        if not os.path.exists(tmp_path / "died"):
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        ask(step, cancel)
+    monkeypatch.setattr(roexec._StepRun, "_ask", ask_or_die)
+    apply(store, *with_other())
+    server = start()
+    run_id = roexec.request_run(store, roexec_job(store), trigger="manual")
+    assert await_state(store, run_id, *roexec.FINAL_STATES)["state"] == "succeeded", server.said
+    assert len(read_runs(store, job_id="other")) == 1
+    server.stop()
+
+
 @pytest.mark.parametrize("whom", ["server", "coordinator", "step", "all"])
 def test_a_step_that_waits_for_another_job_survives_kills(store, start, marks, tmp_path, whom):
     wait = f"while [ ! -e {tmp_path}/go ]; do sleep 0.02; done"
