@@ -11300,16 +11300,17 @@ def _end_all(left, first, grace, pause, kill):
     for number, seconds in ((first, grace), (signal.SIGKILL, _UNKILLABLE)):
         if number == signal.SIGKILL:
             kill()
-        told, deadline, delay = {}, time.monotonic() + seconds, 0.005
+        told, deadline, delay = {}, None, 0.005
         while True:
-            found = left()
+            now, found = time.monotonic(), left()   # however long it takes to look
             count = max(count, len(found))
             meant = {pid: process for pid, process in found.items()
                      if number == signal.SIGKILL or not told or pid not in told
                      and process is not None and process.parent not in found}
             _signal_all(meant, number)
             told.update(meant)
-            rest = deadline - time.monotonic()
+            deadline = deadline or time.monotonic() + seconds       # from the first signal on
+            rest = deadline - now
             if not found or rest <= 0:
                 break
             pause(min(delay, rest))
@@ -11721,6 +11722,7 @@ class RunningCommand:
             if left <= 0:
                 break
             self._read(left, 64)        # also what the console's reader does not take yet
+        self._read_all()                # what came while this process was held up
         for stream in ("out", "err"):
             self._pass_on(stream, self.sink.end(stream))
         self.refused = bool(self.streams)
@@ -12118,8 +12120,8 @@ class _Execution:
     def _deadlines(self, timeout, attempt):
         now = time.monotonic()
         deadlines = [] if timeout is None else [(now + timeout, "timeout")]
-        if attempt and self.job.total_timeout is not None:
-            deadlines.append((now + self._total_left(), "total_timeout"))
+        if attempt and self.job.total_timeout is not None:      # held up in between, it is later
+            deadlines.append((self._total_left() + time.monotonic(), "total_timeout"))
         return deadlines
 
     def _tell_of(self, running):
@@ -16364,7 +16366,10 @@ class Scheduler:
 
     def _see_clock(self, now):
         """Where the clock was set back by more than three hours, slots count from now on."""
-        before, offset = self.offset, now - time.monotonic()
+        begun = self.vitals.last_turn           # `now` was read between it and this one:
+        if time.monotonic() - begun > 0.5:      # held up since then, it tells nothing
+            return
+        before, offset = self.offset, now - begun
         if offset < before - 1:
             self.say(f"The clock was set back by {format_duration(before - offset)}")
             if offset < before - _CORRECTION:

@@ -629,6 +629,24 @@ def test_no_output_is_lost_where_its_reader_is_held_up(store, monkeypatch):
     assert sorted(output_of(store, run).split()) == ["end", "x" * 60_000]
 
 
+def test_what_others_still_write_is_kept_where_its_reader_is_held_up_meanwhile(store, tmp_path,
+                                                                             monkeypatch):
+    clock, read, ahead = time.monotonic, roexec.RunningCommand._read, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + ahead[0])
+
+    def late(self, seconds, most_waiting=0):
+        held_up = most_waiting == 64 and not ahead[0]
+        read(self, 0 if held_up else seconds, most_waiting)
+        if held_up:
+            (tmp_path / "go").touch()
+            wait_for((tmp_path / "said").exists)
+            ahead[0] = 600
+    monkeypatch.setattr(roexec.RunningCommand, "_read", late)
+    run = perform(store, f"(until test -e {tmp_path}/go; do sleep 0.02; done; echo late; "
+                  f": > {tmp_path}/said) &")
+    assert (output_of(store, run), ahead) == ("late\n", [600])
+
+
 def test_a_daemon_without_our_output_is_left_and_nobody_waits(store, tmp_path, monkeypatch):
     monkeypatch.setattr(roexec, "_DRAIN", 60)
     run = perform(store, f"setsid sleep 600 >/dev/null 2>&1 & echo $! > {tmp_path}/pid")
@@ -660,6 +678,64 @@ def test_a_command_that_has_ended_in_time_is_not_timed_out_where_its_supervisor_
     monkeypatch.setattr(roexec.RunningCommand, "_has_ended", late)
     run = perform(store, "sleep 0.1", timeout=300)
     assert (run["state"], ahead) == ("succeeded", [600])
+
+
+def test_a_total_timeout_comes_no_earlier_where_the_supervisor_is_held_up(store, monkeypatch):
+    clocks, ahead, found = (time.time, time.monotonic), [0], []
+    monkeypatch.setattr(time, "time", lambda: clocks[0]() + ahead[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clocks[1]() + ahead[0])
+    total_left, deadlines = roexec.Supervision._total_left, roexec.Supervision._deadlines
+
+    def held_up(supervision):
+        ahead[0] += 600
+        return total_left(supervision)
+
+    def look(supervision, timeout, attempt):
+        with monkeypatch.context() as patch:
+            patch.setattr(roexec.Supervision, "_total_left", held_up)
+            (deadline, _), = deadlines(supervision, timeout, attempt)
+        found.append(deadline - time.monotonic() - total_left(supervision))
+        return ()
+    monkeypatch.setattr(roexec.Supervision, "_deadlines", look)
+    assert perform(store, total_timeout=3600)["state"] == "succeeded"
+    assert found[0] > -1
+
+
+class Dying:
+    """A process that ends after some signal has come; the first look and signals take their time."""
+
+    def __init__(self, monkeypatch, end, looks=0, signals=0):
+        self.end, self.looks, self.signals, self.now, self.told = end, looks, signals, 0.0, []
+        self.ended = False
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(roexec, "_signal_all", self.signal)
+
+    def left(self):
+        self.now, self.looks = self.now + self.looks, 0
+        return {} if self.ended else {7: roexec.Process(parent=1, alive=True)}
+
+    def signal(self, found, number):
+        if found:
+            self.told.append(number)
+            self.now += self.signals
+
+    def pause(self, seconds):
+        self.now += seconds
+        self.ended = self.end in self.told
+
+    def end_all(self, grace):
+        return roexec._end_all(self.left, signal.SIGTERM, grace, self.pause, lambda: None)
+
+
+def test_the_grace_counts_from_the_signal_on_however_long_the_look_before_it_takes(monkeypatch):
+    process = Dying(monkeypatch, signal.SIGTERM, looks=600)
+    assert process.end_all(2) == (1, 0) and signal.SIGKILL not in process.told
+
+
+def test_what_ends_while_the_supervisor_is_held_up_is_no_survivor(monkeypatch):
+    process = Dying(monkeypatch, signal.SIGKILL, signals=600)
+    assert process.end_all(0) == (1, 0)
+    assert Dying(monkeypatch, None).end_all(0) == (1, 1)
 
 
 def test_a_timeout_leaves_no_process_behind(store, ready):

@@ -690,6 +690,27 @@ def test_after_a_correction_of_the_clock_slots_count_from_then(store, start):
     server.stop()
 
 
+@pytest.mark.parametrize("where", ["_see_clock", "_turn"])
+def test_a_server_that_is_held_up_does_not_say_that_the_clock_was_set_back(store, start, where):
+    turns = []
+
+    def hold_up(scheduler):
+        go_on = getattr(scheduler, where)
+
+        def late(*values):
+            turns.append(1)
+            if len(turns) == 3:
+                time.sleep(1.2)
+            elif len(turns) == 6:
+                scheduler.say("six turns")
+            return go_on(*values)
+        setattr(scheduler, where, late)
+    server = start(prepare=hold_up)
+    wait_for(lambda: store.wake() or "six turns" in server.said)
+    server.stop()
+    assert "set back" not in server.said
+
+
 def test_a_small_step_back_waits_for_the_position(store, start):
     apply(store, make_job(schedule="@every 1s", max_concurrent=0), since=time.time() - 3)
     server = start(prepare=set_back_at_a_signal(600))
