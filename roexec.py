@@ -25740,17 +25740,23 @@ def _run_there(session, job_id, env):
     options, asked = session.options, session.asked
     if options.dry_run:
         return _would_run(session, Job(asked.job(job_id)["spec"]))
-    run_id = asked.start(job_id, env, options.queue)
     if options.detach:
-        return _give_run(session, run_id)
+        return _give_run(session, asked.start(job_id, env, options.queue))
+    run_id, early = None, []
 
     def interrupted(number, frame):     # Ctrl-C ends the run, as it does here; a second one us
         signal.signal(number, signal.default_int_handler)
-        _cancel_there(asked, run_id)
+        if run_id is None:
+            early.append(number)        # until it is known which one that is
+        else:
+            _cancel_there(asked, run_id)
 
     before = {number: signal.signal(number, interrupted)
               for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        run_id = asked.start(job_id, env, options.queue)
+        if early:
+            _cancel_there(asked, run_id)
         return exit_status(_show_output(session, Following(asked, run_id)))
     finally:
         for number, handler in before.items():

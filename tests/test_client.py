@@ -274,6 +274,20 @@ def test_interrupting_run_ends_the_run_as_it_does_here(how, registered, call):
     assert read_runs(registered.store, job_id="slow")[-1]["state"] == "cancelled"
 
 
+def test_interrupting_run_while_it_is_asked_for_ends_the_run_once_it_is_known(registered, call,
+                                                                            monkeypatch):
+    start, handler = roexec.Remote.start, signal.getsignal(signal.SIGINT)
+
+    def start_and_interrupt(remote, *values):
+        run_id = start(remote, *values)
+        os.kill(os.getpid(), signal.SIGINT)
+        return run_id
+    monkeypatch.setattr(roexec.Remote, "start", start_and_interrupt)
+    assert call("run slow")[0] == 130
+    assert read_runs(registered.store, job_id="slow")[-1]["state"] == "cancelled"
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def test_what_steps_print_is_followed_while_they_are_on(registered, call, marks):
     wait = f"echo begun; until grep -q go {marks.path}; do sleep 0.02; done; echo over"
     apply(registered.store, roexec.Job({"id": "line", "pipeline": [
