@@ -9393,7 +9393,7 @@ class _Delivery:
 
     def __init__(self, store, settings, now, say):
         self.store, self.settings, self.now, self.say = store, settings, now, say
-        self.away = {}
+        self.away, self.began = {}, time.monotonic()
 
     def perform(self, stopped):
         began = False
@@ -9424,8 +9424,9 @@ class _Delivery:
 
     def _deliver(self, notice):
         """Send a notice, and record how that went."""
+        gone = time.monotonic() - self.began        # others may have taken their time
         with self.store.write() as db:
-            body = begin_notice(db, notice, self.now, self.now + _LEASE)
+            body = begin_notice(db, notice, self.now, self.now + gone + _LEASE)
         if body is None:
             return
         host = "mail" if notice["kind"] == "mail" else notice_target(notice)
@@ -16599,11 +16600,15 @@ def hold_server_lock(store):
     descriptor = open_private(store.file("server.lock"))
     deadline = time.monotonic() + 1     # commands may hold it for an instant, to take runs in
     while not try_lock(descriptor):
-        process = store.server()
-        if process is not None and time.monotonic() > deadline:
+        process, late = store.server(), time.monotonic() > deadline
+        if process is not None and late:
             os.close(descriptor)
             raise RoexecError(f"a server (process {process}) works on the store "
                               f"{store.path} already; end that one first")
+        if late:
+            store.say("waiting for a command that takes in what has ended meanwhile; where it was "
+                      f"stopped, fuser {store.file('server.lock')} says which process that is")
+            deadline = math.inf
         time.sleep(0.01)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)

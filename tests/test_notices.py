@@ -927,6 +927,23 @@ def test_two_that_deliver_at_once_send_each_notice_once(store, web):
     assert states(store) == ["sent"] * 8
 
 
+def test_a_notice_that_comes_after_slow_ones_is_sent_by_one_process_alone(store, monkeypatch):
+    sent, passed, monotonic = [], [], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(passed))
+
+    def slowly(notice, settings):
+        sent.append(notice["target"])
+        if len(sent) == 1:
+            passed.append(400)
+        elif len(sent) == 2:
+            deliver(store, {}, NOW + 401)
+    monkeypatch.setattr(roexec, "send_notice", slowly)
+    for target in ("http://slow", "http://late"):
+        add(store, target=target)
+    deliver(store, {}, NOW)
+    assert sent == ["http://slow", "http://late"]
+
+
 def test_a_delivery_that_is_stopped_leaves_the_rest(store, web):
     for number in range(4):
         add(store, target=web.url(f"/{number}"))

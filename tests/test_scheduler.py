@@ -124,6 +124,16 @@ def test_a_claim_that_is_cut_short_is_made_again(store, start, marks, step):
     server.stop()
 
 
+def test_a_server_that_waits_for_a_command_that_was_stopped_says_so(store):
+    said = []
+    with open(store.file("server.lock"), "w") as held:      # as `settle` holds it
+        fcntl.flock(held, fcntl.LOCK_SH)
+        store.say = lambda text: (said.append(text), fcntl.flock(held, fcntl.LOCK_UN))
+        os.close(roexec.hold_server_lock(store))
+    assert [text.partition(";")[0] for text in said] == [
+        "waiting for a command that takes in what has ended meanwhile"]
+
+
 def test_a_new_server_takes_the_store_while_runs_go_on_and_ctrl_c_ends_none(
         store, start, tmp_path):
     job = sleeper(tmp_path)
