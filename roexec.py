@@ -13952,7 +13952,8 @@ def answer_requests(db, store):
 
 def _answer_request(db, store, path, request):
     run = run_of_cause(db, f"{request['step']}/job")
-    if run is None and request["cancel"]:           # it was withdrawn before it was seen to
+    is_on = os.path.exists(path.removesuffix(".request"))       # the step that waits for it
+    if run is None and (request["cancel"] or not is_on):        # it was not seen to in time
         run = {"id": None, "state": "cancelled", "reason": "parent", "message": None,
                "exit_code": None, "signal": None}
     elif run is None:
@@ -13966,7 +13967,7 @@ def _answer_request(db, store, path, request):
         signal_cancel(store, run["id"], "parent")
     if run is not None and run["state"] in FINAL_STATES:
         answer = path.removesuffix(".request") + ".result"
-        if os.path.exists(path.removesuffix(".request")):
+        if is_on:
             with open(answer + ".new", "w", opener=open_private) as file:
                 json.dump({"run": run["id"], **{name: run[name] for name in (
                     "state", "reason", "message", "exit_code", "signal")}}, file)
@@ -14208,6 +14209,8 @@ def found_journals(store, known=()):
     free = []
     for name in sorted(os.listdir(store.file("active"))):
         path = store.file(f"active/{name}")
+        if name.endswith(".request"):   # it may tell that a run is to end: seen to by a server
+            continue
         if "." in name:                 # .new, .cancel: of a crash, unless the journal is there
             base = name.partition(".")[0]
             with contextlib.suppress(FileNotFoundError):

@@ -706,6 +706,35 @@ def test_the_other_run_ends_with_the_step(store, start, tmp_path, monkeypatch, h
     server.stop()
 
 
+def test_the_other_run_ends_with_the_step_also_where_a_server_starts_long_after(store, start,
+                                                                              tmp_path):
+    apply(store, *with_other(command=f"echo $$ > {tmp_path}/pid; exec sleep 600"))
+    server = start()
+    run_id = roexec.request_run(store, roexec_job(store), trigger="manual")
+    pid = read_pid(tmp_path / "pid")
+    server.stop()
+    roexec.cancel_run(store, run_id)
+    wait_for(lambda: roexec.settle(store) or read_run(store, run_id)["state"] == "cancelled")
+    for name in os.listdir(store.file("active")):
+        os.utime(store.file(f"active/{name}"), (0, 0))
+    server = start()
+    other = await_state(store, read_runs(store, job_id="other")[0]["id"], *roexec.FINAL_STATES)
+    assert (other["state"], other["reason"]) == ("cancelled", "parent") and not is_alive(pid)
+    wait_for(lambda: os.listdir(store.file("active")) == [])
+    server.stop()
+
+
+def test_what_a_step_has_asked_for_is_not_begun_once_nobody_waits_for_it(store, start):
+    apply(store, *with_other())
+    request = {"step": "gone", "parent": "lost", "job": "other", "env": {}, "cancel": None}
+    with open(store.file("active/lost.gone.request"), "w") as file:
+        json.dump(request, file)
+    server = start()
+    wait_for(lambda: os.listdir(store.file("active")) == [])
+    assert not read_runs(store, job_id="other")
+    server.stop()
+
+
 def test_a_step_waits_for_a_server_and_its_timeout_counts(store):
     apply(store, with_other({"timeout": 0.3})[0])
     run, steps = perform(store, {"id": "a", "job": "other", "timeout": 0.3})
