@@ -14442,9 +14442,12 @@ def _run_detached(store, job, reader, writer, request):
     leave_session()
 
     def tell(kind, text):
-        with contextlib.suppress(OSError):          # it has been told of the run already
-            os.write(writer, f"{kind} {text}".encode())
+        nonlocal writer
+        if writer is not None:          # else it has been told of the run already
+            with contextlib.suppress(OSError):      # nobody is there any more who wants to know
+                os.write(writer, f"{kind} {text}".encode())
             os.close(writer)
+            writer = None
 
     def run(keeper):
         try:

@@ -954,6 +954,18 @@ def test_a_detached_run_returns_at_once_and_goes_on_alone(store, tmp_path):
     assert read_log_of(store, run_id, raw=True).split() == ["/dev/null", "?"]
 
 
+def test_a_detached_run_that_fails_later_writes_into_no_other_file(store, tmp_path, monkeypatch):
+    def fail(*_):
+        files = [open(tmp_path / str(number), "w") for number in range(20)]
+        raise RoexecError(f"{len(files)} files are open")
+    monkeypatch.setattr(roexec, "_await_place", fail)
+    job = make_job()
+    apply(store, job)
+    run_id = roexec.run_detached(store, job)
+    wait_for(lambda: roexec.settle(store) or read_run(store, run_id)["state"] == "cancelled")
+    assert {path.read_text() for path in tmp_path.glob("[0-9]*")} == {""}
+
+
 def test_a_cancel_works_without_a_server_and_says_what_has_ended(store, tmp_path):
     job = sleeper(tmp_path)
     apply(store, job)
