@@ -11071,10 +11071,11 @@ class Journal:
         A supervisor that has missed the signal finds the reason at the start of the run, and one
         that finds it at the end takes no other run, which the signal might hit.
         """
+        new = f"{self.path}.{new_run_id()}"         # others may ask at the same time
         with contextlib.suppress(OSError):          # a full disk: the signal alone will do
-            with open(self.path + ".reason", "w") as file:
+            with open(new, "w") as file:
                 file.write(reason if grace is None else f"{reason} {grace}")
-            os.rename(self.path + ".reason", self.path + ".cancel")
+            os.rename(new, self.path + ".cancel")
         progress = Progress((Journal.glance(self.path) or self).events)
         supervisor = None if progress.finished else progress.supervisor
         # That of a run that has finished may have the next one, while the lock is its owner's.
@@ -25696,11 +25697,17 @@ def _cmd_wait(session):
 
 
 def _cmd_cancel(session):
-    asked, changes = session.asked, []
+    asked, changes, problems = session.asked, [], []
     for run_id in [_run_to_cancel(asked, target)["id"] for target in session.ids()]:
-        state = "cancelled" if session.options.dry_run else asked.cancel(run_id)
+        try:
+            state = "cancelled" if session.options.dry_run else asked.cancel(run_id)
+        except RoexecError as error:    # one that has ended meanwhile keeps no other one on
+            problems.append(str(error))
+            continue
         changes.append((run_id, state if state == "cancelled" else "is being cancelled"))
     session.report(changes)
+    if problems:
+        raise RoexecError("\n".join(problems))
 
 
 def _run_to_cancel(asked, target):

@@ -1296,6 +1296,22 @@ def test_cancelling_a_job_with_several_active_runs_lists_them_and_refuses(cli, j
     assert cli("cancel hello")[2] == 'roexec: job "hello" has no active run\n'
 
 
+def test_a_run_that_ends_before_its_cancel_keeps_no_other_one_from_being_cancelled(cli, jobs, store,
+                                                                                monkeypatch):
+    first, second = record(store, state="queued"), record(store, state="queued")
+    cancel = roexec.cancel_run
+
+    def end_first(store, run_id, **more):
+        if run_id == first:
+            with store.write() as db:
+                roexec.finish_run(db, first, "cancelled", [], reason="user", finished_at=1)
+        cancel(store, run_id, **more)
+    monkeypatch.setattr(roexec, "cancel_run", end_first)
+    status, out, err = cli(f"cancel {first} {second}")
+    assert (status, out) == (1, f"{second}: cancelled\n")
+    assert err == f"roexec: run {first} has ended already: cancelled\n"
+
+
 def test_retry_queues_a_new_run_for_the_server_and_prints_its_id(cli, jobs, store):
     run_id = record(store, state="failed", env='{"A":"b"}')
     with a_server(store):

@@ -66,6 +66,20 @@ def test_a_journal_that_cannot_be_read_does_not_stay_locked(store, monkeypatch):
     Journal.find(journal.path).close()
 
 
+def test_of_two_who_ask_for_a_cancel_at_the_same_time_each_says_its_own_reason(store, monkeypatch):
+    journal, rename = claimed(store, make_job()), os.rename
+
+    def be_held_up(*paths):
+        monkeypatch.setattr(os, "rename", lambda *_: os._exit(1))
+        end_of(in_child(lambda: journal.cancel("shutdown", 5)))     # which is killed half-way
+        monkeypatch.setattr(os, "rename", rename)
+        rename(*paths)
+    monkeypatch.setattr(os, "rename", be_held_up)
+    journal.cancel("user")
+    assert journal.cancelled() == ("user", None)
+    journal.close()
+
+
 def test_a_journal_that_was_replaced_while_it_was_opened_is_not_found(store, monkeypatch):
     journal = claimed(store, make_job())
     journal.close()
