@@ -16891,7 +16891,9 @@ def logs_that_are_known(store, job_id):
     for name in os.listdir(store.file("active")):
         journal = None if "." in name else Journal.glance(store.file(f"active/{name}"))
         if journal is not None:
-            live[Progress(journal.events).log] = None
+            steps = [Journal.glance(journal.path_of(run_id)) for _, run_id in journal.steps()]
+            for each in (journal, *filter(None, steps)):
+                live[Progress(each.events).log] = None
     with store.read() as db:
         return {**live, **logs_of_job(db, job_id)}
 

@@ -611,6 +611,23 @@ def test_kills_at_random_lose_no_step_and_repeat_none(store, start, marks, seed)
     server.stop()
 
 
+def test_the_log_of_a_step_is_kept_as_that_of_a_run_while_its_pipeline_is_on(store, tmp_path):
+    job = pipeline(("a", "echo out"), ("b", f": > {tmp_path}/on; sleep 600", "a"),
+                   log={"keep": "1h"})
+    apply(store, job)
+    journal = claimed(store, job)
+    pid = in_child(lambda: roexec.perform_run(journal, store.folder, roexec.Signals()))
+    journal.close()
+    wait_for((tmp_path / "on").exists)
+    logs, _ = roexec.list_logs(store.folder, "p")
+    assert len(logs) == 3
+    for path in logs:
+        os.utime(store.file(path), (0, 0))
+    roexec.Upkeep(store, None).tend_files()
+    assert roexec.list_logs(store.folder, "p")[0].keys() == logs.keys()
+    os.kill(pid, signal.SIGTERM)
+
+
 # Runs of other jobs.
 
 def with_other(step=None, **other):
