@@ -18002,10 +18002,17 @@ const can = (scope) => Boolean(model.me) && [scope, "*"].some((one) =>
 
 function takeJob(job) {
   model.jobs.set(job.id, {...model.jobs.get(job.id), ...job});
-  model.stale.delete(job.id);
+}
+
+// One at a time: of two answers the late one may be the older.
+function inTurn(action) {
+  let last, next;
+  const begin = () => action(next = null);
+  return () => (next = next || (last = Promise.resolve(last).then(begin, begin)));
 }
 
 function takeRun(run) {
+  if (model.meanwhile) model.meanwhile.push(run);
   if (!run.step) {
     if (isOver(run)) model.active.delete(run.id);
     else model.active.set(run.id, run);
@@ -18020,10 +18027,11 @@ function takeRun(run) {
 }
 
 async function loadJobs() {
-  const seen = new Set();
+  const seen = model.seen = new Set();
   let cursor = null;
   do {
     const page = await ask("jobs" + parameters({brief: 1, limit: cursor ? 500 : 40, cursor}));
+    if (seen !== model.seen) return;    // a later list is on its way
     page.jobs.forEach((job) => (seen.add(job.id), takeJob(job)));
     cursor = page.next;
     changed();
@@ -18035,14 +18043,17 @@ async function loadJobs() {
 
 const reloadJobs = atMostEach(1000, () => doing(loadJobs()));
 
-async function loadRuns() {
+const loadRuns = inTurn(async () => {
+  const meanwhile = model.meanwhile = [];
   const [active, failed] = await Promise.all([
     ask("runs" + parameters({state: "active", limit: 500})),
-    ask("runs" + parameters({state: FAILED.join(), limit: 20}))]);
+    ask("runs" + parameters({state: FAILED.join(), limit: 20}))])
+    .finally(() => (model.meanwhile = null));
   model.active = new Map(active.runs.map((run) => [run.id, run]));
   model.failed = failed.runs;
+  meanwhile.forEach(takeRun);
   changed();
-}
+});
 
 const pause = (length) => new Promise((done) => setTimeout(done, length));
 const stream = {last: null, stop: null};
@@ -18080,7 +18091,7 @@ function forget(id) {
 
 function takeJobEvent({id, deleted}) {
   if (deleted) forget(id);
-  else if (model.jobs.has(id)) model.stale.add(id);
+  if (!deleted && model.jobs.has(id)) model.stale.add(id);
   else reloadJobs();
   if (view && view.tookJob) view.tookJob(id);
   changed();
@@ -18286,8 +18297,10 @@ function filler(rows, lacks, fetchFor) {
     if (!wanted.length) return;
     busy = true;
     try {
+      wanted.forEach((job) => model.stale.delete(job.id));
       await fetchFor(wanted);
     } catch (error) {
+      wanted.forEach((job) => model.stale.add(job.id));
       say(error.message);
       await pause(5000);
     }
@@ -18412,7 +18425,6 @@ async function fetchRecent(jobs, options) {
     can("run:list") ? ask("history" + parameters({jobs: ids, ...options})) : {jobs: {}}]);
   found.jobs.forEach(takeJob);
   for (const {id} of jobs) {
-    model.stale.delete(id);
     const job = model.jobs.get(id);
     if (job) Object.assign(job, {recent: (history.jobs[id] || {runs: []}).runs});
   }
@@ -18440,7 +18452,6 @@ function timeline(_, query) {
     for (const {id} of jobs) {
       const past = history.jobs[id] || {runs: [], more: false};
       const future = coming.slots.filter((slot) => slot.job_id === id);
-      model.stale.delete(id);
       known.set(id, {items: itemsOf(past.runs, future),
         since: past.more ? seconds(past.runs[past.runs.length - 1].queued_at) : 0,
         until: coming.cut.includes(id) ? seconds(future[future.length - 1].slot) : Infinity});
@@ -18601,7 +18612,7 @@ function job(id, query) {
   let found = null, trouble = null, runs = [], cursor = "", slots = [], file, loading = false;
   const rows = new Rows("Runs of " + id, runRow);
 
-  async function load() {
+  const load = inTurn(async () => {
     try {
       [found, {slots}, file] = await Promise.all([ask(jobPath(id)),
         ask(jobPath(id) + "/next?count=8"), can("job:write") && exported(id)]);
@@ -18610,7 +18621,7 @@ function job(id, query) {
       trouble = error;
     }
     changed();
-  }
+  });
 
   async function loadMore() {
     if (loading || cursor === null || !can("run:list")) return;
@@ -18797,7 +18808,7 @@ function run(id, query) {
   let found = null, trouble = null, parent = null, definition, log, lively = false;
   let pipeline = {steps: [], graph: {}};
 
-  async function load() {
+  const load = inTurn(async () => {
     try {
       found = await ask(runPath(id));
       parent = found.parent ? await ask(runPath(found.parent)) : null;
@@ -18811,7 +18822,7 @@ function run(id, query) {
     if (first) log = new LogView(found, query.at);
     draw();
     if (first) log.open();
-  }
+  });
 
   const refresh = atMostEach(500, load);
 
@@ -18973,8 +18984,9 @@ class LogView {
   }
 
   goOn() {
+    if (!this.end) return this.open();
     this.abort = new AbortController();
-    this.follow();
+    return this.follow();
   }
 
   ask(asked, Accept) {
@@ -19015,7 +19027,8 @@ class LogView {
       return this.follow();
     }
     try {
-      const head = await send(runPath(this.run.id) + "/logs", {method: "HEAD"});
+      const head = await send(runPath(this.run.id) + "/logs", {method: "HEAD",
+        signal: this.abort.signal});
       this.size = Number(head.headers.get("Roexec-Log-Size"));
       const from = Math.max(0, at === null ? this.size - WINDOW : at - WINDOW / 4);
       const found = await this.fetch(from, WINDOW);
@@ -19400,6 +19413,8 @@ follow();
 enter();
 """
 
+_SCRIPT_COMMENT = Pattern(r"(?m)^ *//.*\n")       # lines that are for who reads this file
+
 
 def web_page():
     """The page (bytes) and the headers {name: text} that it is to be sent with.
@@ -19407,8 +19422,9 @@ def web_page():
     By its policy (Content Security Policy Level 3) only this script runs and only this style holds,
     it can ask nobody but this server, and nobody can put it into a frame.
     """
-    page = _HTML.replace("__STYLE__", _STYLE).replace("__SCRIPT__", _SCRIPT)
-    policy = ("default-src 'none'", f"script-src {_source(_SCRIPT)}",
+    script = _SCRIPT_COMMENT.sub("", _SCRIPT)
+    page = _HTML.replace("__STYLE__", _STYLE).replace("__SCRIPT__", script)
+    policy = ("default-src 'none'", f"script-src {_source(script)}",
               f"style-src {_source(_STYLE)}", "connect-src 'self'", "img-src data:",
               "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
               "require-trusted-types-for 'script'", "trusted-types 'none'")

@@ -635,6 +635,119 @@ def test_a_late_answer_to_a_wrong_token_signs_nobody_out(visit, browser, closed,
     browser.leave()
 
 
+# Answers that come late, and hold what was true before.
+
+LATE = """
+const real = window.fetch, [pattern] = arguments;
+window.held = [];
+window.fetch = async (target, options = {}) => {
+  const answer = await real(target, options);
+  if (!window.held.length && target.match(pattern) && (options.method || "GET") === "GET") {
+    await new Promise((go) => window.held.push(go));
+  }
+  return answer;
+};
+"""
+
+
+def hold(browser, pattern):
+    """Let the first answer to a request that matches come late: once `held[0]()` was called."""
+    browser.run(LATE, pattern)
+
+
+once = pytest.mark.parametrize("screen", ["wide"], indirect=True)
+
+
+@engine
+@once
+def test_a_late_list_of_runs_does_not_undo_what_was_told_since(visit, browser, site):
+    run_id = site.post("jobs/long/run")["id"]
+    visit(site)
+    browser.wait_text("live", "#live")
+    wait_for(lambda: browser.run("return model.active.has(arguments[0])", run_id))
+    hold(browser, "api/v1/runs.*active")
+    browser.run("window.loading = loadRuns()")
+    wait_for(lambda: browser.run("return held.length"))
+    site.post(f"runs/{run_id}/cancel")
+    wait_for(lambda: not browser.run("return model.active.has(arguments[0])", run_id))
+    browser.run("held[0](); return loading")
+    assert not browser.run("return model.active.has(arguments[0])", run_id)
+    browser.leave()
+
+
+@engine
+@once
+def test_a_late_list_of_jobs_neither_hides_a_new_one_nor_shows_one_that_is_gone(visit, browser,
+                                                                                site):
+    visit(site)
+    browser.wait_text("live", "#live")
+    wait_for(lambda: browser.run("return model.complete"))
+    for act, word in ((lambda: site.command("--store", site.store, "add", "brand-new", "--", "true"), True),
+                      (lambda: site.command("delete", "brand-new"), False)):
+        hold(browser, "api/v1/jobs[?]brief")
+        browser.run("window.loading = loadJobs()")
+        wait_for(lambda: browser.run("return held.length"))
+        act()
+        wait_for(lambda: browser.run("return model.jobs.has('brand-new')") == word)
+        browser.run("return pause(1500)")       # a list that it asks for by itself has come
+        browser.run("held[0](); return loading")
+        assert browser.run("return model.jobs.has('brand-new')") == word
+    browser.leave()
+
+
+@engine
+@once
+def test_a_late_answer_about_a_run_does_not_undo_a_newer_one(visit, browser, site):
+    run_id = site.post("jobs/long/run")["id"]
+    visit(site, f"#/run/{run_id}")
+    browser.wait_text("line 3\n", ".lines")
+    browser.wait_text("live", "#live")
+    hold(browser, f"api/v1/runs/{run_id}$")
+    browser.run("view.took({id: arguments[0]})", run_id)
+    wait_for(lambda: browser.run("return held.length"))
+    site.post(f"runs/{run_id}/cancel")
+    wait_for(lambda: not browser.run("return model.active.has(arguments[0])", run_id))
+    browser.run("return pause(1500)")           # the newer one has come, where it is asked for
+    browser.run("held[0]()")
+    browser.wait_text("cancelled", "h1")
+    browser.run("return pause(100)")
+    assert "cancelled" in browser.text("h1")
+    browser.leave()
+
+
+@engine
+@once
+def test_what_changes_while_a_job_is_looked_at_is_looked_at_again(visit, browser, site):
+    visit(site)
+    browser.wait_text("live", "#live")
+    wait_for(lambda: browser.run("return model.complete && !model.stale.size"))
+    hold(browser, "api/v1/jobs[?]ids")
+    browser.run("model.stale.add('hello'); draw()")
+    wait_for(lambda: browser.run("return held.length"))
+    site.command("pause", "hello")
+    wait_for(lambda: browser.run("return model.stale.has('hello')"))
+    browser.run("held[0]()")
+    wait_for(lambda: browser.run("return model.jobs.get('hello').paused"))
+    site.command("resume", "hello")
+    browser.leave()
+
+
+@engine
+@once
+def test_a_log_that_was_hidden_before_it_came_is_shown_later(visit, browser, site):
+    run_id = site.ended(site.post("jobs/hello/run")["id"])["id"]
+    visit(site)
+    browser.wait_text("live", "#live")
+    hold(browser, f"api/v1/runs/{run_id}/logs")
+    browser.run("location.hash = '#/run/' + arguments[0]", run_id)
+    wait_for(lambda: browser.run("return held.length"))
+    browser.run("view.seen(false); held[0]()")
+    browser.run("return pause(100)")
+    browser.run("view.seen(true)")
+    browser.wait(".lines .line")
+    browser.leave()
+
+
 # How it looks to those who do not see it, or not well.
 
 VIEWS = ["", "#/timeline", "#/job/hello", "#/job/release", "#/files"]
