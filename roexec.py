@@ -11942,13 +11942,18 @@ class Console:
         """Tell the person something, on standard error."""
         self.backlog.append((2, memoryview(f"roexec: {text}\n".encode())))
 
-    def flush(self):
-        """Write what is left, waiting for the reader."""
-        while self.backlog:
+    def flush(self, signals):
+        """Write what is left, waiting for the reader, until a further signal asks for the end."""
+        signals.asked = None
+        while self.backlog and signals.asked is None:
             poller = select.poll()
+            poller.register(signals.descriptor, select.POLLIN)
             self.register(poller)
-            poller.poll()
-            self.write_on(self.backlog[0][0])
+            for descriptor, _ in poller.poll():
+                if descriptor == signals.descriptor:
+                    signals.drain()
+                else:
+                    self.write_on(descriptor)
 
     def give_terminal(self, group=None):
         """Make a process group that of the terminal, ours without one (tcsetpgrp(3))."""
@@ -12849,7 +12854,7 @@ def exec_here(words):
         ended = Ended(exit_code=error.exit_code)
     finally:
         console.give_terminal()
-        console.flush()
+        console.flush(signals)
         signals.close()
     return ended.exit_code if ended.signal is None else 128 + signal_number(ended.signal)
 
@@ -14340,7 +14345,7 @@ def run_here(store, job, *, caller=False, settings=None, **request):
         return exit_status(_run_alone(store, job, signals, console, caller=caller,
                                       settings=settings, **request))
     finally:
-        console.flush()
+        console.flush(signals)
         signals.close()
 
 

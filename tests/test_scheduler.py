@@ -877,6 +877,22 @@ def test_a_foreground_run_shows_its_output_and_gives_the_exit_status(store):
     assert os.listdir(store.file("active")) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_has_ended_waits_for_its_reader_until_a_signal(store, monkeypatch, number):
+    flush, register = roexec.Console.flush, roexec.Console.register
+
+    def flush_and_interrupt(console, *signals):
+        console.register = lambda poller: os.kill(os.getpid(), number) or register(console, poller)
+        flush(console, *signals)
+    monkeypatch.setattr(roexec, "_DRAIN", 0.1)
+    monkeypatch.setattr(roexec.Console, "flush", flush_and_interrupt)
+    job = make_job("head -c 200000 /dev/zero")
+    apply(store, job)
+    pid, output = run_in_child(store, job)
+    assert end_of(pid) == 0
+    os.close(output)
+
+
 def test_after_a_kill_of_a_foreground_run_the_next_one_records_it_and_runs(store, tmp_path):
     job = make_job(f"trap '' TERM; setsid sleep 600 & echo $$ > {tmp_path}/pid; sleep 600",
                    grace=0.2)
