@@ -14834,8 +14834,8 @@ class Mirror:
 
     def ship(self, limit=200):
         """Write what waits, the first `limit` objects, several at the same time and logs first ->
-        their keys in order, without those of logs. Where one fails, the others count; S3Error is
-        raised where there are none."""
+        their keys in order, without those of logs. Where one fails, the others count, since nobody
+        else would tell of them; S3Error, or what it is, is raised where there are none."""
         self._meet()
         with self.store.read() as db:
             rows = noted_objects(db, limit)
@@ -14846,10 +14846,13 @@ class Mirror:
             parts += [some[start:start + _SETTLED] for start in range(0, len(some), _SETTLED)]
         for part in parts:
             done, error = _in_parallel(lambda row: self._ship(row["key"], logs), part)
-            with self.store.write() as db:
-                objects_written(db, [row for row, _ in done])
+            try:
+                with self.store.write() as db:
+                    objects_written(db, [row for row, _ in done])
+            except RoexecError as failure:      # these are written once more
+                done, error = [], failure
             shipped += [row["key"] for row, _ in done if row["key"] not in logs]
-            if error is not None and (not shipped or not isinstance(error, S3Error)):
+            if error is not None and not shipped:
                 raise error
             if error is not None:
                 break

@@ -1,8 +1,10 @@
 """Section mirror: the store in a real bucket, to it, from it, and what goes wrong between them."""
+import contextlib
 import json
 import os
 import re
 import signal
+import sqlite3
 import statistics
 import threading
 import time
@@ -546,6 +548,28 @@ def test_what_could_not_be_told_is_told_later(pair):
     tells.turn()
     hears.turn()
     assert [row["id"] for row in read_runs(second.store)] == ["r1"]
+
+
+def test_what_was_written_before_the_disk_was_full_is_told(pair, monkeypatch):
+    told, (first, second), written = Told(), pair, roexec.objects_written
+    hears, tells = (roexec.Exchange(mirror, told, print) for mirror in (second, first))
+    hears.turn(), tells.turn()
+    for number in range(4):
+        add(first, f"r{number}")
+    monkeypatch.setattr(roexec, "_SETTLED", 2)
+    faults = [None, sqlite3.OperationalError("database or disk is full")]
+
+    def full(db, rows):
+        fault = faults.pop(0) if faults else None
+        if fault:
+            raise fault
+        written(db, rows)
+    monkeypatch.setattr(roexec, "objects_written", full)
+    for _ in range(2):
+        with contextlib.suppress(roexec.StoreFailure):
+            tells.turn()
+    hears.turn()
+    assert len(read_runs(second.store)) == 4 and not faults
 
 
 def test_what_a_node_that_left_had_no_time_to_tell_is_seen(pair):
