@@ -6747,7 +6747,7 @@ class Memo:
     def __init__(self, store, most=64, room=32 << 20):
         self.store, self.most, self.room = store, most, room
         self._db, self._version, self._values, self._size = None, None, {}, 0
-        self._mutex = threading.Lock()
+        self._mutex, self._opened = threading.Lock(), 0
 
     def version(self):
         """What differs once somebody has committed a change; None where one cannot know."""
@@ -6756,7 +6756,8 @@ class Memo:
             try:
                 if self._db is None:
                     self._db = self.store.connect("ro")
-                version = self._db.execute("PRAGMA data_version").fetchone()[0]
+                    self._opened += 1           # which counts from the beginning
+                version = self._opened, self._db.execute("PRAGMA data_version").fetchone()[0]
             except (sqlite3.Error, RoexecError):
                 self._close()
                 return None

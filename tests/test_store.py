@@ -1466,6 +1466,18 @@ def test_the_database_file_is_opened_by_sqlite_alone(tmp_path, name, monkeypatch
 
 # What holds as long as nobody changes the database.
 
+def test_what_was_read_before_a_memo_lost_its_connection_is_not_kept(store):
+    memo = roexec.Memo(store)
+    version = memo.version()
+    memo.close()                        # as an error of SQLite does
+    with store.write() as db:
+        roexec.set_meta(db, "x", 1)
+    memo.version()
+    memo.keep("x", version, "what was there before", math.inf)
+    assert memo.get("x", 0) is None
+    memo.close()
+
+
 def test_a_memo_keeps_so_many_values_and_bytes(store):
     memo = roexec.Memo(store, most=3, room=100)
 
