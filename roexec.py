@@ -14767,7 +14767,12 @@ class _Intake:
             return kind == "tokens"
         if found["id" if kind == "jobs" else "name"] != name:
             raise ValueError("it is not what its key says")
-        return (import_job if kind == "jobs" else import_token)(db, found)
+        done = (import_job if kind == "jobs" else import_token)(db, found)
+        at = "changed_at" if kind == "jobs" else "created_at"
+        here = (job_object if kind == "jobs" else token_object)(db, name)
+        if here[at] > found[at] and not object_is_noted(db, key):
+            note_object(db, key)        # a node that was held up has put the older one in its place
+        return done
 
     def _import_run(self, db, key, name, found, seq, logs):
         row = find_run_row(db, name)

@@ -670,6 +670,28 @@ def test_an_older_change_of_a_job_does_not_replace_a_newer_one_in_the_bucket(pai
     assert read(first.client, "jobs/x.json")["spec"]["command"] == "echo later"
 
 
+def test_a_change_of_a_job_that_is_written_late_does_not_stay_in_place_of_a_newer_one(pair):
+    first, second = pair
+    apply(first.store, make_job("echo 1"))
+    exchange(first, second)
+    apply(first.store, make_job("echo 2"))
+    put = first.client.put
+
+    def late(key, *words, **more):      # another node leads, and has written by then
+        first.client.put = put
+        apply(second.store, make_job("echo 3"))
+        apply(second.store, make_job("echo 4"))
+        ship_all(second)
+        return put(key, *words, **more)
+    first.client.put = late
+    keys = ship_all(first)
+    second.fetch(keys)
+    ship_all(second)
+    assert read(first.client, keys[0])["spec"]["command"] == "echo 4"
+    first.fetch(keys)
+    assert not first.waiting()[0] and not second.waiting()[0]
+
+
 def test_a_job_with_many_large_versions_keeps_a_small_object(mirror):
     first, second = mirror("a"), mirror("b")
     for number in range(12):
