@@ -886,7 +886,7 @@ def test_a_run_that_has_ended_waits_for_its_reader_until_a_signal(store, monkeyp
         flush(console, *signals)
     monkeypatch.setattr(roexec, "_DRAIN", 0.1)
     monkeypatch.setattr(roexec.Console, "flush", flush_and_interrupt)
-    job = make_job("head -c 200000 /dev/zero")
+    job = make_job("head -c 100000 /dev/zero")      # more than one pipe holds, less than two
     apply(store, job)
     pid, output = run_in_child(store, job)
     assert end_of(pid) == 0
