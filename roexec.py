@@ -17542,7 +17542,7 @@ _STYLE = """
   --link: #1b5cab; --hover: #f1efeb; --ok: #2e7d54; --bad: #c2382f; --late: #9a5b00;
   --lost: #7b46b0; --on: #2468c4; --off: #6b7178; --mark: #ffe58a;
   --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  --state: var(--off); color-scheme: light dark;
+  --edge: 1px solid var(--line); --state: var(--off); color-scheme: light dark;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -17572,7 +17572,7 @@ dd { margin: 0; }
   color: var(--quiet); }
 dt, th, .tag, .plot > span, .hours span { font-size: 12px; }
 .code, .told, .step, .lines, dialog, .sign-in { background: var(--panel); border-radius: 8px;
-  border: 1px solid var(--line); }
+  border: var(--edge); }
 .row > *, .jobs .name, .side a, .side li > span, .step span { overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; }
 .text { white-space: pre-wrap; }
@@ -17585,14 +17585,14 @@ dt, th, .tag, .plot > span, .hours span { font-size: 12px; }
   align-items: center; }
 #top, .tools, .head, .actions, .legend { flex-wrap: wrap; }
 #top { gap: 8px 20px; padding: 10px 24px;
-  border-bottom: 1px solid var(--line); background: var(--panel); }
+  border-bottom: var(--edge); background: var(--panel); }
 #brand { font-weight: 650; font-size: 15px; color: inherit; }
 nav { gap: 4px; flex: 1; white-space: nowrap; }
 nav a { padding: 4px 10px; border-radius: 6px; }
 nav a:hover, .button:hover, button:hover { background: var(--hover); text-decoration: none; }
 nav [aria-current] { color: var(--text); background: var(--hover); }
-#live { min-width: 4em; text-align: right; font-size: 12.5px; }
-#who { font-size: 12.5px; }
+#live { min-width: 4em; text-align: right; }
+#live, #who { font-size: 12.5px; }
 main { padding: 20px 24px 64px; max-width: 1440px; margin: 0 auto; }
 #said { position: fixed; left: 50%; bottom: 20px; transform: translateX(-50%); z-index: 8;
   max-width: min(90vw, 40em); }
@@ -17600,7 +17600,7 @@ main { padding: 20px 24px 64px; max-width: 1440px; margin: 0 auto; }
   margin: 0; box-shadow: 0 4px 20px #0003; }
 
 button, .button, select, input, textarea { font: inherit; color: inherit;
-  background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: 5px 12px; }
+  background: var(--panel); border: var(--edge); border-radius: 6px; padding: 5px 12px; }
 code, pre, textarea, .mono, .line { font: 12.5px/1.5 var(--mono); }
 button, .button { cursor: pointer; white-space: nowrap; }
 .button { display: inline-block; }
@@ -17630,7 +17630,7 @@ h1 .badge { font-size: 14px; margin-left: 4px; }
 .running, .changed { --state: var(--on); }
 .badge.skipped::before, .badge.queued::before, .badge.disabled::before {
   background: none; border: 2px solid var(--off); }
-.tag { border: 1px solid var(--line); border-radius: 4px; padding: 0 5px; margin-right: 4px; }
+.tag { border: var(--edge); border-radius: 4px; padding: 0 5px; margin-right: 4px; }
 
 .progress { height: 3px; border-radius: 2px; background: var(--line); overflow: hidden; }
 .progress::before { content: ""; display: block; height: 100%; background: var(--on);
@@ -17643,14 +17643,14 @@ h1 .badge { font-size: 14px; margin-left: 4px; }
   display: grid; grid-template-rows: 1fr 1fr; gap: 16px; }
 .side section { overflow-y: auto; min-height: 0; }
 .side h2 { margin: 8px 0; }
-.side li { padding: 7px 0; border-top: 1px solid var(--line); display: grid; gap: 1px; }
+.side li { padding: 7px 0; border-top: var(--edge); display: grid; gap: 1px; }
 .side .progress { margin-top: 4px; }
 .side .failed, .side .timed_out, .side .lost { padding-left: 10px;
   box-shadow: inset 3px 0 var(--state); }
 
 .rows { position: relative; --row: 56px; }
 .row { position: absolute; left: 0; right: 0; top: 0; height: var(--row); display: grid;
-  align-items: center; gap: 16px; border-top: 1px solid var(--line); contain: strict; }
+  align-items: center; gap: 16px; border-top: var(--edge); contain: strict; }
 .row > * { min-width: 0; }
 .name { font-weight: 550; color: inherit; margin-right: 8px; }
 .jobs .name { display: block; margin: 0; }
@@ -17676,7 +17676,7 @@ h1 .badge { font-size: 14px; margin-left: 4px; }
 .slim { min-height: 30px; padding-top: 6px; white-space: pre-wrap; }
 .slim .progress { margin-top: 6px; }
 .columns { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); gap: 40px; }
-.plot { position: relative; height: 150px; padding: 20px 8px; border-bottom: 1px solid var(--line);
+.plot { position: relative; height: 150px; padding: 20px 8px; border-bottom: var(--edge);
   border-top: 1px dashed var(--line); }
 .plot > div { position: relative; height: 100%; }
 .plot > span { position: absolute; }
@@ -17759,7 +17759,7 @@ dialog .actions { justify-content: flex-end; }
     margin-bottom: 12px; }
   .side section { flex: 0 0 85%; }
   .side ul { display: flex; gap: 8px; overflow-x: auto; }
-  .side li { flex: 0 0 168px; height: 64px; border: 1px solid var(--line); border-radius: 8px;
+  .side li { flex: 0 0 168px; height: 64px; border: var(--edge); border-radius: 8px;
     padding: 7px 10px; align-content: start; background: var(--panel); }
   .jobs .rows { --row: 92px; }
   .jobs .row { grid-template-columns: minmax(0, 1fr) auto; gap: 2px 12px; padding: 8px 0;
@@ -17786,13 +17786,14 @@ dialog .actions { justify-content: flex-end; }
 _SCRIPT = r"""
 "use strict";
 
-// Elements. Whatever comes from the server is text: it is set as text and never parsed. What would
-// deceive a reader (controls, overrides of direction, invisible characters) is written out.
+// Elements. What the server sends is set as text and never parsed; what would deceive a reader
+// (controls, overrides of direction, invisible characters) is written out.
 
 const HIDDEN =
   /[\0-\b\v-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 const HANDLERS = ["onclick", "onsubmit", "oninput", "onchange", "onkeydown"];
 const $ = (id) => document.getElementById(id);
+const all = (css) => document.querySelectorAll(css);
 
 function printable(value) {
   return String(value).replace(HIDDEN, (char) =>
@@ -17925,11 +17926,11 @@ const LIVE = {
 
 function tick() {
   if (document.hidden) return;
-  for (const node of document.querySelectorAll("[data-live]")) {
+  for (const node of all("[data-live]")) {
     const text = LIVE[node.dataset.live](Number(node.dataset.at));
     if (node.firstChild.data !== text) node.firstChild.data = text;
   }
-  for (const node of document.querySelectorAll("[data-begin]")) {
+  for (const node of all("[data-begin]")) {
     node.style.setProperty("--done", doneOf(node.dataset));
   }
 }
@@ -18011,8 +18012,7 @@ const isBad = (run) => FAILED.includes(run.state);
 const isOver = (run) => !["queued", "running"].includes(run.state);
 const model = {me: null, jobs: new Map(), order: [], complete: false, active: new Map(),
   failed: [], stale: new Set()};
-const can = (scope) => Boolean(model.me) && [scope, "*"].some((one) =>
-  model.me.scopes.includes(one));
+const can = (scope) => [scope, "*"].some((one) => model.me?.scopes.includes(one));
 
 function takeJob(job) {
   model.jobs.set(job.id, {...model.jobs.get(job.id), ...job});
@@ -18026,7 +18026,7 @@ function inTurn(action) {
 }
 
 function takeRun(run) {
-  if (model.meanwhile) model.meanwhile.push(run);
+  model.meanwhile?.push(run);
   if (!run.step) {
     if (isOver(run)) model.active.delete(run.id);
     else model.active.set(run.id, run);
@@ -18036,7 +18036,7 @@ function takeRun(run) {
     if (model.jobs.has(id) && run.finished_at && run.state !== "skipped") takeJob({id, last_run});
     model.stale.add(id);
   }
-  if (view && view.took) view.took(run);
+  view?.took?.(run);
   changed();
 }
 
@@ -18105,19 +18105,19 @@ function forget(id) {
 
 function takeJobEvent({id, deleted}) {
   if (deleted) forget(id);
-  if (!deleted && model.jobs.has(id)) model.stale.add(id);
+  if (model.jobs.has(id)) model.stale.add(id);
   else reloadJobs();
-  if (view && view.tookJob) view.tookJob(id);
+  view?.tookJob?.(id);
   changed();
 }
 
 document.addEventListener("visibilitychange", () => {
   if (document.hidden && stream.stop) stream.stop.abort();
-  if (view && view.seen) view.seen(!document.hidden);
+  view?.seen?.(!document.hidden);
   tick();
 });
 
-// Draw soon, but ten times a second at most, and a fifth of the time at most.
+// Draw soon, but at most ten times a second and a fifth of the time.
 let waiting = 0, next = 0;
 function changed() {
   waiting = waiting || setTimeout(() => {
@@ -18156,14 +18156,14 @@ function openView() {
   if (!model.me) return;
   const {name, argument, query} = parseAddress();
   if (view && where === name + "/" + argument) {
-    if (view.turned) view.turned(query);
+    view.turned?.(query);
     return draw();
   }
-  if (view && view.stop) view.stop();
+  view?.stop?.();
   const first = where === "";
   where = name + "/" + argument;
   view = VIEWS[name](argument, query);
-  for (const link of document.querySelectorAll("nav [data-view]")) {
+  for (const link of all("nav [data-view]")) {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
@@ -18177,14 +18177,14 @@ function draw() {
   if (!view || !$("main").firstElementChild) return;
   morph($("main").firstElementChild, view.render());
   document.title = printable(view.title) + " · roexec";
-  if (view.placed) view.placed();
+  view.placed?.();
 }
 
-// Keep something of a view in the address, without a new step in the history.
+// Keep something of a view in the address, without a step in the history.
 function keepInAddress(values) {
   const {name, argument, query} = parseAddress();
   history.replaceState(null, "", address(name, argument, {...query, ...values}));
-  if (view.turned) view.turned({...query, ...values});
+  view.turned?.({...query, ...values});
   draw();
 }
 
@@ -18250,13 +18250,12 @@ function bars(runs, count) {
     : (0.2 + 0.8 * Math.sqrt(run.duration / longest)).toFixed(2)})));
 }
 
-// A run in a picture.
 const mark = (run, style) => h("a", {class: run.state, href: address("run", run.id), tabindex: -1,
   title: [stateWord(run.state), run.duration !== null && span(run.duration),
     moment(seconds(beginOf(run)))].filter(Boolean).join(" · "), style});
 
-// A list of any length, of which only the rows in view exist. Their height is --row. A row is drawn
-// again when what `facts` gives for its item is no longer the same.
+// A list of which only the rows in view exist, each as high as --row. One is drawn again when what
+// `facts` gives for its item changes.
 class Rows {
   constructor(label, drawRow, facts = (item) => [item]) {
     Object.assign(this, {drawRow, facts, items: [], shown: new Map()});
@@ -18334,7 +18333,6 @@ const KINDS = {
   manual: (job) => !job.schedule.length,
 };
 
-// The jobs that the address asks for, by words and by tag.
 function matching({q, tag}) {
   const words = (q || "").toLowerCase().split(/\s+/);
   if (model.order.length !== model.jobs.size) model.order = [...model.jobs.keys()].sort();
@@ -18577,7 +18575,7 @@ function describe(item) {
     + (run.reason ? ", reason: " + run.reason : "");
 }
 
-// One path for each state: a line with hundreds of runs costs as much as one with a few.
+// One path for each state: a line of hundreds of runs costs as much as one of a few.
 function drawLine({items, since, until}, {from, to}, width, at) {
   const x = (instant) => Math.round((instant - from) / (to - from) * 10000) / 10;
   const pixel = 1000 / Math.max(200, width);
@@ -18740,7 +18738,7 @@ function atMostEach(length, action) {
   };
 }
 
-// Durations over time: a dot for each run, at its place in time, linked to it.
+// Durations over time: a dot for each run, linked to it.
 function plot(runs) {
   const timed = runs.filter((run) => run.duration !== null);
   if (!timed.length) return h("p.quiet.plot", "No runs have ended yet.");
@@ -18754,7 +18752,7 @@ function plot(runs) {
   h("div", timed.map((run) => mark(run, placeOf(run)))));
 }
 
-// A form for a run: what the job declares, and more for those who may define jobs. A retry asks for
+// A form for a run: what the job declares, and more for who may define jobs. A retry asks for
 // secrets alone, which nobody has kept.
 
 const secretsOf = (found) => Object.entries(found.spec.params || {}).filter(([, param]) =>
@@ -18842,7 +18840,7 @@ function run(id, query) {
 
   function render() {
     if (!found) return blank(trouble);
-    const usual = found.step ? null : (definition || {}).usual;
+    const usual = found.step ? null : definition?.usual;
     lively = lively || !isOver(found);          // what it needs then stays, so that nothing moves
     return h("section.run",
       h("div.head",
@@ -18886,8 +18884,8 @@ function run(id, query) {
   }
 
   load();
-  const stop = () => log && log.stop();
-  return {title: "Run " + id, render, stop, seen: (shown) => shown ? log && log.goOn() : stop(),
+  const stop = () => log?.stop();
+  return {title: "Run " + id, render, stop, seen: (shown) => shown ? log?.goOn() : stop(),
     took(other) {
       if ([other.id, other.parent].includes(id) || (found && other.parent === found.parent
         && other.parent) || (found && other.id === found.parent)) refresh();
@@ -18956,8 +18954,8 @@ function graph(pipeline, top, current) {
       })));
 }
 
-// The log. Only a window of it is here: it grows at both ends as one scrolls, and loses lines at
-// the other end. A place in it is an offset of the API, which never changes: links to lines hold.
+// The log. Only a window of it is here: it grows where one scrolls, and loses lines at the other
+// end. A place in it is an offset of the API, which never changes: links to lines hold.
 
 const WINDOW = 1 << 16;             // bytes fetched at a time
 const SEARCHED = 1 << 20;           // bytes looked through at a time
@@ -19071,7 +19069,7 @@ class LogView {
   reveal() {
     this.redraw();
     const line = this.list.querySelector(".marked") || this.list.firstElementChild;
-    if (line) line.scrollIntoView({block: "center"});
+    line?.scrollIntoView({block: "center"});
   }
 
   show(found) {
@@ -19166,7 +19164,6 @@ class LogView {
     this.tell();
   }
 
-  // Let go of lines at one end.
   cut(first) {
     const over = this.lines.length - MOST_LINES;
     if (over <= 0) return;
@@ -19202,8 +19199,7 @@ class LogView {
     this.following = false;
   }
 
-  // The next line with the text, here or in what is not here: that is looked through as text, which
-  // is ten times as fast as line by line.
+  // The next line with the text. What is not here is looked through as text: ten times as fast.
   async find() {
     const wanted = this.text.toLowerCase();
     if (!wanted) return;
@@ -19243,8 +19239,8 @@ class LogView {
   }
 }
 
-// Escape sequences of terminals: colours from a table of sixteen, all else is dropped, as is what a
-// carriage return overwrites.
+// Escape sequences: colours from a table of sixteen; all else is dropped, also what a carriage
+// return overwrites.
 
 const ESCAPE = /\x1b(?:\[([\d;:]*)[ -/]*([@-~])|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])/g;
 
@@ -19394,7 +19390,7 @@ async function enter() {
   const {now: theirs, owner, name} = model.me;
   skew = seconds(theirs) - Date.now() / 1000;
   $("who").replaceChildren(quiet(owner ? "owner" : name), token ? button("Sign out", leave) : "");
-  for (const link of document.querySelectorAll("nav a")) {
+  for (const link of all("nav a")) {
     link.hidden = link.dataset.view === "files" && !can("job:write");
   }
   openView();
@@ -19409,7 +19405,7 @@ addEventListener("scroll", () => {
   places.set(location.hash, scrollY);
   frame = frame || requestAnimationFrame(() => {
     frame = 0;
-    if (view && view.placed) view.placed();
+    view?.placed?.();
   });
 }, {passive: true});
 addEventListener("resize", draw);
@@ -19427,8 +19423,6 @@ follow();
 enter();
 """
 
-_SCRIPT_COMMENT = Pattern(r"(?m)^ *//.*\n")       # lines that are for who reads this file
-
 
 def web_page():
     """The page (bytes) and the headers {name: text} that it is to be sent with.
@@ -19436,9 +19430,8 @@ def web_page():
     By its policy (Content Security Policy Level 3) only this script runs and only this style holds,
     it can ask nobody but this server, and nobody can put it into a frame.
     """
-    script = _SCRIPT_COMMENT.sub("", _SCRIPT)
-    page = _HTML.replace("__STYLE__", _STYLE).replace("__SCRIPT__", script)
-    policy = ("default-src 'none'", f"script-src {_source(script)}",
+    page = _HTML.replace("__STYLE__", _STYLE).replace("__SCRIPT__", _SCRIPT)
+    policy = ("default-src 'none'", f"script-src {_source(_SCRIPT)}",
               f"style-src {_source(_STYLE)}", "connect-src 'self'", "img-src data:",
               "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
               "require-trusted-types-for 'script'", "trusted-types 'none'")
